@@ -1,0 +1,92 @@
+"""Which coordinates the wrapped strategy works in, and what happens to its state when the mask changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from autoflip_flwr.layout import Arrays
+from autoflip_flwr.mask import Mask
+
+COORDINATES = ("auto", "packed", "dense")
+
+_METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+_METRIC_FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
+_MOMENTS = ("momentum_vector", "m_t", "v_t")
+_WEIGHTS = "current_arrays"
+
+
+def layers(strategy: Strategy) -> Iterator[Strategy]:
+    """The strategy and, through wrappers such as Flower's differential privacy, the ones inside it."""
+    layer: object = strategy
+    while isinstance(layer, Strategy):
+        yield layer
+        layer = getattr(layer, "strategy", None)
+
+
+def weight_key_of(strategy: Strategy) -> str:
+    """The metric by which the strategy weighs replies."""
+    return next((str(s.weighted_by_key) for s in layers(strategy) if hasattr(s, "weighted_by_key")), "num-examples")
+
+
+def resolve(coordinates: str, strategy: Strategy) -> str:
+    """``"packed"`` or ``"dense"``; ``"auto"`` packs where every method in force is Flower's own.
+
+    A strategy with overridden methods or metric functions of its own may look at the arrays: it gets full ones.
+    """
+    if coordinates not in COORDINATES:
+        raise ValueError(f"coordinates = {coordinates!r}: must be one of {', '.join(COORDINATES)}")
+    if coordinates != "auto":
+        return coordinates
+    return "packed" if all(_is_flowers(layer) for layer in layers(strategy)) else "dense"
+
+
+def _is_flowers(strategy: Strategy) -> bool:
+    functions = [getattr(type(strategy), name) for name in _METHODS]
+    functions += [getattr(strategy, name) for name in _METRIC_FUNCTIONS if hasattr(strategy, name)]
+    return all(getattr(function, "__module__", "").startswith("flwr.") for function in functions)
+
+
+def carry_state(strategy: Strategy, old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:
+    """Take the state of Flower's own server optimisers from one mask to the next.
+
+    Weights that a strategy keeps (``current_arrays``) are read off the dense shadow; moments are masked, and start at
+    zero where a coordinate has grown.
+    """
+
+    def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
+        if not new.layout[name].prunable:
+            return values
+        full = np.array(base, values.dtype)
+        if packed:
+            full.reshape(-1)[old.indices[name]] = values
+            return full.reshape(-1)[new.indices[name]]
+        np.copyto(full, values, where=old.keep[name])
+        full[~new.keep[name]] = 0
+        return full
+
+    names = [spec.name for spec in new.layout.specs if spec.floating]
+    for layer in layers(strategy):
+        for attribute in _MOMENTS:
+            moments = getattr(layer, attribute, None)
+            if moments:
+                setattr(layer, attribute, _map(moments, names, lambda n, v: move(n, v, np.zeros(new.layout[n].shape))))
+        weights = getattr(layer, _WEIGHTS, None)
+        if weights:
+            setattr(layer, _WEIGHTS, _map(weights, names, lambda n, v: move(n, v, shadow[n])))
+
+
+def _map(
+    state: object, names: list[str], function: Callable[[str, NDArray[np.generic]], NDArray[np.generic]]
+) -> object:
+    if isinstance(state, ArrayRecord):
+        return ArrayRecord({name: Array(function(name, array.numpy())) for name, array in state.items()})
+    if isinstance(state, dict):
+        return {name: function(name, values) for name, values in state.items()}
+    if isinstance(state, list):
+        return [function(name, values) for name, values in zip(names, state, strict=True)]
+    raise TypeError(f"state of type {type(state).__name__} cannot follow a change of the mask; use coordinates='dense'")

@@ -1,0 +1,1 @@
+"""The shipped Flower app: configuration, data, models, local training, run record."""

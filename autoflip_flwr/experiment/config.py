@@ -1,0 +1,254 @@
+"""The settings of the shipped app: what each means, its default and what is allowed.
+
+`[tool.flwr.app.config]` in pyproject.toml lists the same settings with the same defaults. Flower itself checks neither
+types nor ranges, so both the command line and the server app pass their values through `Config`.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+Value = bool | int | float | str
+"""What a Flower run config can hold."""
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
+
+
+class ConfigError(ValueError):
+    """A setting that the user has to change; the message is one line fit to be shown."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    kind: type[Value]
+    allowed: str
+    accepts: Callable[[Any], bool] = lambda _: True
+
+
+def _choice(*choices: str) -> _Rule:
+    return _Rule(str, f"one of {', '.join(choices)}", choices.__contains__)
+
+
+_FLAG = _Rule(bool, "true or false")
+_TEXT = _Rule(str, "a string")
+_COUNT = _Rule(int, "an integer >= 1", lambda v: v >= 1)
+_POSITIVE = _Rule(float, "a number > 0", lambda v: v > 0)
+_NOT_NEGATIVE = _Rule(float, "a number >= 0", lambda v: v >= 0)
+_BELOW_ONE = _Rule(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+_UP_TO_ONE = _Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+_UNIT = _Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+_SEED = _Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
+_CLASSES = _Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
+_NODES = _Rule(int, "0 (as many as connect) or an integer >= 2", lambda v: v == 0 or v >= 2)
+_NAME = _Rule(
+    str,
+    "at most 64 letters, digits, '.', '_' or '-'",
+    lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
+)
+_FOLDER_NAME = _Rule(str, "the path of a folder", lambda v: v != "")
+
+
+def _setting(default: Value, rule: _Rule) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run. A value out of range raises `ConfigError`.
+
+    In TOML and on the command line the names are in kebab case: `batch-size` for `batch_size`. Numbers are finite; an
+    integer is accepted where a number is asked for and becomes a float.
+
+    Parameters
+    ----------
+    name : str ("")
+        Name of the run, at most 64 letters, digits, '.', '_' or '-'. Empty: `<method>-<dataset>`.
+    method : str ("autoflip")
+        autoflip (informed pruning) or fedavg (dense baseline).
+    seed : int (1)
+        Of everything random, in [0, 2**32).
+    output_dir : str ("runs")
+        Folder in which the run's own folder is made.
+    dataset : str ("digits")
+        digits, mnist, fashion_mnist or cifar10.
+    data_dir : str ("")
+        Existing folder that holds the data set. Empty: see `resolved_data_dir`.
+    split : str ("dirichlet")
+        How the data are divided among the nodes: iid, dirichlet (label skew) or pathological (few classes a node).
+    alpha : float (0.3)
+        Concentration of the Dirichlet split, > 0; the smaller, the more skewed.
+    classes_per_client : int (2)
+        Of the pathological split, in [1, 10].
+    nodes : int (0)
+        SuperNodes to wait for: 0 (as many as connect) or >= 2.
+    node_timeout : float (60.0)
+        Seconds to wait for them, > 0.
+    model : str ("cnn")
+        cnn, twocnn, resnet18 or resnet18-gn.
+    optimizer : str ("adam")
+        Of the clients: adam or sgd.
+    lr : float (0.001)
+        Learning rate of the clients, > 0.
+    lr_decay : float (1.0)
+        In (0, 1]; `lr` is multiplied by it after every round.
+    momentum : float (0.0)
+        Of sgd, in [0, 1).
+    weight_decay : float (0.0)
+        Of the clients' optimiser, >= 0.
+    batch_size : int (32)
+        Examples a step, >= 1.
+    local_epochs : int (1)
+        Epochs a client trains in a round, >= 1.
+    device : str ("auto")
+        auto, cpu, cuda or mps.
+    num_server_rounds : int (30)
+        Rounds after the exploration, >= 1.
+    fraction_train : float (1.0)
+        Share of the nodes that train in a round, in (0, 1].
+    fraction_evaluate : float (0.0)
+        Share of the nodes that evaluate in a round, in [0, 1]; the server evaluates centrally in any case.
+    round_timeout : float (600.0)
+        Seconds after which a round goes on without the missing replies, > 0.
+    server_momentum : float (0.0)
+        In [0, 1); above 0 the server runs FedAvgM.
+    server_learning_rate : float (1.0)
+        Of FedAvgM, > 0.
+    sparsity : float (0.7)
+        Share of the prunable parameters to prune, in [0, 1).
+    scope : str ("global")
+        Scores are ranked over the whole model (global) or within each layer (layer).
+    normalisation : str ("none")
+        Of the scores before they are ranked: none, layer or per-client.
+    gamma : float (1.0)
+        Power of the client agreement in the score, >= 0; 0 ignores agreement.
+    prune_biases : bool (False)
+        Whether biases are prunable, too.
+    initial : str ("scratch")
+        Weights of round 1: the initial ones (scratch) or the explorers' average (scouts).
+    explorers : float (1.0)
+        Share of the nodes that explore, in (0, 1].
+    exploration_rounds : int (1)
+        Batches in which they explore, >= 1.
+    exploration_epochs : int (5)
+        Most epochs an explorer trains, >= 1.
+    exploration_patience : int (2)
+        Epochs without a better loss after which an explorer stops, >= 1.
+    exploration_weighting : str ("uniform")
+        Weights of the explorers: uniform or examples.
+    min_explorers : int (2)
+        Fewest explorers whose results make a mask, >= 1 and not more than `nodes`.
+    exploration : str ("")
+        Existing file with the exploration of an earlier run, to be used instead of exploring.
+    """
+
+    name: str = _setting("", _NAME)
+    method: str = _setting("autoflip", _choice("autoflip", "fedavg"))
+    seed: int = _setting(1, _SEED)
+    output_dir: str = _setting("runs", _FOLDER_NAME)
+
+    dataset: str = _setting("digits", _choice(*DATASETS))
+    data_dir: str = _setting("", _TEXT)
+    split: str = _setting("dirichlet", _choice("iid", "dirichlet", "pathological"))
+    alpha: float = _setting(0.3, _POSITIVE)
+    classes_per_client: int = _setting(2, _CLASSES)
+    nodes: int = _setting(0, _NODES)
+    node_timeout: float = _setting(60.0, _POSITIVE)
+
+    model: str = _setting("cnn", _choice(*MODELS))
+    optimizer: str = _setting("adam", _choice("adam", "sgd"))
+    lr: float = _setting(0.001, _POSITIVE)
+    lr_decay: float = _setting(1.0, _UP_TO_ONE)
+    momentum: float = _setting(0.0, _BELOW_ONE)
+    weight_decay: float = _setting(0.0, _NOT_NEGATIVE)
+    batch_size: int = _setting(32, _COUNT)
+    local_epochs: int = _setting(1, _COUNT)
+    device: str = _setting("auto", _choice("auto", "cpu", "cuda", "mps"))
+
+    num_server_rounds: int = _setting(30, _COUNT)
+    fraction_train: float = _setting(1.0, _UP_TO_ONE)
+    fraction_evaluate: float = _setting(0.0, _UNIT)
+    round_timeout: float = _setting(600.0, _POSITIVE)
+    server_momentum: float = _setting(0.0, _BELOW_ONE)
+    server_learning_rate: float = _setting(1.0, _POSITIVE)
+
+    sparsity: float = _setting(0.7, _BELOW_ONE)
+    scope: str = _setting("global", _choice("global", "layer"))
+    normalisation: str = _setting("none", _choice("none", "layer", "per-client"))
+    gamma: float = _setting(1.0, _NOT_NEGATIVE)
+    prune_biases: bool = _setting(False, _FLAG)
+    initial: str = _setting("scratch", _choice("scratch", "scouts"))
+    explorers: float = _setting(1.0, _UP_TO_ONE)
+    exploration_rounds: int = _setting(1, _COUNT)
+    exploration_epochs: int = _setting(5, _COUNT)
+    exploration_patience: int = _setting(2, _COUNT)
+    exploration_weighting: str = _setting("uniform", _choice("uniform", "examples"))
+    min_explorers: int = _setting(2, _COUNT)
+    exploration: str = _setting("", _TEXT)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            rule: _Rule = each.metadata["rule"]
+            value = getattr(self, each.name)
+            if rule.kind is float and type(value) is int:
+                # An integer beyond the range of a float is as unusable as infinity.
+                value = float(value) if abs(value) < 2**1023 else math.inf
+                object.__setattr__(self, each.name, value)
+            wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
+            if wrong or not rule.accepts(value):
+                raise ConfigError(f"{_key(each)} = {shown(value)}: must be {rule.allowed}")
+        if 0 < self.nodes < self.min_explorers:
+            raise ConfigError(f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}")
+
+    @classmethod
+    def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":
+        """Read a Flower run config.
+
+        Parameters
+        ----------
+        values : Mapping[str, bool | int | float | str]
+            Settings by their kebab-case keys; a missing one takes its default.
+        check_paths : bool (True)
+            Whether `data-dir` and `exploration` must exist. A client on another machine than the server passes False.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown key, a wrong type, a value out of range or a path that does not exist.
+        """
+        names = {_key(each): each.name for each in fields(cls)}
+        for key, value in values.items():
+            if key not in names:
+                close = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}"
+                raise ConfigError(f"{key} = {shown(value)}: no such setting; {hint}")
+        config = cls(**{names[key]: value for key, value in values.items()})  # type: ignore[arg-type]
+        if check_paths:
+            if config.data_dir and not Path(config.data_dir).is_dir():
+                raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder")
+            if config.exploration and not Path(config.exploration).is_file():
+                raise ConfigError(f"exploration = {shown(config.exploration)}: must be an existing file")
+        return config
+
+    def as_dict(self) -> dict[str, Value]:
+        """All settings by their kebab-case keys, in the order of their declaration."""
+        return {_key(each): getattr(self, each.name) for each in fields(self)}
+
+    @property
+    def resolved_data_dir(self) -> str:
+        """Folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
+        return self.data_dir or os.environ.get("AUTOFLIP_DATA", "")
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: as in TOML, save that strings are in single quotes."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _key(setting: "Field[Any]") -> str:
+    return setting.name.replace("_", "-")

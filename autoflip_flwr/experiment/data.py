@@ -1,0 +1,297 @@
+"""Image data sets as plain uint8 arrays, read from a folder or fetched with torchvision's own loaders."""
+
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.experiment.config import ConfigError
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_CLASSES = 10
+
+
+class _Known(NamedTuple):
+    """What is fixed about one data set; `image` is (H, W, C), `loader` and `folder` are torchvision's."""
+
+    image: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    loader: str
+    folder: str
+
+
+_DIGITS = _Known((8, 8, 1), (0.3054,), (0.3760,), "", "")
+_KNOWN = {
+    "mnist": _Known((28, 28, 1), (0.1307,), (0.3081,), "MNIST", "MNIST"),
+    "fashion_mnist": _Known((28, 28, 1), (0.2860,), (0.3530,), "FashionMNIST", "FashionMNIST"),
+    "cifar10": _Known(
+        (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", "cifar-10-batches-py"
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """One data set, read-only and shared by everything in the process.
+
+    `x_train`, `x_test`: uint8 (N, H, W, C), memory-mapped where they come from `.npy` files.
+    `y_train`, `y_test`: int64 (N,), in [0, classes).
+    `mean`, `std`: C floats each, of the pixels scaled to [0, 1].
+    """
+
+    name: str
+    x_train: NDArray[np.uint8]
+    y_train: NDArray[np.int64]
+    x_test: NDArray[np.uint8]
+    y_test: NDArray[np.int64]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one example as a model sees it."""
+        height, width, channels = self.x_train.shape[1:]
+        return channels, height, width
+
+    def batch(self, x: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Normalise images for a model.
+
+        Parameters
+        ----------
+        x : ndarray
+            uint8 (n, H, W, C), rows of `x_train` or `x_test`; n may be 0.
+
+        Returns
+        -------
+        ndarray
+            float32 (n, C, H, W), C-contiguous and writable: (x / 255 - mean) / std, channel by channel.
+
+        Raises
+        ------
+        ValueError
+            If `x` has another dtype or image shape.
+        """
+        if x.dtype != np.uint8 or x.shape[1:] != self.x_train.shape[1:]:
+            raise ValueError(f"expected uint8 (n, *{self.x_train.shape[1:]}), got {x.dtype} {x.shape}")
+        out = np.array(x.transpose(0, 3, 1, 2), dtype=np.float32, order="C")
+        out /= np.float32(255)
+        out -= np.asarray(self.mean, np.float32)[:, None, None]
+        out /= np.asarray(self.std, np.float32)[:, None, None]
+        return out
+
+
+def cache_dir() -> Path:
+    """Folder for what is unpacked, downloaded or computed once; it need not exist yet.
+
+    `$AUTOFLIP_CACHE`, else `$XDG_CACHE_HOME/autoflip-flwr`, else `~/.cache/autoflip-flwr`.
+    """
+    if own := os.environ.get("AUTOFLIP_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "autoflip-flwr"
+
+
+def load(dataset: str, data_dir: str = "") -> ImageData:
+    """Load a data set, once per process.
+
+    Parameters
+    ----------
+    dataset : str
+        `digits` (scikit-learn's own, a fixed stratified 80/20 split), `mnist`, `fashion_mnist` or `cifar10`.
+    data_dir : str ("")
+        Folder to search, never written to: for `x_train.npy`, `y_train.npy`, `x_test.npy`, `y_test.npy` in it or in its
+        subfolder `<dataset>`, then for torchvision's own layout, then for the four original `.gz` files of MNIST or
+        Fashion-MNIST (unpacked into `cache_dir()`). Empty: torchvision downloads into `cache_dir()`, once. `digits`
+        needs none.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown data set, files missing, damaged or of another shape, or no network for the download.
+    """
+    return _load(dataset, "" if dataset == "digits" else data_dir)
+
+
+@lru_cache(maxsize=4)
+def _load(dataset: str, data_dir: str) -> ImageData:
+    if dataset == "digits":
+        return _digits()
+    if dataset not in _KNOWN:
+        raise ConfigError(f"dataset = {dataset!r}: must be one of digits, {', '.join(_KNOWN)}")
+    known = _KNOWN[dataset]
+    if not data_dir:
+        return _image_data(dataset, known, _through_cache(dataset, known, {}), f"{cache_dir() / known.folder}: ")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"data-dir = {data_dir!r}: must be an existing folder")
+    for folder in (root, root / dataset):
+        if all((folder / f"{name}.npy").is_file() for name in _ARRAYS):
+            return _image_data(dataset, known, _from_npy(folder), f"{folder}{os.sep}", ".npy")
+    arrays = _from_torchvision(known, root)
+    if arrays is None and (originals := _originals(known, root)):
+        arrays = _through_cache(dataset, known, originals)
+    if arrays is None:
+        raise ConfigError(_not_found(dataset, known, root))
+    return _image_data(dataset, known, arrays, f"{root / known.folder}: ")
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    # 0..16 to the nearest of 0..255.
+    x = ((bunch.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[..., None]
+    y = bunch.target.astype(np.int64)
+    train, test = train_test_split(np.arange(len(y)), test_size=0.2, random_state=0, stratify=y)
+    train.sort()
+    test.sort()
+    arrays = {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
+    return _image_data("digits", _DIGITS, arrays, "scikit-learn: ")
+
+
+def _image_data(dataset: str, known: _Known, arrays: dict[str, Any], where: str, suffix: str = "") -> ImageData:
+    """Check the arrays' shapes, dtypes and labels; `where` + name + `suffix` names an array in an error."""
+    checked: dict[str, Any] = {}
+    height, width, channels = known.image
+    shapes = [known.image] if channels > 1 else [known.image, (height, width)]
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        found = f"{where}x_{part}{suffix}"
+        if x.dtype != np.uint8 or x.shape[1:] not in shapes or not len(x):
+            wanted = " or ".join(f"(N, {', '.join(map(str, shape))})" for shape in shapes)
+            raise ConfigError(f"{found}: expected uint8 {wanted} for {dataset}, found {x.dtype} {x.shape}")
+        found = f"{where}y_{part}{suffix}"
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
+            raise ConfigError(f"{found}: expected integers ({len(x)},), one per image, found {y.dtype} {y.shape}")
+        if y.min() < 0 or y.max() >= _CLASSES:
+            raise ConfigError(f"{found}: expected labels 0 to {_CLASSES - 1}, found {y.min()} to {y.max()}")
+        x, y = x.reshape(len(x), *known.image), np.array(y, np.int64)
+        x.flags.writeable = y.flags.writeable = False
+        checked |= {f"x_{part}": x, f"y_{part}": y}
+    return ImageData(name=dataset, classes=_CLASSES, mean=known.mean, std=known.std, **checked)
+
+
+def _from_npy(folder: Path) -> dict[str, Any]:
+    arrays = {}
+    for name in _ARRAYS:
+        path = folder / f"{name}.npy"
+        try:
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(f"{path}: expected a plain .npy array: {_one_line(error)}") from error
+    return arrays
+
+
+def _loader(known: _Known) -> Any:
+    # Here, not above: torchvision is slow to import, and digits and .npy arrays do without it.
+    import torchvision.datasets
+
+    return getattr(torchvision.datasets, known.loader)
+
+
+def _from_torchvision(known: _Known, root: Path, download: bool = False) -> dict[str, Any] | None:
+    """Read `root` with torchvision's loader; None where it finds its files missing (or, CIFAR-10, altered)."""
+    if not download and not (root / known.folder).is_dir():
+        return None
+    loader = _loader(known)
+    arrays: dict[str, Any] = {}
+    for part in ("train", "test"):
+        try:
+            found = loader(str(root), train=part == "train", download=download)
+        except Exception as error:  # a damaged file raises whatever its parser trips over
+            if download:
+                raise
+            if isinstance(error, RuntimeError) and "not found" in str(error):
+                return None
+            raise ConfigError(f"{root / known.folder}: torchvision cannot read it: {_one_line(error)}") from error
+        arrays |= {f"x_{part}": np.asarray(found.data), f"y_{part}": np.asarray(found.targets)}
+    return arrays
+
+
+def _originals(known: _Known, root: Path) -> dict[str, Path]:
+    """Return the four original `.gz` files by name, empty if one is missing; refuse altered ones."""
+    raw = root / known.folder / "raw"
+    if known.image[2] > 1 or not all((raw / f"{name}.gz").is_file() for name in _IDX_FILES):
+        return {}
+    from torchvision.datasets.utils import check_integrity
+
+    resources: list[tuple[str, str]] = _loader(known).resources
+    for name, md5 in resources:
+        # An altered file would send torchvision online for a good one.
+        if not check_integrity(raw / name, md5):
+            raise ConfigError(f"{raw / name}: damaged, its md5 is not the original's {md5}")
+    return {name: raw / name for name, _ in resources}
+
+
+def _through_cache(dataset: str, known: _Known, originals: dict[str, Path]) -> dict[str, Any]:
+    """Read the set from the cache folder, filling that first from `originals` or, if empty, by download.
+
+    Many processes may do so at once: each works in a folder of its own, and a rename publishes the first to finish.
+    """
+    cache = cache_dir()
+    if (cached := _cached(known)) is not None:
+        return cached
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{dataset}-", dir=cache) as name:
+            own = Path(name)
+            for file, path in originals.items():
+                raw = own / known.folder / "raw"
+                raw.mkdir(parents=True, exist_ok=True)
+                (raw / file).write_bytes(path.read_bytes())
+            arrays = _downloaded(dataset, known, own)
+            for archive in own.rglob("*.gz"):
+                archive.unlink()
+            with suppress(OSError):  # nothing there yet, or a damaged folder
+                if _cached(known) is None:
+                    (cache / known.folder).rename(own / "damaged")
+            with suppress(OSError):  # another process was first
+                (own / known.folder).rename(cache / known.folder)
+            return arrays
+    except OSError as error:
+        raise ConfigError(f"cannot write to the cache folder {cache} (set AUTOFLIP_CACHE): {error}") from error
+
+
+def _cached(known: _Known) -> dict[str, Any] | None:
+    with suppress(ConfigError):
+        return _from_torchvision(known, cache_dir())
+    return None
+
+
+def _downloaded(dataset: str, known: _Known, root: Path) -> dict[str, Any]:
+    """Let torchvision complete `root`: it unpacks the originals that lie there, and downloads what does not."""
+    try:
+        arrays = _from_torchvision(known, root, download=True)
+    except Exception as error:  # urllib, http, ssl, tarfile and torchvision each have their own
+        raise ConfigError(
+            f"cannot download {dataset} (no network?); give data-dir a folder that has it: {_one_line(error)}"
+        ) from error
+    assert arrays is not None
+    return arrays
+
+
+def _not_found(dataset: str, known: _Known, root: Path) -> str:
+    files = ", ".join(f"{name}.npy" for name in _ARRAYS)
+    theirs = known.folder + os.sep
+    if known.image[2] == 1:
+        theirs += f"raw{os.sep}" + "{" + ", ".join(_IDX_FILES) + "}, with or without .gz"
+    looked = f"{files} (also in its folder {dataset}) and for {theirs}"
+    return f"data-dir = {str(root)!r}: holds no {dataset}; looked for {looked}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

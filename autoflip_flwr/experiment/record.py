@@ -1,0 +1,237 @@
+"""What a run leaves behind: one folder, written while the run goes on.
+
+``config.json`` is there from the start and ``metrics.jsonl`` grows by a line a phase step, so a run that is
+interrupted can still be reported. ``summary.json`` is written last: its presence says that the run is complete.
+Bytes are counted in bytes throughout and shown in MB of 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save as safetensors_bytes
+
+PHASES: Mapping[str, str] = {
+    "exploration_up": "Exploration, up",
+    "exploration_down": "Exploration, down",
+    "mask_down": "Mask, down",
+    "train_up": "Training, up",
+    "train_down": "Training, down",
+    "evaluate_up": "Evaluation, up",
+    "evaluate_down": "Evaluation, down",
+    "other": "Other",
+}
+"""The phases that bytes are counted in, in the order they are shown, with their titles."""
+
+_DISTRIBUTIONS = ("autoflip-flwr", "flwr", "torch", "torchvision", "numpy", "ray")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The folder of one run; ``path`` is absolute."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, output_dir: str | Path, name: str, config: Mapping[str, object]) -> RunRecord:
+        """Make ``<output_dir>/<YYYYMMDD-HHMMSS>-<name>/`` (UTC) and write ``config.json`` into it.
+
+        Characters of ``name`` that do not belong in a folder's name become ``-``; a folder that exists already is
+        never reused, the new one gets ``-2``, ``-3`` and so on. ``config`` holds every setting, resolved.
+
+        Raises ``OSError`` if the folder cannot be made.
+        """
+        started = datetime.now(UTC)
+        commit, dirty = source_commit(Path(__file__).resolve().parent.parent)
+        about = {
+            "name": name,
+            "config": config,
+            "seed": config.get("seed"),
+            "versions": _versions(),
+            "commit": commit,
+            "dirty": dirty,
+            "platform": {
+                "system": platform.system(),
+                "release": platform.release(),
+                "machine": platform.machine(),
+                "cpus": os.cpu_count(),
+            },
+            "started": started.isoformat(timespec="seconds"),
+        }
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+        record = cls(_new_folder(Path(output_dir).resolve() / f"{started:%Y%m%d-%H%M%S}-{safe}"))
+        _write_json(record.path / "config.json", about)
+        return record
+
+    def append(self, line: Mapping[str, object]) -> None:
+        """Add one line to ``metrics.jsonl``; it is on the disk when this returns. NaN and infinities become null."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(
+        self,
+        summary: Mapping[str, object],
+        model: Mapping[str, npt.NDArray[Any]],
+        mask: Mapping[str, npt.NDArray[Any]] | None,
+    ) -> None:
+        """Write ``model.safetensors``, ``mask.safetensors`` (if given), ``summary.json`` and the report.
+
+        ``model`` maps parameter names to arrays of any shape; ``mask`` maps the pruned ones among them to bool or
+        uint8 arrays of the same shapes, true where a parameter is kept.
+        """
+        # Deferred because matplotlib is slow to load and nothing before this point wants it.
+        from autoflip_flwr.experiment import report
+
+        _write_tensors(self.path / "model.safetensors", model)
+        if mask is not None:
+            _write_tensors(self.path / "mask.safetensors", mask)
+        _write_json(self.path / "summary.json", summary)
+        report.write(self.path)
+
+
+def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The (title, value) pairs that a summary is shown as; what it lacks, or holds as null or NaN, is left out."""
+    known = {key: value for key, value in jsonable(summary).items() if value is not None}
+    sent: Mapping[str, int] = known.get("bytes", {})
+    total, dense = sent.get("total"), known.get("dense_bytes")
+    parts = ", ".join(f"{part} {value:,.1f} s" for part, value in known.get("seconds", {}).items())
+    rows = [
+        ("Method", _shown(known.get("method"), "{}")),
+        ("Data set", _shown(known.get("dataset"), "{}")),
+        ("Model", _shown(known.get("model"), "{}")),
+        ("Rounds", _shown(known.get("rounds"), "{:,}")),
+        ("Final accuracy", _shown(known.get("final_accuracy"), "{:.2%}")),
+        ("Best accuracy", _shown(known.get("best_accuracy"), "{:.2%}")),
+        ("Density, prunable parameters", _shown(known.get("density"), "{:.2%}")),
+        ("Density, all parameters", _shown(known.get("density_all"), "{:.2%}")),
+        ("Parameters", _shown(known.get("parameters"), "{:,}")),
+        *((title, _megabytes(sent.get(phase))) for phase, title in PHASES.items()),
+        ("Total sent", _megabytes(total)),
+        (
+            "Saving",
+            f"{1 - total / dense:z.1%} against {_megabytes(dense)} of dense FedAvg messages"
+            if dense and total is not None
+            else "",
+        ),
+        ("Upload per client and round", _megabytes(known.get("train_up_per_client_round"))),
+        ("Computation", _shown(_scaled(known.get("flops_total"), 1e9), "{:,.3f} GFLOP")),
+        ("Time", _shown(known.get("seconds_total"), "{:,.1f} s") + (f" ({parts})" if parts else "")),
+        ("Failures", ", ".join(f"{number:,} {kind}" for kind, number in known.get("failures", {}).items())),
+    ]
+    return [(title, value) for title, value in rows if value]
+
+
+def summary_table(summary: Mapping[str, object]) -> str:
+    """A summary as a plain text table, at most 100 columns wide, without colour codes."""
+    table = Table("Run", "", box=box.SIMPLE_HEAD, show_edge=False)
+    for row in summary_rows(summary):
+        table.add_row(*row)
+    text = StringIO()
+    Console(file=text, width=100, color_system=None, markup=False, emoji=False, force_jupyter=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def jsonable(value: object) -> Any:
+    """``value`` as what JSON can hold: NaN and infinities as null, NumPy values as Python's, the unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees all of it or none, whatever interrupts."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def source_commit(package: Path) -> tuple[str | None, bool | None]:
+    """The git commit that the folder ``package`` is at, and whether it differs from it.
+
+    Both are ``None`` if git is missing or does not track the folder.
+    """
+
+    def git(*arguments: str) -> str:
+        # Without the optional locks, so that asking never gets in the way of a git command running beside it.
+        command = ("git", "--no-optional-locks", "-C", str(package), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's checkout, which does not track it.
+        git("ls-files", "--error-unmatch", ".")
+        return git("rev-parse", "--verify", "HEAD"), bool(git("status", "--porcelain", "."))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for distribution in _DISTRIBUTIONS:
+        try:
+            versions[distribution.replace("-", "_")] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            versions[distribution.replace("-", "_")] = None
+    return versions
+
+
+def _new_folder(wanted: Path) -> Path:
+    path, number = wanted, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    write_atomic(path, (json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _write_tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    # safetensors wants C order; ascontiguousarray would turn the shape () into (1,).
+    write_atomic(path, safetensors_bytes({name: np.asarray(array, order="C") for name, array in arrays.items()}))
+
+
+def _shown(value: object, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _megabytes(size: float | None) -> str:
+    return _shown(_scaled(size, 1e6), "{:,.3f} MB")

@@ -1,0 +1,175 @@
+"""Federated loss exploration: before round 1, explorers train from the same W0 and report how far they moved."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp.strategy import Strategy
+
+from autoflip_flwr import firewall, wire
+from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.guidance import Exploration, combine
+from autoflip_flwr.layout import Arrays
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
+
+WEIGHTINGS = ("uniform", "examples")
+
+
+@dataclass(frozen=True)
+class ExplorationPlan:
+    """Who explores, and how.
+
+    Parameters
+    ----------
+    explorers : float
+        Share of the connected nodes that explore, in (0, 1].
+    min_explorers : int
+        The mask is made from those that answer, if they are at least this many.
+    rounds : int
+        Number of batches, of different explorers each, all starting from W0.
+    epochs, patience : int
+        Sent to the explorers: at most so many epochs, stopping after ``patience`` epochs without a better mean
+        training loss.
+    weighting : str
+        ``"uniform"`` (the authors' code) or ``"examples"``, by number of examples (our reading).
+    """
+
+    explorers: float = 1.0
+    min_explorers: int = 2
+    rounds: int = 1
+    epochs: int = 5
+    patience: int = 2
+    weighting: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.explorers <= 1:
+            raise ValueError(f"explorers = {self.explorers}: must be a share in (0, 1]")
+        for name in ("min_explorers", "rounds", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting = {self.weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
+
+
+def explore(
+    plan: ExplorationPlan,
+    grid: OrderedGrid,
+    initial: Arrays,
+    template: RecordDict,
+    *,
+    mask: Mask,
+    weight_key: str,
+    seed: int | None,
+    timeout: float | None,
+) -> Exploration:
+    """Run the exploration.
+
+    Parameters
+    ----------
+    plan : ExplorationPlan
+        Who explores, and how.
+    grid : OrderedGrid
+        The nodes, and the ledger that is charged.
+    initial : dict[str, ndarray]
+        W0, the full model.
+    template : RecordDict
+        What the wrapped strategy would send in round 1; its ArrayRecord is replaced by W0.
+    mask : Mask
+        A mask that keeps everything.
+    weight_key : str
+        Metric that holds an explorer's number of examples.
+    seed : int | None
+        Makes the choice of explorers reproducible.
+    timeout : float | None
+        Seconds for each batch.
+
+    Raises
+    ------
+    RuntimeError
+        If fewer than ``min_explorers`` nodes are connected or answer.
+    """
+    nodes = grid.get_node_ids()
+    if len(nodes) < plan.min_explorers:
+        raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
+    count = min(len(nodes), max(plan.min_explorers, round(plan.explorers * len(nodes))))
+    chosen = nodes if count == len(nodes) else _sample(nodes, count, seed)
+    problems: list[str] = []
+
+    def answers() -> Iterator[tuple[float, Arrays]]:
+        content = _content(plan, initial, template, mask, weight_key)
+        for number, batch in enumerate(np.array_split(chosen, min(plan.rounds, count)), 1):
+            log(INFO, "[EXPLORATION %d/%d] %d explorers", number, min(plan.rounds, count), len(batch))
+            messages = [Message(content, int(node), MessageType.TRAIN, group_id="exploration") for node in batch]
+            for reply in grid.exchange(messages, timeout):
+                if reply.has_error():
+                    problems.append(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
+                    continue
+                try:
+                    judged = firewall.judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
+                except wire.WireError as error:
+                    grid.ledger.failures["quarantined"] += 1
+                    problems.append(f"node {reply.metadata.src_node_id}: {error}")
+                    log(WARNING, "exploration: left out %s", problems[-1])
+                    continue
+                yield judged.weight if plan.weighting == "examples" else 1.0, mask.scatter(judged.packed)
+
+    try:
+        found = combine(mask.layout, answers())
+    except ValueError as error:
+        raise RuntimeError(f"the exploration failed: {error}; {_first(problems)}") from error
+    if found.explorers < plan.min_explorers:
+        raise RuntimeError(
+            f"{found.explorers} of {count} explorers answered, but min_explorers = {plan.min_explorers}; "
+            f"{_first(problems)}"
+        )
+    log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
+    return found
+
+
+def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: OrderedGrid) -> RecordDict:
+    """What the strategy would send in round 1, asked of a copy so that neither it nor ``random`` is disturbed."""
+    state = random.getstate()
+    config = ConfigRecord(dict(config))
+    try:
+        messages = list(copy.deepcopy(strategy).configure_train(1, arrays, config, grid))
+    except TypeError as error:
+        log(WARNING, "%s cannot be copied (%s): explorers get the train config alone", type(strategy).__name__, error)
+        messages = []
+    finally:
+        random.setstate(state)
+    if messages:
+        return messages[0].content
+    config["server-round"] = 1
+    return RecordDict({"arrays": arrays, "config": config})
+
+
+def _content(plan: ExplorationPlan, initial: Arrays, template: RecordDict, mask: Mask, weight_key: str) -> RecordDict:
+    content = RecordDict(dict(template))
+    values = wire.pack(mask, mask.gather(initial))
+    keys = list(content.array_records)
+    content[keys[0] if keys else "arrays"] = values
+    config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
+    content[config_key] = ConfigRecord(
+        {**config, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
+    )
+    content[wire.HEADER] = wire.header(wire.EXPLORE, 0, mask, **{"weight-key": weight_key})
+    content[wire.MASK] = wire.encode_mask(mask)
+    return content
+
+
+def _sample(nodes: list[int], count: int, seed: int | None) -> list[int]:
+    # drawn from a generator of its own, so that the wrapped strategy's sampling is the same with and without us
+    drawn = set(random.Random(None if seed is None else f"{seed}/explorers").sample(range(len(nodes)), count))
+    return [node for index, node in enumerate(nodes) if index in drawn]
+
+
+def _first(problems: list[str]) -> str:
+    return "; ".join(problems[:3]) or "no reply in time"

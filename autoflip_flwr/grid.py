@@ -1,0 +1,177 @@
+"""A facade of Flower's grid: reproducible sampling, replies in the order of their messages, ttl, and the ledger."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO, WARNING
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from autoflip_flwr import wire
+from autoflip_flwr.ledger import Ledger, phase_of
+
+
+class OrderedGrid(Grid):
+    """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
+
+    - ``get_node_ids`` lists the nodes by partition id, as far as they were learned (:meth:`roll_call`), then by node
+      id; with a seed it also seeds :mod:`random`, from which Flower's strategies draw their sample right after, with
+      the seed and the number of exchanges so far.
+    - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in, gives
+      messages the time limit as their ttl (a late node then skips them), and charges both ways to the ledger.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    seed : int | None
+        Makes sampling reproducible. ``None`` leaves :mod:`random` alone.
+    ledger : Ledger | None
+        Where bytes and failures are counted; a new one by default.
+    """
+
+    def __init__(self, grid: Grid, *, seed: int | None = None, ledger: Ledger | None = None) -> None:
+        self._grid = grid
+        self._seed = seed
+        self.ledger = ledger if ledger is not None else Ledger()
+        self.partitions: dict[int, int] = {}
+        self.exchanges = 0
+        self.repeat: Callable[[Message, Message], Message | None] | None = None
+        """Given a message and its reply, the message to send instead in the same exchange, or ``None``."""
+
+    def set_run(self, run: object) -> None:
+        """Forward to the grid."""
+        self._grid.set_run(run)  # type: ignore[arg-type]
+
+    @property
+    def run(self):  # type: ignore[no-untyped-def]
+        """Run information (Flower's own type, which has no public name)."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """The connected nodes, those with a known partition first, in its order."""
+        unknown = len(self.partitions)
+        nodes = sorted(self._grid.get_node_ids(), key=lambda node: (self.partitions.get(node, unknown), node))
+        if self._seed is not None:
+            random.seed(f"{self._seed}/{self.exchanges}")
+        return nodes
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; returns their ids."""
+        batch = list(messages)
+        for message in batch:
+            self.ledger.sent(message)
+        return list(self._grid.push_messages(batch))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Fetch the replies that have come to these messages."""
+        return list(self._grid.pull_messages(message_ids))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and wait for their replies, at most ``timeout`` seconds; replies come in message order."""
+        batch, started = list(messages), time.monotonic()
+        replies = self.exchange(batch, timeout)
+        self.exchanges += 1
+        if self.repeat is None:
+            return replies
+        sent = {message.metadata.message_id: message for message in batch}
+        repeats: dict[str, Message] = {}
+        for reply in replies:
+            again = self.repeat(sent[reply.metadata.reply_to_message_id], reply)
+            if again is not None:
+                repeats[reply.metadata.reply_to_message_id] = again
+        if not repeats:
+            return replies
+        left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.1)
+        second = {r.metadata.reply_to_message_id: r for r in self.exchange(list(repeats.values()), left)}
+        # each second reply takes the place of the first
+        healed = [
+            second.get(repeats[key].metadata.message_id) if key in repeats else reply
+            for reply in replies
+            for key in (reply.metadata.reply_to_message_id,)
+        ]
+        return [reply for reply in healed if reply is not None]
+
+    def exchange(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        """``send_and_receive`` that does not count as a round's exchange (explorations, repeats)."""
+        if not messages:
+            return []
+        for message in messages:
+            if timeout is not None:
+                message.metadata.ttl = timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = set(self.push_messages(messages))
+        order = {message.metadata.message_id: index for index, message in enumerate(messages)}
+        replies: list[Message] = []
+        pause = 0.02
+        while waiting:
+            new = self.pull_messages(waiting)
+            replies += new
+            waiting -= {reply.metadata.reply_to_message_id for reply in new}
+            if not waiting or (deadline is not None and time.monotonic() > deadline):
+                break
+            time.sleep(pause)
+            pause = min(pause * 1.3, 1.0)
+        replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
+        for reply in replies:
+            self.ledger.received(phase_of(messages[order[reply.metadata.reply_to_message_id]]), reply)
+            self._learn(reply)
+        self.ledger.failures["absent"] += len(messages) - len(replies)
+        return replies
+
+    def roll_call(self, *, minimum: int = 1, timeout: float = 60.0) -> list[int]:
+        """Wait for the nodes and learn their partition ids (``partition-id`` of their node config).
+
+        Waits until ``minimum`` nodes are connected and as many as the nodes' own ``num-partitions`` says, for at most
+        ``timeout`` seconds. Nodes without ``autoflip_mod`` or without a partition id come last, in the order of their
+        node ids.
+
+        Returns
+        -------
+        list[int]
+            The node ids, in order.
+
+        Raises
+        ------
+        RuntimeError
+            If fewer than ``minimum`` nodes have connected in time.
+        """
+        deadline = time.monotonic() + timeout
+        asked: set[int] = set()
+        expected = minimum
+        while True:
+            nodes = set(self._grid.get_node_ids())
+            late = time.monotonic() > deadline
+            if new := sorted(nodes - asked):
+                head = {wire.HEADER: wire.header(wire.HELLO, 0)}
+                hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), n, MessageType.TRAIN) for n in new]
+                for reply in self.exchange(hellos, max(deadline - time.monotonic(), 1.0)):
+                    if not reply.has_error() and (answer := reply.content.get(wire.HEADER)):
+                        expected = max(expected, int(answer.get("num-partitions", 0)))  # type: ignore[arg-type]
+                asked |= nodes
+            if len(nodes) >= expected or (late and len(nodes) >= minimum):
+                break
+            if late:
+                raise RuntimeError(f"{len(nodes)} nodes have connected within {timeout:g} s, but {minimum} are needed")
+            time.sleep(0.2)
+        if len(nodes) < expected:
+            log(
+                WARNING, "%d of %d nodes have connected within %g s; going on with those", len(nodes), expected, timeout
+            )
+        log(INFO, "%d nodes are connected", len(nodes))
+        return self.get_node_ids()
+
+    def _learn(self, reply: Message) -> None:
+        head = reply.content.get(wire.HEADER) if reply.has_content() else None
+        if isinstance(head, ConfigRecord) and type(partition := head.get("partition")) is int and partition >= 0:
+            self.partitions[reply.metadata.src_node_id] = partition

@@ -1,0 +1,225 @@
+"""From the explorers' deviations to scores and a mask: pure functions on arrays.
+
+Sources: the AutoFLIP paper (arXiv 2405.10271) and the code its authors published, FedLEx (arXiv 2506.18640). What
+neither settles is marked "our reading".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.layout import Arrays, Layout
+from autoflip_flwr.mask import Mask
+
+NORMALISATIONS = ("none", "layer", "per-client")
+SCOPES = ("global", "layer")
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What the explorers found, averaged over those that answered.
+
+    Parameters
+    ----------
+    deviation : dict[str, ndarray]
+        ``D = sum_k p_k Delta_k ** 2`` of each prunable array, float64, with ``Delta_k = W_k - W0`` (paper, code).
+    signed_mean : dict[str, ndarray]
+        ``A = sum_k p_k Delta_k`` of each floating array, float64.
+    normalised : dict[str, ndarray]
+        ``sum_k p_k minmax(Delta_k ** 2)`` of each prunable array: each explorer's deviation min-max normalised per
+        array before averaging (FedLEx).
+    explorers : int
+        How many explorers answered.
+    """
+
+    deviation: dict[str, Floats]
+    signed_mean: dict[str, Floats]
+    normalised: dict[str, Floats]
+    explorers: int
+
+
+def combine(layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]]]) -> Exploration:
+    """Average the explorers' answers, one at a time (memory does not grow with their number).
+
+    Parameters
+    ----------
+    layout : Layout
+        The model's arrays.
+    answers : Iterable[tuple[float, Mapping[str, ndarray]]]
+        For each explorer its weight ``> 0`` (1 for ``p_k = 1/|X|``, or its number of examples) and ``Delta_k`` for
+        each floating array, in the layout's shapes.
+
+    Raises
+    ------
+    ValueError
+        If there is no answer, or a weight is not positive and finite.
+    """
+    deviation: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
+    normalised: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
+    mean: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.specs if spec.floating}
+    total, explorers = 0.0, 0
+    for weight, delta in answers:
+        if not 0 < weight < np.inf:
+            raise ValueError(f"weight of an explorer = {weight}: must be a positive number")
+        total += weight
+        explorers += 1
+        for name in mean:
+            values = np.asarray(delta[name], np.float64)
+            mean[name] += weight * values
+            if name in deviation:
+                square = values**2
+                deviation[name] += weight * square
+                normalised[name] += weight * minmax(square)
+    if not explorers:
+        raise ValueError("no explorer answered")
+    for sums in (deviation, normalised, mean):
+        for values in sums.values():
+            values /= total
+    return Exploration(deviation, mean, normalised, explorers)
+
+
+def minmax(values: Floats) -> Floats:
+    """``(x - min) / (max - min)``; all 0 where max equals min."""
+    low, high = values.min(), values.max()
+    if not high > low:
+        return np.zeros_like(values)
+    result: Floats = (values - low) / (high - low)
+    return result
+
+
+def agreement(deviation: Floats, signed_mean: Floats) -> Floats:
+    """Client agreement ``a = A ** 2 / D`` in [0, 1] (our reading).
+
+    1 where the explorers moved a parameter the same way, 0 where they cancel or nobody moved it.
+    """
+    share = np.divide(signed_mean**2, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+    return np.minimum(share, 1.0)
+
+
+def scores(exploration: Exploration, normalisation: str = "none", gamma: float = 1.0) -> dict[str, Floats]:
+    """Score of each prunable parameter: guidance times agreement to the power gamma.
+
+    Parameters
+    ----------
+    exploration : Exploration
+        What the explorers found.
+    normalisation : str
+        ``"none"``: G = D. ``"layer"``: D min-max normalised per array (the authors' code). ``"per-client"``: each
+        explorer's deviation normalised, then averaged (FedLEx).
+    gamma : float
+        Power of the agreement, ``>= 0``; 0 ignores it. ``"none"`` with 1 ranks by the squared signed mean.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        float64 arrays in the shapes of the prunable arrays; low = unimportant.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"normalisation = {normalisation!r}: must be one of {', '.join(NORMALISATIONS)}")
+    if not 0 <= gamma < np.inf:
+        raise ValueError(f"gamma = {gamma}: must be a number >= 0")
+    result = {}
+    for name, deviation in exploration.deviation.items():
+        guidance = {"none": deviation, "per-client": exploration.normalised[name]}.get(normalisation)
+        if guidance is None:
+            guidance = minmax(deviation)
+        result[name] = guidance * agreement(deviation, exploration.signed_mean[name]) ** gamma if gamma else guidance
+    return result
+
+
+def pruned_count(sparsity: float, size: int) -> int:
+    """``floor(sparsity * size)`` in exact decimals: ``pruned_count(0.29, 100)`` is 29."""
+    return int(Fraction(repr(float(sparsity))) * size)
+
+
+def choose_mask(
+    layout: Layout, score: Mapping[str, Floats], sparsity: float, scope: str = "global", version: int = 0
+) -> Mask:
+    """Prune exactly the share ``sparsity`` of the prunable entries, those with the lowest scores.
+
+    Ties are broken by index: of equal scores the earlier entry is pruned first. Each array keeps at least one entry
+    and each unit of the output layer at least one incoming weight; where such a floor binds, the next-lowest entries
+    make up the count.
+
+    Parameters
+    ----------
+    layout : Layout
+        The model's arrays.
+    score : Mapping[str, ndarray]
+        A finite score for each prunable entry.
+    sparsity : float
+        T_p, the share to prune, in [0, 1).
+    scope : str
+        ``"global"``: one quantile over all prunable entries (the authors' code); ``"layer"``: one for each array.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, a score is not finite, nothing is prunable, or the floors cannot be kept.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity = {sparsity}: must be a number in [0, 1)")
+    if scope not in SCOPES:
+        raise ValueError(f"scope = {scope!r}: must be one of {', '.join(SCOPES)}")
+    if not layout.prunable:
+        raise ValueError("no array of the model is prunable: weights have two or more dimensions; else give `prunable`")
+    flat = {spec.name: np.asarray(score[spec.name], np.float64).reshape(-1) for spec in layout.prunable}
+    for name, values in flat.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"the scores of {name!r} are not finite")
+    protected = {spec.name: _protected(flat[spec.name], layout, spec.name) for spec in layout.prunable}
+    if scope == "layer":
+        keep = {name: _keep(flat[name], protected[name], sparsity, name) for name in flat}
+    else:
+        whole = _keep(
+            np.concatenate(list(flat.values())), np.concatenate(list(protected.values())), sparsity, "the model"
+        )
+        ends = np.cumsum([values.size for values in flat.values()])[:-1]
+        keep = dict(zip(flat, np.split(whole, ends), strict=True))
+    return Mask.from_bool(layout, {spec.name: keep[spec.name].reshape(spec.shape) for spec in layout.prunable}, version)
+
+
+def _protected(values: Floats, layout: Layout, name: str) -> NDArray[np.bool_]:
+    """The entry that is pruned last of the array, and of each row where it is the output layer's."""
+    rows = values.reshape(layout[name].shape[0], -1) if name == layout.output else values.reshape(1, -1)
+    # the last of equal maxima, since of equal scores the earlier entry is pruned first
+    top = rows.shape[1] - 1 - np.argmax(rows[:, ::-1], axis=1)
+    protected = np.zeros(rows.shape, dtype=bool)
+    protected[np.arange(rows.shape[0]), top] = True
+    return protected.reshape(-1)
+
+
+def _keep(values: Floats, protected: NDArray[np.bool_], sparsity: float, what: str) -> NDArray[np.bool_]:
+    count = pruned_count(sparsity, values.size)
+    free = values[~protected]
+    if count > free.size:
+        raise ValueError(
+            f"sparsity = {sparsity}: {count} of the {values.size} entries of {what} would be pruned, but "
+            f"{values.size - free.size} must stay (one for each array and one for each output unit)"
+        )
+    keep_free = np.ones(free.size, dtype=bool)
+    if count:
+        cut = np.partition(free, count - 1)[count - 1]
+        keep_free = free > cut
+        ties = np.flatnonzero(free == cut)
+        keep_free[ties[count - int(np.count_nonzero(free < cut)) :]] = True
+    keep = np.ones(values.size, dtype=bool)
+    keep[~protected] = keep_free
+    return keep
+
+
+def start_arrays(initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> Arrays:
+    """The explorers' average ``W0 + A`` (``initial = "scouts"``), in the dtypes of ``initial``."""
+    return {
+        name: (array.astype(np.float64) + exploration.signed_mean[name]).astype(array.dtype)
+        if name in exploration.signed_mean
+        else array
+        for name, array in initial.items()
+    }

@@ -1,0 +1,166 @@
+"""The layout of a model: its arrays in order, and which of them may be pruned entry by entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[np.generic]]
+Prunable = Callable[[str, tuple[int, ...]], bool]
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a model: its name, shape, NumPy dtype name and whether single entries of it may be pruned."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    prunable: bool
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds floating-point numbers (only those are averaged and pruned)."""
+        return np.dtype(self.dtype).kind == "f"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The arrays of a model, in the model's order.
+
+    Parameters
+    ----------
+    specs : tuple[ArraySpec, ...]
+        The arrays.
+    output : str | None
+        Name of the output layer's weight. Each of its units (entries of axis 0) keeps at least one incoming weight.
+        ``None``: no such floor.
+    """
+
+    specs: tuple[ArraySpec, ...]
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.specs]
+        if len(set(names)) != len(names):
+            raise ValueError("array names must differ")
+        if self.output is not None and (self.output not in names or not self[self.output].prunable):
+            raise ValueError(f"output = {self.output!r}: must be one of the prunable arrays {self.prunable_names}")
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Mapping[str, NDArray[np.generic]],
+        *,
+        prunable: Prunable | None = None,
+        biases: bool = False,
+        output: str | None = AUTO,
+    ) -> Layout:
+        """Describe a model given by its arrays.
+
+        Parameters
+        ----------
+        arrays : Mapping[str, ndarray]
+            Name -> array, in the model's order.
+        prunable : Callable[[str, tuple[int, ...]], bool] | None
+            Decides by name and shape which floating arrays are pruned entry by entry. Default: those with two or more
+            dimensions, and biases if ``biases``.
+        biases : bool
+            Prune 1-D arrays named ``*bias*`` that stand beside an array of the same prefix with two or more dimensions
+            (the authors' code does; normalisation layers are never meant).
+        output : str | None
+            The output layer's weight; ``"auto"`` is the last prunable array with two or more dimensions.
+
+        Raises
+        ------
+        ValueError
+            If an array is neither a number nor a bool, or ``output`` names no prunable array.
+        """
+        specs = []
+        for name, array in arrays.items():
+            if array.dtype.kind not in "fiub":
+                raise ValueError(
+                    f"array {name!r} has dtype {array.dtype}: only float, integer and bool arrays can travel"
+                )
+            chosen = prunable(name, array.shape) if prunable else _default_prunable(name, array.shape, arrays, biases)
+            specs.append(
+                ArraySpec(
+                    name,
+                    tuple(array.shape),
+                    array.dtype.name,
+                    bool(chosen) and array.dtype.kind == "f" and array.size > 0,
+                )
+            )
+        if output == AUTO:
+            weights = [spec.name for spec in specs if spec.prunable and len(spec.shape) >= 2]
+            output = weights[-1] if weights else None
+        return cls(tuple(specs), output)
+
+    def __getitem__(self, name: str) -> ArraySpec:
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, ArraySpec]:
+        return {spec.name: spec for spec in self.specs}
+
+    @cached_property
+    def prunable(self) -> tuple[ArraySpec, ...]:
+        """The prunable arrays, in order."""
+        return tuple(spec for spec in self.specs if spec.prunable)
+
+    @property
+    def prunable_names(self) -> list[str]:
+        """Names of the prunable arrays, in order."""
+        return [spec.name for spec in self.prunable]
+
+    @cached_property
+    def prunable_size(self) -> int:
+        """Number of prunable entries, the ``n`` that the sparsity refers to."""
+        return sum(spec.size for spec in self.prunable)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of entries of all arrays."""
+        return sum(spec.size for spec in self.specs)
+
+    def check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes."""
+        missing = [spec.name for spec in self.specs if spec.name not in arrays]
+        extra = [name for name in arrays if name not in self._by_name]
+        if missing or extra:
+            raise ValueError(f"the model's arrays do not match: missing {missing[:5]}, unexpected {extra[:5]}")
+        for spec in self.specs:
+            if tuple(arrays[spec.name].shape) != spec.shape:
+                raise ValueError(
+                    f"array {spec.name!r} has shape {tuple(arrays[spec.name].shape)}, expected {spec.shape}"
+                )
+
+
+def _default_prunable(
+    name: str, shape: tuple[int, ...], arrays: Mapping[str, NDArray[np.generic]], biases: bool
+) -> bool:
+    if len(shape) >= 2:
+        return True
+    if not biases or len(shape) != 1 or "bias" not in _leaf(name).lower():
+        return False
+    return any(other.ndim >= 2 and _prefix(key) == _prefix(name) for key, other in arrays.items())
+
+
+def _prefix(name: str) -> str:
+    return name.replace("/", ".").rpartition(".")[0]
+
+
+def _leaf(name: str) -> str:
+    return name.replace("/", ".").rpartition(".")[2]

@@ -1,0 +1,100 @@
+"""``NumPyClient`` apps (``client_fn``) behind the Message API: their records, there and back."""
+
+from __future__ import annotations
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp.typing import ClientAppCallable
+
+from autoflip_flwr.layout import Layout
+from autoflip_flwr.wire import HEADER, WireError
+
+_CLIENT_APP_RAISED = 2
+_OK = 0
+
+
+def call(message: Message, context: Context, call_next: ClientAppCallable, layout: Layout, weight_key: str) -> Message:
+    """Call the client's own code, in the records of the API that it is written for.
+
+    A ``client_fn`` app gives itself away by asking for the record ``fitins.parameters`` (or ``evaluateins...``) before
+    it does anything; it is then called again with those, and the node's state remembers it.
+
+    Parameters
+    ----------
+    message : Message
+        Its content holds one ArrayRecord (full arrays by name) and at most one ConfigRecord.
+    layout : Layout
+        Order and names of the arrays, to give positional results their names back.
+    weight_key : str
+        Metric name under which the number of examples is returned.
+
+    Returns
+    -------
+    Message
+        A reply in the Message API's form, whichever API the client is written for.
+    """
+    kind = "fit" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
+    content = message.content
+    state = context.state.get(HEADER)
+    if state is None or not state.get("client-fn"):
+        try:
+            return call_next(message, context)
+        except KeyError as error:
+            if error.args[:1] != (f"{kind}ins.parameters",):
+                raise
+        context.state[HEADER] = ConfigRecord({**(state or {}), "client-fn": True})  # type: ignore[dict-item]
+    message.content = RecordDict(
+        {
+            f"{kind}ins.parameters": next(iter(content.array_records.values())),
+            f"{kind}ins.config": ConfigRecord(
+                _without_lists(next(iter(content.config_records.values()), ConfigRecord()))
+            ),
+        }
+    )
+    reply = call_next(message, context)
+    message.content = content
+    if reply.has_error():
+        return reply
+    status = reply.content.get(f"{kind}res.status", ConfigRecord())
+    if status.get("code", _OK) != _OK:
+        return Message(
+            Error(_CLIENT_APP_RAISED, f"the client's {kind} failed: {status.get('message')!r}"), reply_to=message
+        )
+    return Message(
+        _modern(reply.content, kind, layout, next(iter(content.array_records)), weight_key), reply_to=message
+    )
+
+
+def _modern(result: RecordDict, kind: str, layout: Layout, arrays_key: str, weight_key: str) -> RecordDict:
+    metrics: dict[str, int | float] = {
+        key: value
+        for key, value in result.config_records.get(f"{kind}res.metrics", ConfigRecord()).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    content = RecordDict()
+    if kind == "fit":
+        values = list(result.array_records["fitres.parameters"].values())
+        if len(values) != len(layout.specs):
+            raise WireError(f"the client's fit returned {len(values)} arrays, expected {len(layout.specs)}")
+        named = zip(layout.specs, values, strict=True)
+        content[arrays_key] = ArrayRecord({spec.name: Array(array.numpy()) for spec, array in named})
+    else:
+        metrics["loss"] = float(result.metric_records["evaluateres.loss"]["loss"])  # type: ignore[arg-type]
+    metrics[weight_key] = result.metric_records[f"{kind}res.num_examples"]["num_examples"]  # type: ignore[assignment]
+    content["metrics"] = MetricRecord(metrics)  # type: ignore[arg-type]
+    return content
+
+
+def _without_lists(config: ConfigRecord) -> dict[str, ConfigRecordValues]:
+    """What a ``NumPyClient``'s config can hold: lists are left out."""
+    return {key: value for key, value in config.items() if not isinstance(value, list)}

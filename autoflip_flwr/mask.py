@@ -1,0 +1,164 @@
+"""The mask: a frozen value that names the kept coordinates of a model (NumPy only)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.layout import Arrays, Layout
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The kept coordinates of a model.
+
+    Parameters
+    ----------
+    layout : Layout
+        The model's arrays.
+    bits : bytes
+        One bit for each prunable entry, in the layout's order, most significant bit first; 1 = kept. Unused bits of
+        the last byte are 0.
+    version : int
+        Counts the masks of one run. Two masks with the same bits and layout have the same ``digest`` whatever their
+        version.
+
+    Raises
+    ------
+    ValueError
+        If ``bits`` has the wrong length or sets unused bits.
+
+    Examples
+    --------
+    >>> layout = Layout.of({"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)})
+    >>> mask = Mask.from_bool(layout, {"w": np.array([[True, False], [False, True]])})
+    >>> packed = mask.gather({"w": np.array([[1, 2], [3, 4]], np.float32), "b": np.ones(2, np.float32)})
+    >>> packed["w"].tolist(), mask.scatter(packed)["w"].tolist(), mask.density
+    ([1.0, 4.0], [[1.0, 0.0], [0.0, 4.0]], 0.5)
+    """
+
+    layout: Layout
+    bits: bytes
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        count = self.layout.prunable_size
+        if len(self.bits) != (count + 7) // 8:
+            raise ValueError(f"{len(self.bits)} mask bytes for {count} prunable entries, expected {(count + 7) // 8}")
+        if count % 8 and self.bits[-1] & (0xFF >> count % 8):
+            raise ValueError("unused bits of the mask's last byte are set")
+
+    @classmethod
+    def from_bool(cls, layout: Layout, keep: Mapping[str, NDArray[np.bool_]], version: int = 0) -> Mask:
+        """Make a mask of boolean arrays (``True`` = kept), one for each prunable array, in its shape."""
+        for spec in layout.prunable:
+            if spec.name not in keep or keep[spec.name].shape != spec.shape:
+                raise ValueError(f"the mask of {spec.name!r} must be there and have shape {spec.shape}")
+        flat = [np.asarray(keep[spec.name], dtype=bool).reshape(-1) for spec in layout.prunable]
+        return cls(layout, np.packbits(np.concatenate(flat)).tobytes() if flat else b"", version)
+
+    @classmethod
+    def full(cls, layout: Layout, version: int = 0) -> Mask:
+        """Keep everything."""
+        return cls(layout, np.packbits(np.ones(layout.prunable_size, dtype=bool)).tobytes(), version)
+
+    @cached_property
+    def keep(self) -> dict[str, NDArray[np.bool_]]:
+        """Boolean arrays in the shapes of the prunable arrays; read-only."""
+        flat = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.layout.prunable_size).view(bool)
+        flat.flags.writeable = False
+        keep, start = {}, 0
+        for spec in self.layout.prunable:
+            keep[spec.name] = flat[start : start + spec.size].reshape(spec.shape)
+            start += spec.size
+        return keep
+
+    @cached_property
+    def indices(self) -> dict[str, NDArray[np.intp]]:
+        """Flat indices of the kept entries of each prunable array, ascending."""
+        return {name: np.flatnonzero(keep) for name, keep in self.keep.items()}
+
+    @cached_property
+    def kept(self) -> int:
+        """Number of kept prunable entries."""
+        return sum(self.kept_by_name.values())
+
+    @cached_property
+    def kept_by_name(self) -> dict[str, int]:
+        """Number of kept entries of each prunable array."""
+        return {name: int(np.count_nonzero(keep)) for name, keep in self.keep.items()}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.kept == self.layout.prunable_size
+
+    @property
+    def density(self) -> float:
+        """Kept / prunable entries (1 where nothing is prunable)."""
+        return self.kept / self.layout.prunable_size if self.layout.prunable_size else 1.0
+
+    @property
+    def density_all(self) -> float:
+        """Share of all entries of the model that are kept; what is never pruned counts as kept."""
+        return 1.0 - (self.layout.prunable_size - self.kept) / self.layout.size if self.layout.size else 1.0
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the layout and the bits: it identifies the mask on the wire."""
+        specs = [[s.name, list(s.shape), s.dtype, s.prunable] for s in self.layout.specs]
+        return hashlib.sha256(json.dumps(specs).encode() + b"\0" + self.bits).hexdigest()
+
+    def packed_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an array in packed coordinates: ``(kept,)`` if it is prunable, else its own."""
+        spec = self.layout[name]
+        return (self.kept_by_name[name],) if spec.prunable else spec.shape
+
+    def gather(self, arrays: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        """Pack a model: prunable arrays become 1-D arrays of their kept values, others are taken as they are.
+
+        Dtypes are kept. Arrays come in the layout's order, whatever the order of ``arrays``.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes are not the layout's.
+        """
+        self.layout.check(arrays)
+        return {
+            spec.name: arrays[spec.name].reshape(-1)[self.indices[spec.name]] if spec.prunable else arrays[spec.name]
+            for spec in self.layout.specs
+        }
+
+    def scatter(
+        self, packed: Mapping[str, NDArray[np.generic]], into: Mapping[str, NDArray[np.generic]] | None = None
+    ) -> Arrays:
+        """Unpack to full arrays, in the dtypes of ``packed``; pruned entries are 0, or those of ``into``.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes are not those that ``gather`` gives.
+        """
+        full: Arrays = {}
+        for spec in self.layout.specs:
+            if spec.name not in packed or packed[spec.name].shape != self.packed_shape(spec.name):
+                raise ValueError(f"packed array {spec.name!r} must have shape {self.packed_shape(spec.name)}")
+            values = packed[spec.name]
+            if not spec.prunable:
+                full[spec.name] = values
+                continue
+            base = np.zeros(spec.shape, values.dtype) if into is None else np.array(into[spec.name], values.dtype)
+            base.reshape(-1)[self.indices[spec.name]] = values
+            full[spec.name] = base
+        return full
+
+    def apply(self, arrays: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        """Set the pruned entries of full arrays to 0 (copies; never-pruned arrays are taken as they are)."""
+        return self.scatter(self.gather(arrays))

@@ -1,0 +1,133 @@
+"""The client side: a Flower mod that unpacks what arrives and packs what leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+
+from autoflip_flwr import legacy, wire
+from autoflip_flwr.layout import Arrays
+from autoflip_flwr.mask import Mask
+
+MOD_FAILED_PRECONDITION = 6
+"""Flower's error code of a mod that refuses a message."""
+
+PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
+"""Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
+
+A client that reads them explores as the method asks: it trains for up to ``autoflip-epochs`` epochs and stops after
+``autoflip-patience`` epochs without a better mean training loss. A client that ignores them trains as usual.
+"""
+
+
+def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower client mod of AutoFLIP; the first (outermost) of the client's mods.
+
+    The client's own code, and the mods behind this one, see exactly the records that they would see without AutoFLIP:
+    full arrays under their names. What they return is packed before it leaves. Messages that are not AutoFLIP's pass
+    unchanged, so the same client serves any other strategy too. It works in front of Message-API functions
+    (``@app.train``) and of a ``client_fn`` with a ``NumPyClient`` alike.
+
+    The mask is kept in ``context.state``; a client that wants it during training calls :func:`current_mask`. A node
+    that has lost it says so and is sent it again in the same round.
+
+    Examples
+    --------
+    >>> from flwr.clientapp import ClientApp
+    >>> app = ClientApp(mods=[autoflip_mod])
+    """
+    try:
+        head = wire.read_header(message.content)
+        if head is None:
+            return call_next(message, context)
+        if head["phase"] == wire.HELLO:
+            return _reply(message, context, head, RecordDict())
+        mask = _mask_of_message(message, context, head)
+        if mask is None:
+            return _reply(message, context, head, RecordDict(), status=wire.MASK_MISSING)
+        return _run(message, context, call_next, head, mask)
+    except wire.WireError as error:
+        return Message(Error(MOD_FAILED_PRECONDITION, f"autoflip_mod: {error}"), reply_to=message)
+
+
+def current_mask(context: Context) -> Mask | None:
+    """The mask in force for the message that is being handled, or ``None`` (exploration, or no AutoFLIP).
+
+    Call it in the client's own code to train under the mask: keep the pruned weights at zero after every optimizer
+    step. ``mask.keep[name]`` is a boolean array in the shape of the weight of that name.
+    """
+    state = context.state.get(wire.HEADER)
+    if state is None or wire.MASK not in context.state or state.get("phase") != wire.TRAIN:
+        return None
+    return wire.decode_mask(context.state[wire.MASK])
+
+
+def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> Mask | None:
+    """The mask under which the message is packed: its own, or the node's if that is the one meant."""
+    record = message.content.get(wire.MASK)
+    exploring = head["phase"] == wire.EXPLORE
+    context.state[wire.HEADER] = ConfigRecord(
+        {**context.state.get(wire.HEADER, {}), "phase": wire.EXPLORE if exploring else wire.TRAIN}  # type: ignore[dict-item]
+    )
+    known = record if record is not None else context.state.get(wire.MASK)
+    if known is None:
+        return None
+    mask = wire.decode_mask(known)
+    if mask.digest != head.get("digest"):
+        if record is None:
+            return None
+        raise wire.WireError("the mask that came along is not the one that the message is packed with")
+    if record is not None and not exploring:
+        context.state[wire.MASK] = record
+    return mask
+
+
+def _run(message: Message, context: Context, call_next: ClientAppCallable, head: ConfigRecord, mask: Mask) -> Message:
+    """Unpack, let the client's own code run, pack."""
+    inner = RecordDict({k: v for k, v in message.content.items() if k not in (wire.HEADER, wire.MASK)})
+    keys = list(inner.array_records)
+    if len(keys) != 1:
+        raise wire.WireError(f"{len(keys)} ArrayRecords in the message, expected 1")
+    start = mask.scatter(wire.unpack(mask, inner[keys[0]]))
+    inner[keys[0]] = ArrayRecord({name: Array(array) for name, array in start.items()})
+    message.content = inner
+    reply = legacy.call(message, context, call_next, mask.layout, str(head.get("weight-key", "num-examples")))
+    if reply.has_error():
+        return reply
+    content = RecordDict(dict(reply.content))
+    if message.metadata.message_type == MessageType.TRAIN:
+        key, arrays = _result(content, mask)
+        if head["phase"] == wire.EXPLORE:
+            arrays = {
+                name: np.subtract(array, start[name]) if array.dtype.kind == "f" else array
+                for name, array in arrays.items()
+            }
+        content[key] = wire.pack(mask, mask.gather(arrays))
+    return _reply(message, context, head, content, digest=mask.digest)
+
+
+def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
+    """The full arrays that the client's own code returned, in the model's dtypes."""
+    records = content.array_records
+    if len(records) != 1:
+        raise wire.WireError(f"the client returned {len(records)} ArrayRecords, expected 1")
+    key, record = next(iter(records.items()))
+    arrays = {name: array.numpy() for name, array in record.items()}
+    try:
+        mask.layout.check(arrays)
+    except ValueError as error:
+        raise wire.WireError(f"what the client returned does not fit: {error}") from error
+    return key, {name: array.astype(mask.layout[name].dtype, copy=False) for name, array in arrays.items()}
+
+
+def _reply(message: Message, context: Context, head: ConfigRecord, content: RecordDict, **extra: Any) -> Message:
+    partition = context.node_config.get("partition-id", -1)
+    extra["partition"] = partition if type(partition) is int else -1
+    if head["phase"] == wire.HELLO:
+        count = context.node_config.get("num-partitions", 0)
+        extra["num-partitions"] = count if type(count) is int else 0
+    content[wire.HEADER] = wire.header(str(head["phase"]), int(head["round"]), **extra)  # type: ignore[arg-type]
+    return Message(content, reply_to=message)

@@ -1,0 +1,292 @@
+"""The server side: ``AutoFlip``, a Flower strategy that wraps another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from logging import INFO
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+
+from autoflip_flwr import coordinates as coords
+from autoflip_flwr import guidance, wire
+from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
+from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.guidance import Exploration
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Prunable
+from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.translate import Translator, to_arrays, to_record
+
+INITIALS = ("scratch", "scouts")
+
+
+class AutoFlip(Strategy):
+    """Prune the model before training, informed by the clients, then train in the subspace that is kept.
+
+    Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
+    and report how far each parameter moved; the server makes one global mask of it; then the wrapped strategy samples,
+    weighs and averages as it always does, while messages carry the kept values only. The clients run
+    :func:`~autoflip_flwr.mod.autoflip_mod`. Without a ``mask_schedule`` the mask is static.
+
+    Parameters
+    ----------
+    strategy : Strategy (default: FedAvg())
+        Any Message-API strategy. AutoFlip is always outermost: ``AutoFlip(DP(strategy))``.
+    sparsity : float (default: 0.7)
+        Share of the prunable parameters to prune, in [0, 1); 0 skips the exploration.
+    scope : str (default: "global")
+        One quantile over all prunable parameters, or ``"layer"``: one for each array.
+    normalisation : str (default: "none")
+        Of the deviations: ``"none"``, ``"layer"`` (the authors' code) or ``"per-client"`` (FedLEx).
+    gamma : float (default: 1.0)
+        Power of the client agreement, >= 0 (our reading).
+    initial : str (default: "scratch")
+        Start from the pruned initial parameters, or from ``"scouts"``, the pruned average of the explorers.
+    biases : bool (default: False)
+        Prune biases too (the authors' code does).
+    prunable : Callable[[str, tuple[int, ...]], bool] or None
+        Decides by name and shape which arrays are pruned; default: those with two or more dimensions.
+    output : str or None (default: "auto")
+        Name of the output layer's weight, of which each unit keeps an incoming weight; default: the last prunable one.
+    explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting
+        See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
+    exploration : Exploration or None
+        The result of an earlier exploration from the same initial parameters: nobody explores.
+    mask : Mask or None
+        A ready mask: nobody explores and nothing is chosen.
+    mask_schedule : Callable[[int], Mask or None] or None
+        Called before each round with its number; a mask that it returns replaces the one in force. Coordinates that
+        grow again resume from their last value.
+    coordinates : str (default: "auto")
+        What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
+        ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
+        Integer and bool arrays pass it by: they come from the valid reply with the most examples.
+    seed : int or None
+        Makes the choice of nodes reproducible; costs one small message to each node before the start.
+    ledger : Ledger or None
+        Where bytes and failures are counted.
+
+    Attributes
+    ----------
+    mask : Mask or None
+        The mask in force.
+    exploration : Exploration or None
+        What the explorers found.
+    ledger : Ledger
+        Bytes and failures so far.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range.
+
+    Examples
+    --------
+    >>> strategy = AutoFlip(FedAvg(fraction_evaluate=0.5), sparsity=0.7)
+    >>> # in the ServerApp's main function: strategy.start(grid, initial_arrays, num_rounds=20)
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy | None = None,
+        *,
+        sparsity: float = 0.7,
+        scope: str = "global",
+        normalisation: str = "none",
+        gamma: float = 1.0,
+        initial: str = "scratch",
+        biases: bool = False,
+        prunable: Prunable | None = None,
+        output: str | None = AUTO,
+        explorers: float = 1.0,
+        min_explorers: int = 2,
+        exploration_rounds: int = 1,
+        exploration_epochs: int = 5,
+        exploration_patience: int = 2,
+        exploration_weighting: str = "uniform",
+        exploration: Exploration | None = None,
+        mask: Mask | None = None,
+        mask_schedule: Callable[[int], Mask | None] | None = None,
+        coordinates: str = "auto",
+        seed: int | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity = {sparsity}: must be a number in [0, 1)")
+        if not 0 <= gamma < np.inf:
+            raise ValueError(f"gamma = {gamma}: must be a number >= 0")
+        for name, value, allowed in (
+            ("scope", scope, guidance.SCOPES),
+            ("normalisation", normalisation, guidance.NORMALISATIONS),
+            ("initial", initial, INITIALS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+        self.strategy = strategy if strategy is not None else FedAvg()
+        if any(isinstance(layer, AutoFlip) for layer in coords.layers(self.strategy)):
+            raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
+        self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
+        self.initial = initial
+        self.plan = ExplorationPlan(
+            explorers,
+            min_explorers,
+            exploration_rounds,
+            exploration_epochs,
+            exploration_patience,
+            exploration_weighting,
+        )
+        self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
+        self.seed = seed
+        self.ledger = ledger if ledger is not None else Ledger()
+        self._layout_options = {"prunable": prunable, "biases": biases, "output": output}
+        self._packed = coords.resolve(coordinates, self.strategy) == "packed"
+        self._weight_key = coords.weight_key_of(self.strategy)
+        self._translator: Translator | None = None
+        self._shadow: Arrays = {}
+
+    def summary(self) -> None:
+        """Log the settings, then those of the wrapped strategy."""
+        log(INFO, "\t├──> AutoFlip settings:")
+        log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
+        log(INFO, "\t│\t├── Sparsity: %s (%s)", self.sparsity, self.scope)
+        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", self.normalisation, self.gamma)
+        log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
+        self.strategy.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
+
+        ``timeout`` (seconds) holds for each exploration batch and each round. ``evaluate_fn(0, arrays)`` sees the
+        pruned start, in full arrays.
+
+        Raises
+        ------
+        ValueError
+            If the model cannot be pruned as asked, before any client works.
+        RuntimeError
+            If too few nodes are connected or too few explorers answer.
+        """
+        initial = to_arrays(initial_arrays)
+        layout = self._layout_of(initial)
+        facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
+        facade.ledger = self.ledger
+        if self.seed is not None and not facade.partitions:
+            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
+            facade.roll_call(minimum=minimum, timeout=timeout)
+        everything = Mask.full(layout)
+        if self.mask is None and self.sparsity > 0 and self.exploration is None:
+            seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
+            template = template_of(self.strategy, seen, train_config or ConfigRecord(), facade)
+            self.exploration = explore(
+                self.plan,
+                facade,
+                initial,
+                template,
+                mask=everything,
+                weight_key=self._weight_key,
+                seed=self.seed,
+                timeout=timeout,
+            )
+        if self.mask is None:
+            self.mask = everything if self.exploration is None else self.choose(layout, self.exploration)
+        if self.initial == "scouts" and self.exploration is not None:
+            initial = guidance.start_arrays(initial, self.exploration)
+        log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
+        self._shadow = initial
+        self._translator = self._translate(self.mask, initial)
+        facade.repeat = self._translator.repeat
+        return super().start(
+            facade, to_record(self.mask.apply(initial)), num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        )
+
+    def choose(self, layout: Layout, exploration: Exploration) -> Mask:
+        """The mask that these settings make of an exploration."""
+        score = guidance.scores(exploration, self.normalisation, self.gamma)
+        return guidance.choose_mask(layout, score, self.sparsity, self.scope)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
+        translator = self._started
+        full = self._follow_schedule(server_round, to_arrays(arrays), translator)
+        record = translator.to_strategy(translator.mask.gather(full))
+        messages = self.strategy.configure_train(server_round, record, config, grid)
+        return translator.outgoing(messages, wire.TRAIN, server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
+        translator = self._started
+        counted = translator.incoming(replies, server_round)
+        record, metrics = self.strategy.aggregate_train(server_round, counted)
+        return None if record is None else to_record(translator.from_strategy(record)), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the evaluation, and pack its messages."""
+        translator = self._started
+        record = translator.to_strategy(translator.mask.gather(to_arrays(arrays)))
+        messages = self.strategy.configure_evaluate(server_round, record, config, grid)
+        return translator.outgoing(messages, wire.EVALUATE, server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Judge the replies and let the wrapped strategy aggregate those that count."""
+        return self.strategy.aggregate_evaluate(server_round, self._started.incoming_evaluate(replies, server_round))
+
+    @property
+    def _started(self) -> Translator:
+        if self._translator is None:
+            raise RuntimeError(
+                "AutoFlip.start has not been called: AutoFlip must be the outermost strategy, AutoFlip(DP(strategy)), "
+                "and started with its own start method"
+            )
+        return self._translator
+
+    def _translate(self, mask: Mask, initial: Arrays) -> Translator:
+        return Translator(mask, initial, packed=self._packed, weight_key=self._weight_key, ledger=self.ledger)
+
+    def _layout_of(self, initial: Arrays) -> Layout:
+        """The model's layout, after everything has been tried that could go wrong once the clients have worked."""
+        layout = Layout.of(initial, **self._layout_options)  # type: ignore[arg-type]
+        if self.mask is not None and self.mask.layout.specs != layout.specs:
+            raise ValueError("mask: its arrays are not those of the initial model")
+        if self.exploration is not None:
+            shapes = {name: values.shape for name, values in self.exploration.deviation.items()}
+            if shapes != {spec.name: spec.shape for spec in layout.prunable}:
+                raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
+        elif self.mask is None and self.sparsity > 0:
+            nothing = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
+            guidance.choose_mask(layout, nothing, self.sparsity, self.scope)
+        return layout
+
+    def _follow_schedule(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
+        """The model under the mask that the schedule names for this round."""
+        old = translator.mask
+        new = None if self.mask_schedule is None else self.mask_schedule(server_round)
+        if new is None or new.digest == old.digest:
+            return full
+        if new.layout.specs != old.layout.specs:
+            raise ValueError(f"mask_schedule({server_round}): the mask's arrays are not those of the model")
+        if new.version <= old.version:
+            new = dataclasses.replace(new, version=old.version + 1)
+        self._shadow = old.scatter(old.gather(full), into=self._shadow)
+        coords.carry_state(self.strategy, old, new, self._shadow, packed=self._packed)
+        self.mask = translator.mask = new
+        return new.apply(self._shadow)

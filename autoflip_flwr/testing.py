@@ -1,0 +1,139 @@
+"""An in-process grid: a server app and a client app in one process, with Flower's real serialisation in between."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from autoflip_flwr._flower import Run, TaskIdentity, get_all_nested_objects, inflate_object_from_contents
+
+CLIENT_APP_RAISED = 2
+"""Flower's error code of a client app that raised an exception."""
+
+
+class LocalGrid(Grid):
+    """Run a client app in this process, one node after another.
+
+    It is as strict as Flower's deployment: messages must come as a list, and every message and reply goes through
+    Flower's own serialisation.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+        The app that every node runs.
+    num_nodes : int
+        Nodes 100, 101, ... with partition ids 0, 1, ...
+    run_config : dict[str, bool | int | float | str] | None
+        The run config that the nodes see.
+    forget : Callable[[int, int], bool] | None
+        ``forget(node, n)`` says whether the node loses its state before its ``n``-th message (0 is the first).
+    tamper : Callable[[Message], Message] | None
+        Changes a reply before the server sees it.
+    arrange : Callable[[list[Message]], list[Message]] | None
+        Reorders the replies of one pull.
+
+    Attributes
+    ----------
+    up, down : int
+        Bytes of the serialised replies and messages so far.
+    sent : list[Message]
+        Every message, as the node got it.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_nodes: int = 2,
+        run_config: dict[str, bool | int | float | str] | None = None,
+        *,
+        forget: Callable[[int, int], bool] | None = None,
+        tamper: Callable[[Message], Message] | None = None,
+        arrange: Callable[[list[Message]], list[Message]] | None = None,
+    ) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self._run = Run.create_empty(1)
+        self._app = client_app
+        self._config = dict(run_config or {})
+        self._forget, self._tamper, self._arrange = forget, tamper, arrange
+        self._ids = itertools.count(1)
+        self._replies: dict[str, Message] = {}
+        self._count = num_nodes
+        self._handled = {100 + i: 0 for i in range(num_nodes)}
+        self.contexts = {node: self._fresh_context(node) for node in self._handled}
+        self.up = self.down = 0
+        self.sent: list[Message] = []
+
+    def _fresh_context(self, node: int) -> Context:
+        config: dict[str, bool | int | float | str] = {"partition-id": node - 100, "num-partitions": self._count}
+        return Context(1, node, config, RecordDict(), dict(self._config))
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Run information."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """The nodes."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Let the nodes handle the messages at once."""
+        if not isinstance(messages, list):
+            raise TypeError("messages must be a list: Flower's deployment pushes nothing of a generator")
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(next(self._ids))
+            arrived, size = _through_the_wire(message)
+            self.down += size
+            self.sent.append(_through_the_wire(message)[0])
+            reply = self._handle(arrived)
+            reply.metadata.__dict__["_message_id"] = str(next(self._ids))
+            reply, size = _through_the_wire(reply)
+            self.up += size
+            self._replies[message.metadata.message_id] = reply if self._tamper is None else self._tamper(reply)
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def _handle(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        if self._forget is not None and self._forget(node, self._handled[node]):
+            self.contexts[node] = self._fresh_context(node)
+        self._handled[node] += 1
+        try:
+            return self._app(message, self.contexts[node])
+        except Exception as error:  # as Flower does: whatever a client raises becomes an error reply
+            return Message(Error(CLIENT_APP_RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to these messages."""
+        replies = [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+        return replies if self._arrange is None else self._arrange(replies)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Push and pull."""
+        return self.pull_messages(self.push_messages(messages))
+
+
+def _through_the_wire(message: Message) -> tuple[Message, int]:
+    """The message after Flower's serialisation, and the bytes of its objects."""
+    message_id = message.metadata.message_id
+    contents = {object_id: part.deflate() for object_id, part in get_all_nested_objects(message).items()}
+    size = sum(map(len, contents.values()))  # inflating empties the contents
+    copy = inflate_object_from_contents(message.object_id, contents)
+    assert isinstance(copy, Message)
+    copy.metadata.__dict__["_message_id"] = message_id
+    return copy, size

@@ -1,0 +1,155 @@
+"""Settings: types, ranges, messages, and agreement with pyproject.toml."""
+
+import subprocess
+import sys
+import tomllib
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from autoflip_flwr.experiment.config import Config, ConfigError, Value
+
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+def test_defaults_are_those_of_pyproject() -> None:
+    shipped = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["config"]
+    assert Config().as_dict() == shipped
+    assert [type(value) for value in Config().as_dict().values()] == [type(value) for value in shipped.values()]
+    assert list(Config().as_dict()) == list(shipped)
+    assert Config.from_run_config(shipped) == Config.from_run_config({}) == Config()
+
+
+def test_values_reach_their_fields() -> None:
+    config = Config.from_run_config({"batch-size": 8, "prune-biases": True, "lr": 1, "dataset": "mnist"})
+    assert (config.batch_size, config.prune_biases, config.lr, config.dataset) == (8, True, 1.0, "mnist")
+    assert type(config.lr) is float
+    assert Config.from_run_config(config.as_dict()) == config
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config().lr = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sparsity", 1.2, "sparsity = 1.2: must be a number in [0, 1)"),
+        ("sparsity", 1, "sparsity = 1.0: must be a number in [0, 1)"),
+        ("sparsity", "0.7", "sparsity = '0.7': must be a number in [0, 1)"),
+        ("sparsity", True, "sparsity = true: must be a number in [0, 1)"),
+        ("sparsity", float("nan"), "sparsity = nan: must be a number in [0, 1)"),
+        ("dataset", "foo", "dataset = 'foo': must be one of digits, mnist, fashion_mnist, cifar10"),
+        ("dataset", 3, "dataset = 3: must be one of digits, mnist, fashion_mnist, cifar10"),
+        ("method", "AutoFLIP", "method = 'AutoFLIP': must be one of autoflip, fedavg"),
+        ("split", "", "split = '': must be one of iid, dirichlet, pathological"),
+        ("model", "vgg", "model = 'vgg': must be one of cnn, twocnn, resnet18, resnet18-gn"),
+        ("optimizer", "adamw", "optimizer = 'adamw': must be one of adam, sgd"),
+        ("device", "gpu", "device = 'gpu': must be one of auto, cpu, cuda, mps"),
+        ("scope", "x", "scope = 'x': must be one of global, layer"),
+        ("normalisation", "x", "normalisation = 'x': must be one of none, layer, per-client"),
+        ("initial", "x", "initial = 'x': must be one of scratch, scouts"),
+        ("exploration-weighting", "x", "exploration-weighting = 'x': must be one of uniform, examples"),
+        ("prune-biases", 1, "prune-biases = 1: must be true or false"),
+        ("prune-biases", "false", "prune-biases = 'false': must be true or false"),
+        ("alpha", 0.0, "alpha = 0.0: must be a number > 0"),
+        ("alpha", float("inf"), "alpha = inf: must be a number > 0"),
+        ("alpha", 10**400, "alpha = inf: must be a number > 0"),
+        ("lr", -1, "lr = -1.0: must be a number > 0"),
+        ("lr-decay", 1.5, "lr-decay = 1.5: must be a number in (0, 1]"),
+        ("momentum", 1.0, "momentum = 1.0: must be a number in [0, 1)"),
+        ("weight-decay", -0.1, "weight-decay = -0.1: must be a number >= 0"),
+        ("gamma", -1.0, "gamma = -1.0: must be a number >= 0"),
+        ("batch-size", 0, "batch-size = 0: must be an integer >= 1"),
+        ("batch-size", 2.0, "batch-size = 2.0: must be an integer >= 1"),
+        ("local-epochs", True, "local-epochs = true: must be an integer >= 1"),
+        ("num-server-rounds", 0, "num-server-rounds = 0: must be an integer >= 1"),
+        ("exploration-rounds", 0, "exploration-rounds = 0: must be an integer >= 1"),
+        ("exploration-epochs", 0, "exploration-epochs = 0: must be an integer >= 1"),
+        ("exploration-patience", 0, "exploration-patience = 0: must be an integer >= 1"),
+        ("min-explorers", 0, "min-explorers = 0: must be an integer >= 1"),
+        ("fraction-train", 0.0, "fraction-train = 0.0: must be a number in (0, 1]"),
+        ("fraction-evaluate", 1.1, "fraction-evaluate = 1.1: must be a number in [0, 1]"),
+        ("explorers", 0, "explorers = 0.0: must be a number in (0, 1]"),
+        ("server-momentum", 1.0, "server-momentum = 1.0: must be a number in [0, 1)"),
+        ("server-learning-rate", 0.0, "server-learning-rate = 0.0: must be a number > 0"),
+        ("node-timeout", 0.0, "node-timeout = 0.0: must be a number > 0"),
+        ("round-timeout", -1.0, "round-timeout = -1.0: must be a number > 0"),
+        ("classes-per-client", 11, "classes-per-client = 11: must be an integer in [1, 10]"),
+        ("seed", -1, "seed = -1: must be an integer in [0, 4294967295]"),
+        ("nodes", 1, "nodes = 1: must be 0 (as many as connect) or an integer >= 2"),
+        ("nodes", -2, "nodes = -2: must be 0 (as many as connect) or an integer >= 2"),
+        ("name", "a/b", "name = 'a/b': must be at most 64 letters, digits, '.', '_' or '-'"),
+        ("name", "a\n", "name = 'a\\n': must be at most 64 letters, digits, '.', '_' or '-'"),
+        ("output-dir", "", "output-dir = '': must be the path of a folder"),
+        ("data-dir", 3, "data-dir = 3: must be a string"),
+        ("data-dir", "/no/such", "data-dir = '/no/such': must be an existing folder"),
+        ("exploration", "/no/such", "exploration = '/no/such': must be an existing file"),
+        ("sparsty", 0.5, "sparsty = 0.5: no such setting; did you mean sparsity?"),
+    ],
+)
+def test_refusals(key: str, value: Value, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_run_config({key: value})
+    assert str(caught.value) == message
+
+
+def test_an_unknown_key_like_no_other_lists_the_settings() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^zzz = true: no such setting; the settings are name, method, .*, exploration$"
+    ):
+        Config.from_run_config({"zzz": True})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("sparsity", [0, 0.0, 0.999]),
+        ("fraction-train", [1, 0.01]),
+        ("fraction-evaluate", [0, 1]),
+        ("nodes", [0, 2, 1000]),
+        ("seed", [0, 2**32 - 1]),
+        ("gamma", [0, 2.5]),
+        ("classes-per-client", [1, 10]),
+        ("name", ["", "run-1_a.b"]),
+    ],
+)
+def test_ends_of_the_ranges_are_accepted(key: str, values: list[Value]) -> None:
+    for value in values:
+        assert Config.from_run_config({key: value}).as_dict()[key] == value
+
+
+def test_more_explorers_than_nodes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^min-explorers = 5: must not be more than nodes = 4$"):
+        Config.from_run_config({"min-explorers": 5, "nodes": 4})
+    assert Config.from_run_config({"min-explorers": 5}).min_explorers == 5
+
+
+def test_paths(tmp_path: Path) -> None:
+    file = tmp_path / "exploration.npz"
+    file.touch()
+    config = Config.from_run_config({"data-dir": str(tmp_path), "exploration": str(file)})
+    assert (config.data_dir, config.exploration) == (str(tmp_path), str(file))
+    with pytest.raises(ConfigError, match="must be an existing folder"):
+        Config.from_run_config({"data-dir": str(file)})
+    with pytest.raises(ConfigError, match="must be an existing file"):
+        Config.from_run_config({"exploration": str(tmp_path)})
+    assert Config.from_run_config({"exploration": "/elsewhere"}, check_paths=False).exploration == "/elsewhere"
+
+
+def test_resolved_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AUTOFLIP_DATA", raising=False)
+    assert Config().resolved_data_dir == ""
+    monkeypatch.setenv("AUTOFLIP_DATA", "/data")
+    assert Config().resolved_data_dir == "/data"
+    assert Config(data_dir="/mine").resolved_data_dir == "/mine"
+
+
+def test_imports_neither_torch_nor_flower() -> None:
+    code = (
+        "import sys, autoflip_flwr.experiment.config, autoflip_flwr.experiment.cli; "
+        "sys.exit(bool({'torch', 'flwr', 'ray', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=PYPROJECT.parent, check=False).returncode == 0
