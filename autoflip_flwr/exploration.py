@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
@@ -105,9 +104,10 @@ def explore(
 
     def answers() -> Iterator[tuple[float, Arrays]]:
         content = _content(plan, initial, template, mask, weight_key)
-        for number, batch in enumerate(np.array_split(chosen, min(plan.rounds, count)), 1):
-            log(INFO, "[EXPLORATION %d/%d] %d explorers", number, min(plan.rounds, count), len(batch))
-            messages = [Message(content, int(node), MessageType.TRAIN, group_id="exploration") for node in batch]
+        batches = [chosen[start :: plan.rounds] for start in range(min(plan.rounds, count))]
+        for number, batch in enumerate(batches, 1):
+            log(INFO, "[EXPLORATION %d/%d] %d explorers", number, len(batches), len(batch))
+            messages = [Message(content, node, MessageType.TRAIN, group_id="exploration") for node in batch]
             for reply in grid.exchange(messages, timeout):
                 if reply.has_error():
                     problems.append(f"node {reply.metadata.src_node_id}: {reply.error.reason}")

@@ -42,6 +42,9 @@ class OrderedGrid(Grid):
         self.exchanges = 0
         self.repeat: Callable[[Message, Message], Message | None] | None = None
         """Given a message and its reply, the message to send instead in the same exchange, or ``None``."""
+        self.observe: Callable[[str, list[Message]], None] | None = None
+        """Called after each exchange with its phase (see :mod:`autoflip_flwr.ledger`) and its replies."""
+        self.num_partitions = 0
 
     def set_run(self, run: object) -> None:
         """Forward to the grid."""
@@ -127,6 +130,8 @@ class OrderedGrid(Grid):
             self.ledger.received(phase_of(messages[order[reply.metadata.reply_to_message_id]]), reply)
             self._learn(reply)
         self.ledger.failures["absent"] += len(messages) - len(replies)
+        if self.observe is not None:
+            self.observe(phase_of(messages[0]), replies)
         return replies
 
     def roll_call(self, *, minimum: int = 1, timeout: float = 60.0) -> list[int]:
@@ -148,7 +153,6 @@ class OrderedGrid(Grid):
         """
         deadline = time.monotonic() + timeout
         asked: set[int] = set()
-        expected = minimum
         while True:
             nodes = set(self._grid.get_node_ids())
             late = time.monotonic() > deadline
@@ -157,8 +161,9 @@ class OrderedGrid(Grid):
                 hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), n, MessageType.TRAIN) for n in new]
                 for reply in self.exchange(hellos, max(deadline - time.monotonic(), 1.0)):
                     if not reply.has_error() and (answer := reply.content.get(wire.HEADER)):
-                        expected = max(expected, int(answer.get("num-partitions", 0)))  # type: ignore[arg-type]
+                        self.num_partitions = max(self.num_partitions, int(answer.get("num-partitions", 0)))  # type: ignore[arg-type]
                 asked |= nodes
+            expected = max(minimum, self.num_partitions)
             if len(nodes) >= expected or (late and len(nodes) >= minimum):
                 break
             if late:

@@ -64,8 +64,8 @@ class Ledger:
         ``errors`` (error replies), ``absent`` (no reply in time), ``quarantined`` (replies left out by the firewall).
     examples : Counter[str]
         Examples that clients said they processed, by phase.
-    replies : Counter[str]
-        Replies received without an error, by phase.
+    messages, replies : Counter[str]
+        Messages sent, and replies received without an error, by phase.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -73,10 +73,12 @@ class Ledger:
     mask_down: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
     replies: Counter[str] = field(default_factory=Counter)
 
     def sent(self, message: Message) -> None:
         """Charge a message to a node."""
+        self.messages[phase_of(message)] += 1
         mask = record_bytes(message.content, wire.MASK) if wire.MASK in message.content else 0
         self.mask_down += mask
         self.down[phase_of(message)] += message_bytes(message) - mask
@@ -105,13 +107,19 @@ class Ledger:
         """``{"quarantined": ..., "errors": ..., "absent": ...}``."""
         return {key: self.failures[key] for key in ("quarantined", "errors", "absent")}
 
-    def as_dict(self) -> dict[str, object]:
-        """JSON-able state; ``Ledger.from_dict`` reads it back."""
+    def exploration_only(self) -> dict[str, int]:
+        """What the exploration alone has cost, to be charged again to a run that reuses it."""
         return {
-            "up": dict(self.up),
-            "down": dict(self.down),
+            "up": self.up["exploration"],
+            "down": self.down["exploration"],
             "mask_down": self.mask_down,
-            "failures": dict(self.failures),
-            "examples": dict(self.examples),
-            "replies": dict(self.replies),
+            "examples": self.examples["exploration"],
+            "messages": self.messages["exploration"],
+            "replies": self.replies["exploration"],
         }
+
+    def charge_exploration(self, cost: dict[str, int]) -> None:
+        """Charge an exploration that an earlier run has made (:meth:`exploration_only`)."""
+        self.mask_down += cost["mask_down"]
+        for key in ("up", "down", "examples", "messages", "replies"):
+            getattr(self, key)["exploration"] += cost[key]

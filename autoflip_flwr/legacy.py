@@ -16,14 +16,13 @@ from flwr.app import (
 )
 from flwr.clientapp.typing import ClientAppCallable
 
-from autoflip_flwr.layout import Layout
 from autoflip_flwr.wire import HEADER, WireError
 
 _CLIENT_APP_RAISED = 2
 _OK = 0
 
 
-def call(message: Message, context: Context, call_next: ClientAppCallable, layout: Layout, weight_key: str) -> Message:
+def call(message: Message, context: Context, call_next: ClientAppCallable, weight_key: str = "num-examples") -> Message:
     """Call the client's own code, in the records of the API that it is written for.
 
     A ``client_fn`` app gives itself away by asking for the record ``fitins.parameters`` (or ``evaluateins...``) before
@@ -33,15 +32,14 @@ def call(message: Message, context: Context, call_next: ClientAppCallable, layou
     ----------
     message : Message
         Its content holds one ArrayRecord (full arrays by name) and at most one ConfigRecord.
-    layout : Layout
-        Order and names of the arrays, to give positional results their names back.
     weight_key : str
         Metric name under which the number of examples is returned.
 
     Returns
     -------
     Message
-        A reply in the Message API's form, whichever API the client is written for.
+        A reply in the Message API's form, whichever API the client is written for; positional results have got the
+        names of the message's arrays back.
     """
     kind = "fit" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
     content = message.content
@@ -65,17 +63,16 @@ def call(message: Message, context: Context, call_next: ClientAppCallable, layou
     message.content = content
     if reply.has_error():
         return reply
+    (key, arrays), *_ = content.array_records.items()
     status = reply.content.get(f"{kind}res.status", ConfigRecord())
     if status.get("code", _OK) != _OK:
         return Message(
             Error(_CLIENT_APP_RAISED, f"the client's {kind} failed: {status.get('message')!r}"), reply_to=message
         )
-    return Message(
-        _modern(reply.content, kind, layout, next(iter(content.array_records)), weight_key), reply_to=message
-    )
+    return Message(_modern(reply.content, kind, key, list(arrays), weight_key), reply_to=message)
 
 
-def _modern(result: RecordDict, kind: str, layout: Layout, arrays_key: str, weight_key: str) -> RecordDict:
+def _modern(result: RecordDict, kind: str, arrays_key: str, names: list[str], weight_key: str) -> RecordDict:
     metrics: dict[str, int | float] = {
         key: value
         for key, value in result.config_records.get(f"{kind}res.metrics", ConfigRecord()).items()
@@ -84,10 +81,10 @@ def _modern(result: RecordDict, kind: str, layout: Layout, arrays_key: str, weig
     content = RecordDict()
     if kind == "fit":
         values = list(result.array_records["fitres.parameters"].values())
-        if len(values) != len(layout.specs):
-            raise WireError(f"the client's fit returned {len(values)} arrays, expected {len(layout.specs)}")
-        named = zip(layout.specs, values, strict=True)
-        content[arrays_key] = ArrayRecord({spec.name: Array(array.numpy()) for spec, array in named})
+        if len(values) != len(names):
+            raise WireError(f"the client's fit returned {len(values)} arrays, expected {len(names)}")
+        named = zip(names, values, strict=True)
+        content[arrays_key] = ArrayRecord({name: Array(array.numpy()) for name, array in named})
     else:
         metrics["loss"] = float(result.metric_records["evaluateres.loss"]["loss"])  # type: ignore[arg-type]
     metrics[weight_key] = result.metric_records[f"{kind}res.num_examples"]["num_examples"]  # type: ignore[assignment]

@@ -27,9 +27,9 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
     """Flower client mod of AutoFLIP; the first (outermost) of the client's mods.
 
     The client's own code, and the mods behind this one, see exactly the records that they would see without AutoFLIP:
-    full arrays under their names. What they return is packed before it leaves. Messages that are not AutoFLIP's pass
-    unchanged, so the same client serves any other strategy too. It works in front of Message-API functions
-    (``@app.train``) and of a ``client_fn`` with a ``NumPyClient`` alike.
+    full arrays under their names. What they return is packed before it leaves. It works in front of Message-API
+    functions (``@app.train``) and of a ``client_fn`` with a ``NumPyClient`` alike, and lets the messages of other
+    Message-API strategies pass, so that the same client serves a plain FedAvg too.
 
     The mask is kept in ``context.state``; a client that wants it during training calls :func:`current_mask`. A node
     that has lost it says so and is sent it again in the same round.
@@ -42,7 +42,8 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
     try:
         head = wire.read_header(message.content)
         if head is None:
-            return call_next(message, context)
+            plain = len(message.content.array_records) == 1
+            return legacy.call(message, context, call_next) if plain else call_next(message, context)
         if head["phase"] == wire.HELLO:
             return _reply(message, context, head, RecordDict())
         mask = _mask_of_message(message, context, head)
@@ -94,7 +95,7 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     start = mask.scatter(wire.unpack(mask, inner[keys[0]]))
     inner[keys[0]] = ArrayRecord({name: Array(array) for name, array in start.items()})
     message.content = inner
-    reply = legacy.call(message, context, call_next, mask.layout, str(head.get("weight-key", "num-examples")))
+    reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
     if reply.has_error():
         return reply
     content = RecordDict(dict(reply.content))

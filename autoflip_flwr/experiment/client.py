@@ -1,0 +1,104 @@
+"""The shipped client: a ``NumPyClient`` behind ``autoflip_mod``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from autoflip_flwr import autoflip_mod, current_mask
+from autoflip_flwr.experiment import training
+from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.partition import partition
+from autoflip_flwr.ledger import EXAMPLES_PROCESSED
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
+
+
+@lru_cache(maxsize=32)
+def _examples(config: Config, data_dir: str, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One node's examples: float32 (N, C, H, W) and int64 (N,)."""
+    data = load(config.dataset, data_dir)
+    rows = partition(
+        data.y_train,
+        dataset=config.dataset,
+        split=config.split,
+        num_partitions=parts,
+        seed=config.seed,
+        alpha=config.alpha,
+        classes_per_client=config.classes_per_client,
+    )[part]
+    return torch.from_numpy(data.batch(data.x_train[rows])), torch.tensor(data.y_train[rows])
+
+
+class LocalClient(NumPyClient):
+    """Trains the app's model on one node's examples.
+
+    Parameters
+    ----------
+    config : Config
+        The app's settings.
+    part : int
+        The node's partition, which also enters the seed of all its randomness.
+    x, y : torch.Tensor
+        Its examples.
+    mask : Mask | None
+        The mask in force.
+    """
+
+    def __init__(self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, mask: Mask | None) -> None:
+        self._config, self._part, self._x, self._y, self._mask = config, part, x, y, mask
+        shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
+        self._model = build(config.model, shape, load(config.dataset, config.resolved_data_dir).classes, config.seed)
+        self._model.to(training.choose_device(config.device))
+
+    def fit(
+        self, parameters: list[NDArray[Any]], config: dict[str, Any]
+    ) -> tuple[list[NDArray[Any]], int, dict[str, Any]]:
+        """Train from these parameters; in the exploration phase as the explorers do."""
+        training.set_arrays(self._model, parameters)
+        exploring = PHASE_KEY in config
+        round_ = int(config.get("server-round", 1))
+        done = training.train(
+            self._model,
+            self._x,
+            self._y,
+            self._config,
+            epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
+            patience=int(config[PATIENCE_KEY]) if exploring else None,
+            lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+            mask=self._mask,
+            seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),
+        )
+        arrays = list(training.get_arrays(self._model).values())
+        metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples}
+        return arrays, len(self._x), metrics
+
+    def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
+        """Loss and accuracy of these parameters on the node's own examples."""
+        training.set_arrays(self._model, parameters)
+        loss, accuracy = training.evaluate(self._model, self._x, self._y)
+        return loss, len(self._x), {"accuracy": accuracy}
+
+
+def client_fn(context: Context) -> Client:
+    """Make the client of a node; ``data-dir`` of the node config goes before that of the run config."""
+    config = Config.from_run_config(context.run_config, check_paths=False)
+    part, parts = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
+    if type(part) is not int or type(parts) is not int or not 0 <= part < parts:
+        raise ConfigError(
+            f"node config partition-id = {part}, num-partitions = {parts}: must be numbers, the first less"
+        )
+    data_dir = str(context.node_config.get("data-dir", config.resolved_data_dir))
+    x, y = _examples(config, data_dir, part, parts)
+    return LocalClient(config, part, x, y, current_mask(context)).to_client()
+
+
+app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

@@ -1,0 +1,155 @@
+"""The shipped server app: reads the settings, checks everything, then runs AutoFLIP or FedAvg."""
+
+from __future__ import annotations
+
+import random
+from logging import ERROR
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+
+from autoflip_flwr import AutoFlip, Ledger
+from autoflip_flwr.experiment import training
+from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.explored import read_exploration, start_digest, write_exploration
+from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.partition import partition
+from autoflip_flwr.experiment.record import RunRecord
+from autoflip_flwr.experiment.tracker import Tracker
+from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.translate import to_record
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the app; what is wrong is said in one line that begins with ``autoflip: error:``."""
+    try:
+        run(grid, Config.from_run_config(context.run_config))
+    except (ConfigError, ValueError, RuntimeError) as error:
+        log(ERROR, "autoflip: error: %s", error)
+        raise
+
+
+def run(grid: Grid, config: Config) -> Path:
+    """Run one experiment and return the folder of its record.
+
+    Raises
+    ------
+    ConfigError
+        If a setting must be changed, before any client works.
+    RuntimeError
+        If too few nodes connect, or too few explorers answer.
+    """
+    data = load(config.dataset, config.resolved_data_dir)
+    device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
+    model = build(config.model, data.input_shape, data.classes, config.seed).to(device)
+    initial = training.get_arrays(model)
+    ledger = Ledger()
+    ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
+    _wait_for_nodes(ordered, config)
+    partition(  # refuses an impossible split now, and leaves the split in the cache for the clients
+        data.y_train,
+        dataset=config.dataset,
+        split=config.split,
+        num_partitions=max(ordered.num_partitions, len(ordered.partitions)),
+        seed=config.seed,
+        alpha=config.alpha,
+        classes_per_client=config.classes_per_client,
+    )
+    strategy, explored_seconds = _strategy(config, ledger, start_digest(initial))
+    record = RunRecord.create(config.output_dir, config.name or f"{config.method}-{config.dataset}", config.as_dict())
+    tracker = Tracker(
+        record,
+        config,
+        model,
+        torch.from_numpy(data.batch(data.x_test[:])),
+        torch.tensor(data.y_test),
+        ledger,
+        lambda: strategy.mask if isinstance(strategy, AutoFlip) else None,
+        explored_seconds,
+    )
+    ordered.observe = tracker.observe
+
+    def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
+        if server_round == 0 and isinstance(strategy, AutoFlip) and strategy.exploration and not config.exploration:
+            write_exploration(
+                record.path / "exploration.safetensors",
+                strategy.exploration,
+                start_digest(initial),
+                ledger.exploration_only(),
+                tracker.exploration_seconds,
+            )
+        return tracker.evaluate(server_round, arrays)
+
+    random.seed(config.seed)
+    result = strategy.start(
+        ordered,
+        to_record(initial),
+        num_rounds=config.num_server_rounds,
+        timeout=config.round_timeout,
+        evaluate_fn=evaluate,
+    )
+    return tracker.finish(result.arrays if result.arrays else to_record(initial))
+
+
+def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
+    minimum = max(2, config.nodes, config.min_explorers if config.method == "autoflip" else 0)
+    try:
+        ordered.roll_call(minimum=minimum, timeout=config.node_timeout)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"nodes = {config.nodes}: {error}; start more SuperNodes "
+            f"(simulation: --federation-config 'num-supernodes={minimum}') or lower nodes or min-explorers"
+        ) from error
+
+
+def _strategy(config: Config, ledger: Ledger, start: str) -> tuple[Strategy, float]:
+    """The strategy, and the seconds of an earlier exploration that it reuses (its bytes are charged to the ledger)."""
+    common = {
+        "fraction_train": config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1 if config.fraction_evaluate else 0,
+        "min_available_nodes": 2,
+    }
+    inner: FedAvg
+    if config.server_momentum or config.server_learning_rate != 1.0:
+        inner = FedAvgM(
+            **common,  # type: ignore[arg-type]
+            server_momentum=config.server_momentum,
+            server_learning_rate=config.server_learning_rate,
+        )
+    else:
+        inner = FedAvg(**common)  # type: ignore[arg-type]
+    if config.method == "fedavg":
+        return inner, 0.0
+    exploration, seconds = None, 0.0
+    if config.exploration:
+        exploration, cost, seconds = read_exploration(Path(config.exploration), start)
+        ledger.charge_exploration(cost)
+    strategy = AutoFlip(
+        inner,
+        sparsity=config.sparsity,
+        scope=config.scope,
+        normalisation=config.normalisation,
+        gamma=config.gamma,
+        biases=config.prune_biases,
+        initial=config.initial,
+        explorers=config.explorers,
+        min_explorers=config.min_explorers,
+        exploration_rounds=config.exploration_rounds,
+        exploration_epochs=config.exploration_epochs,
+        exploration_patience=config.exploration_patience,
+        exploration_weighting=config.exploration_weighting,
+        exploration=exploration,
+        seed=config.seed,
+        ledger=ledger,
+    )
+    return strategy, seconds

@@ -1,0 +1,167 @@
+"""Following a run: central evaluation, progress, and the run record, for AutoFLIP and FedAvg alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from logging import INFO
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from torch import nn
+
+from autoflip_flwr.experiment import training
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.models import flops_per_example
+from autoflip_flwr.experiment.record import RunRecord, summary_table
+from autoflip_flwr.layout import Arrays
+from autoflip_flwr.ledger import EXAMPLES_PROCESSED, Ledger, message_bytes
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.translate import to_arrays, to_record
+
+
+class Tracker:
+    """Evaluates the model after every round and writes the run record while the run goes on.
+
+    Parameters
+    ----------
+    record : RunRecord
+        Where to write.
+    config : Config
+        The run's settings.
+    model : nn.Module
+        A model to evaluate with, on the device to do it on.
+    x, y : torch.Tensor
+        The test set.
+    ledger : Ledger
+        What the run has cost so far.
+    mask : Callable[[], Mask | None]
+        The mask in force.
+    exploration_seconds : float
+        Time of an exploration that an earlier run has made.
+    """
+
+    def __init__(
+        self,
+        record: RunRecord,
+        config: Config,
+        model: nn.Module,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        ledger: Ledger,
+        mask: Callable[[], Mask | None],
+        exploration_seconds: float = 0.0,
+    ) -> None:
+        self.record, self._config, self._model, self._ledger, self._mask = record, config, model, ledger, mask
+        self._x, self._y = x, y
+        self._began = self._rounds_began = time.monotonic()
+        self.exploration_seconds = exploration_seconds
+        self._explored_before = exploration_seconds
+        self._accuracies: dict[int, float] = {}
+        self._nodes, self._train_loss = 0, float("nan")
+        self._dense = _dense_sizes(training.get_arrays(model))
+
+    def observe(self, phase: str, replies: list[Message]) -> None:
+        """Take note of an exchange's replies; a batch of explorers gets its line in the record."""
+        if phase not in ("exploration", "train") or not replies:
+            return
+        found = [record for reply in replies if reply.has_content() for record in reply.content.metric_records.values()]
+        losses = [float(record["train-loss"]) for record in found if isinstance(record.get("train-loss"), int | float)]  # type: ignore[arg-type]
+        self._nodes, self._train_loss = len(found), float(np.mean(losses)) if losses else float("nan")
+        if phase == "exploration":
+            self.exploration_seconds = time.monotonic() - self._began
+            self._append("exploration", 0, None, None)
+            log(INFO, "[exploration] %d explorers, %s so far, %.1f s", len(found), self._megabytes(), self._seconds())
+
+    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Flower's ``evaluate_fn``: test the global model, write the round's line, and say how it goes."""
+        if server_round == 0:
+            self._rounds_began = time.monotonic()
+        training.set_arrays(self._model, [array.numpy() for array in arrays.values()])
+        loss, accuracy = training.evaluate(self._model, self._x, self._y)
+        self._accuracies[server_round] = accuracy
+        self._append("train", server_round, accuracy, loss)
+        rounds = self._config.num_server_rounds
+        left = ""
+        if server_round:
+            pace = (time.monotonic() - self._rounds_began) / server_round
+            left = f", about {pace * (rounds - server_round):.0f} s left"
+        log(
+            INFO,
+            "[round %d/%d] accuracy %.4f, loss %.4f, %s so far, %.1f s%s",
+            server_round, rounds, accuracy, loss, self._megabytes(), self._seconds(), left,
+        )  # fmt: skip
+        return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    def finish(self, arrays: ArrayRecord) -> Path:
+        """Write the summary, the model, the mask and the report; print the summary table."""
+        final, mask, ledger = to_arrays(arrays), self._mask(), self._ledger
+        table = ledger.bytes_by_phase()
+        replies = ledger.replies["train"]
+        down, up = self._dense
+        trained = {round_: value for round_, value in self._accuracies.items() if round_}
+        flops = flops_per_example(self._model, tuple(self._x.shape[1:]))  # type: ignore[arg-type]
+        summary: dict[str, object] = {
+            "method": self._config.method,
+            "dataset": self._config.dataset,
+            "model": self._config.model,
+            "rounds": len(trained),
+            "seed": self._config.seed,
+            "final_accuracy": trained[max(trained)] if trained else None,
+            "best_accuracy": max(trained.values(), default=None),
+            "density": 1.0 if mask is None else mask.density,
+            "density_all": 1.0 if mask is None else mask.density_all,
+            "parameters": sum(array.size for array in final.values()),
+            "bytes": table,
+            "dense_bytes": ledger.messages["train"] * down + replies * up,
+            "train_up_per_client_round": table["train_up"] / replies if replies else 0.0,
+            "flops_total": float(flops) * (ledger.examples["train"] + ledger.examples["exploration"]),
+            "seconds_total": self._seconds(),
+            "seconds": {"exploration": self.exploration_seconds, "train": time.monotonic() - self._rounds_began},
+            "failures": ledger.failure_counts(),
+            "mask": None if mask is None else {"version": mask.version, "digest": mask.digest},
+            "density_by_layer": {}
+            if mask is None
+            else {
+                spec.name: {"kept": mask.kept_by_name[spec.name], "size": spec.size} for spec in mask.layout.prunable
+            },
+        }
+        self.record.finish(summary, final, None if mask is None else {k: np.array(v) for k, v in mask.keep.items()})
+        log(INFO, "\n%s", summary_table(summary))
+        log(INFO, "run record: %s", self.record.path)
+        return self.record.path
+
+    def _append(self, phase: str, round_: int, accuracy: float | None, loss: float | None) -> None:
+        mask = self._mask()
+        self.record.append(
+            {
+                "phase": phase,
+                "round": round_,
+                "accuracy": accuracy,
+                "loss": loss,
+                "train_loss": self._train_loss,
+                "bytes": self._ledger.bytes_by_phase(),
+                "seconds": self._seconds(),
+                "density": 1.0 if mask is None else mask.density,
+                "nodes": self._nodes if round_ or phase == "exploration" else 0,
+                "failures": self._ledger.failure_counts(),
+            }
+        )
+
+    def _seconds(self) -> float:
+        return self._explored_before + time.monotonic() - self._began
+
+    def _megabytes(self) -> str:
+        return f"{self._ledger.bytes_by_phase()['total'] / 1e6:.2f} MB"
+
+
+def _dense_sizes(arrays: Arrays) -> tuple[int, int]:
+    """Bytes of one dense FedAvg message and of its reply for this model."""
+    record = to_record(arrays)
+    metrics = MetricRecord({"train-loss": 1.0, "epochs": 1, EXAMPLES_PROCESSED: 1, "num-examples": 1})
+    down = RecordDict({"arrays": record, "config": ConfigRecord({"server-round": 1})})
+    up = RecordDict({"arrays": record, "metrics": metrics})
+    return message_bytes(Message(down, 1, MessageType.TRAIN)), message_bytes(Message(up, 1, MessageType.TRAIN))

@@ -1,0 +1,146 @@
+"""Local training and evaluation of the shipped app's models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.torch import masked_training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a local training did: mean loss of its last epoch, epochs run, examples processed in all."""
+
+    loss: float
+    epochs: int
+    examples: int
+
+
+def seed_of(seed: int, *parts: int) -> int:
+    """A seed that depends on all of these and nothing else, in [0, 2**63)."""
+    return int(np.random.SeedSequence([seed, *parts]).generate_state(1, np.uint64)[0]) >> 1
+
+
+def choose_device(device: str) -> torch.device:
+    """``"auto"`` takes CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If the device that is asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, available in there.items() if available))
+    if not there[device]:
+        raise ConfigError(f"device = '{device}': not available here; auto takes what there is")
+    return torch.device(device)
+
+
+def train(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    config: Config,
+    *,
+    epochs: int,
+    patience: int | None,
+    lr: float,
+    mask: Mask | None,
+    seed: int,
+) -> Trained:
+    """Train in place with a fresh optimizer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the device to train on.
+    x, y : torch.Tensor
+        float32 (N, C, H, W) and int64 (N,).
+    config : Config
+        Optimizer and batch size.
+    epochs : int
+        At most so many.
+    patience : int | None
+        Stop after so many epochs without a better mean training loss; ``None`` never stops early.
+    lr : float
+        Learning rate.
+    mask : Mask | None
+        Kept in force after every optimizer step.
+    seed : int
+        Of the order of the examples.
+    """
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    optimizer = _optimizer(model, config, lr)
+    loss_of = nn.CrossEntropyLoss()
+    best, since_best, loss, done = math.inf, 0, math.nan, 0
+    model.train()
+    with masked_training(model, optimizer, mask):
+        while done < epochs:
+            done += 1
+            total = 0.0
+            for rows in torch.randperm(len(x), generator=order).split(config.batch_size):  # type: ignore[no-untyped-call]
+                optimizer.zero_grad()
+                batch_loss = loss_of(model(x[rows].to(device)), y[rows].to(device))
+                batch_loss.backward()
+                optimizer.step()
+                total += batch_loss.item() * len(rows)
+            loss = total / len(x)
+            since_best = 0 if loss < best else since_best + 1
+            best = min(best, loss)
+            if patience is not None and since_best >= patience:
+                break
+    return Trained(loss, done, done * len(x))
+
+
+def _optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 500) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in [0, 1]."""
+    device = next(model.parameters()).device
+    model.eval()
+    loss, right = 0.0, 0
+    for start in range(0, len(x), batch_size):
+        rows = slice(start, start + batch_size)
+        target = y[rows].to(device)
+        output = model(x[rows].to(device))
+        loss += nn.functional.cross_entropy(output, target, reduction="sum").item()
+        right += int((output.argmax(1) == target).sum())
+    return loss / len(x), right / len(x)
+
+
+def set_arrays(model: nn.Module, arrays: list[NDArray[np.generic]]) -> None:
+    """Load a model's state from arrays in the order of its state dict, cast to its dtypes.
+
+    Raises
+    ------
+    ValueError
+        If their number or a shape does not match.
+    """
+    state = model.state_dict()
+    if len(arrays) != len(state):
+        raise ValueError(f"{len(arrays)} arrays for a model of {len(state)}")
+    for (name, tensor), array in zip(state.items(), arrays, strict=True):
+        if tuple(array.shape) != tuple(tensor.shape):
+            raise ValueError(f"array {name!r} has shape {array.shape}, the model's has {tuple(tensor.shape)}")
+        tensor.copy_(torch.from_numpy(np.array(array)))
+
+
+def get_arrays(model: nn.Module) -> dict[str, NDArray[np.generic]]:
+    """The model's state by name, on the CPU (copies)."""
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,5 @@
+"""Flower looks for the server app here; it lives in the package."""
+
+from autoflip_flwr.experiment.server import app
+
+__all__ = ["app"]
