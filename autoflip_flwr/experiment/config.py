@@ -93,7 +93,7 @@ class Config:
         cnn, twocnn, resnet18 or resnet18-gn.
     optimizer : str ("adam")
         Of the clients: adam or sgd.
-    lr : float (0.001)
+    lr : float (0.003)
         Learning rate of the clients, > 0.
     lr_decay : float (1.0)
         In (0, 1]; `lr` is multiplied by it after every round.
@@ -101,13 +101,13 @@ class Config:
         Of sgd, in [0, 1).
     weight_decay : float (0.0)
         Of the clients' optimiser, >= 0.
-    batch_size : int (32)
+    batch_size : int (16)
         Examples a step, >= 1.
-    local_epochs : int (1)
+    local_epochs : int (3)
         Epochs a client trains in a round, >= 1.
     device : str ("auto")
         auto, cpu, cuda or mps.
-    num_server_rounds : int (30)
+    num_server_rounds : int (20)
         Rounds after the exploration, >= 1.
     fraction_train : float (1.0)
         Share of the nodes that train in a round, in (0, 1].
@@ -162,15 +162,15 @@ class Config:
 
     model: str = _setting("cnn", _choice(*MODELS))
     optimizer: str = _setting("adam", _choice("adam", "sgd"))
-    lr: float = _setting(0.001, _POSITIVE)
+    lr: float = _setting(0.003, _POSITIVE)
     lr_decay: float = _setting(1.0, _UP_TO_ONE)
     momentum: float = _setting(0.0, _BELOW_ONE)
     weight_decay: float = _setting(0.0, _NOT_NEGATIVE)
-    batch_size: int = _setting(32, _COUNT)
-    local_epochs: int = _setting(1, _COUNT)
+    batch_size: int = _setting(16, _COUNT)
+    local_epochs: int = _setting(3, _COUNT)
     device: str = _setting("auto", _choice("auto", "cpu", "cuda", "mps"))
 
-    num_server_rounds: int = _setting(30, _COUNT)
+    num_server_rounds: int = _setting(20, _COUNT)
     fraction_train: float = _setting(1.0, _UP_TO_ONE)
     fraction_evaluate: float = _setting(0.0, _UNIT)
     round_timeout: float = _setting(600.0, _POSITIVE)

@@ -12,17 +12,17 @@ import torch
 from autoflip_flwr.mask import Mask
 
 
-def _factors(model: torch.nn.Module, mask: Mask) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """For each pruned parameter a boolean tensor of its shape on its device, True where it is kept."""
-    factors = {}
+def _dropped(model: torch.nn.Module, mask: Mask) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """For each parameter that loses entries a boolean tensor of its shape on its device, True where it is pruned."""
+    dropped = {}
     for name, parameter in model.named_parameters():
         keep = mask.keep.get(name)
         if keep is None or keep.all():
             continue
         if keep.shape != tuple(parameter.shape):
             raise ValueError(f"parameter {name!r} has shape {tuple(parameter.shape)}, the mask {keep.shape}")
-        factors[parameter] = torch.from_numpy(np.array(keep)).to(parameter.device)
-    return factors
+        dropped[parameter] = torch.from_numpy(~keep).to(parameter.device)
+    return dropped
 
 
 @torch.no_grad()
@@ -34,16 +34,16 @@ def apply_mask(model: torch.nn.Module, mask: Mask) -> None:
     ValueError
         If a parameter's shape is not the mask's.
     """
-    for parameter, keep in _factors(model, mask).items():
-        parameter.mul_(keep)
+    for parameter, drop in _dropped(model, mask).items():
+        parameter.masked_fill_(drop, 0)
 
 
 @contextmanager
 def masked_training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, mask: Mask | None) -> Iterator[None]:
     """Keep the model in the mask's subspace after every step of the optimizer.
 
-    Before a step the pruned gradients are set to zero (so that nothing pruned enters a gradient-driven moment), after
-    it the pruned parameters and the optimizer's state of them. Nothing is added to the model or its state dict.
+    The optimizer's state of pruned parameters is set to zero at the start; before each step their gradients are, so
+    that it stays at zero, and after each step they are themselves. Nothing is added to the model or its state dict.
 
     Parameters
     ----------
@@ -70,22 +70,24 @@ def masked_training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ma
     if mask is None:
         yield
         return
-    factors = _factors(model, mask)
+    dropped = _dropped(model, mask)
 
     def before(*_: Any) -> None:
-        for parameter, keep in factors.items():
+        # zero gradients and zero weights keep moments that are zero at zero, whatever is decayed
+        for parameter, drop in dropped.items():
             if parameter.grad is not None:
-                parameter.grad.mul_(keep)
+                parameter.grad.masked_fill_(drop, 0)
 
     @torch.no_grad()
     def after(*_: Any) -> None:
-        for parameter, keep in factors.items():
-            parameter.mul_(keep)
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    value.mul_(keep)
+        for parameter, drop in dropped.items():
+            parameter.masked_fill_(drop, 0)
 
     apply_mask(model, mask)
+    for parameter, drop in dropped.items():
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                value.masked_fill_(drop, 0)
     handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
     try:
         yield
