@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -18,9 +19,9 @@ from autoflip_flwr.ledger import Ledger, phase_of
 class OrderedGrid(Grid):
     """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
 
-    - ``get_node_ids`` lists the nodes by partition id, as far as they were learned (:meth:`roll_call`), then by node
-      id; with a seed it also seeds :mod:`random`, from which Flower's strategies draw their sample right after, with
-      the seed and the number of exchanges so far.
+    - ``get_node_ids`` lists the nodes by partition id once those are known (:meth:`roll_call`), later ones after them;
+      with a seed it also seeds :mod:`random`, from which Flower's strategies draw their sample right after, with the
+      seed and the number of exchanges so far.
     - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in, gives
       messages the time limit as their ttl (a late node then skips them), and charges both ways to the ledger.
 
@@ -62,9 +63,10 @@ class OrderedGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The connected nodes, those with a known partition first, in its order."""
-        unknown = len(self.partitions)
-        nodes = sorted(self._grid.get_node_ids(), key=lambda node: (self.partitions.get(node, unknown), node))
+        """The connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
+        nodes = list(self._grid.get_node_ids())
+        if self.partitions:
+            nodes.sort(key=lambda node: (self.partitions.get(node, math.inf), node))
         if self._seed is not None:
             random.seed(f"{self._seed}/{self.exchanges}")
         return nodes
@@ -128,7 +130,6 @@ class OrderedGrid(Grid):
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
         for reply in replies:
             self.ledger.received(phase_of(messages[order[reply.metadata.reply_to_message_id]]), reply)
-            self._learn(reply)
         self.ledger.failures["absent"] += len(messages) - len(replies)
         if self.observe is not None:
             self.observe(phase_of(messages[0]), replies)
@@ -160,8 +161,7 @@ class OrderedGrid(Grid):
                 head = {wire.HEADER: wire.header(wire.HELLO, 0)}
                 hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), n, MessageType.TRAIN) for n in new]
                 for reply in self.exchange(hellos, max(deadline - time.monotonic(), 1.0)):
-                    if not reply.has_error() and (answer := reply.content.get(wire.HEADER)):
-                        self.num_partitions = max(self.num_partitions, int(answer.get("num-partitions", 0)))  # type: ignore[arg-type]
+                    self._learn(reply)
                 asked |= nodes
             expected = max(minimum, self.num_partitions)
             if len(nodes) >= expected or (late and len(nodes) >= minimum):
@@ -178,5 +178,10 @@ class OrderedGrid(Grid):
 
     def _learn(self, reply: Message) -> None:
         head = reply.content.get(wire.HEADER) if reply.has_content() else None
-        if isinstance(head, ConfigRecord) and type(partition := head.get("partition")) is int and partition >= 0:
+        if not isinstance(head, ConfigRecord):
+            return
+        partition, count = head.get("partition"), head.get("num-partitions")
+        if type(partition) is int and partition >= 0:
             self.partitions[reply.metadata.src_node_id] = partition
+        if type(count) is int:
+            self.num_partitions = max(self.num_partitions, count)

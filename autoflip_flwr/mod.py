@@ -125,10 +125,10 @@ def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
 
 
 def _reply(message: Message, context: Context, head: ConfigRecord, content: RecordDict, **extra: Any) -> Message:
-    partition = context.node_config.get("partition-id", -1)
-    extra["partition"] = partition if type(partition) is int else -1
     if head["phase"] == wire.HELLO:
-        count = context.node_config.get("num-partitions", 0)
-        extra["num-partitions"] = count if type(count) is int else 0
+        for name, key in (("partition", "partition-id"), ("num-partitions", "num-partitions")):
+            value = context.node_config.get(key)
+            if type(value) is int:
+                extra[name] = value
     content[wire.HEADER] = wire.header(str(head["phase"]), int(head["round"]), **extra)  # type: ignore[arg-type]
     return Message(content, reply_to=message)
