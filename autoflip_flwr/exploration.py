@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
@@ -20,6 +21,9 @@ from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
 
 WEIGHTINGS = ("uniform", "examples")
+
+MAX_MOVE = 1e100
+"""A parameter that has moved further has diverged, and its square might overflow."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def explore(
                     continue
                 try:
                     judged = firewall.judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
+                    _judge_moves(judged.packed)
                 except wire.WireError as error:
                     grid.ledger.failures["quarantined"] += 1
                     problems.append(f"node {reply.metadata.src_node_id}: {error}")
@@ -132,6 +137,12 @@ def explore(
         )
     log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
     return found
+
+
+def _judge_moves(packed: Arrays) -> None:
+    for name, values in packed.items():
+        if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
+            raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
 
 
 def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: OrderedGrid) -> RecordDict:

@@ -218,7 +218,7 @@ def _keep(values: Floats, protected: NDArray[np.bool_], sparsity: float, what: s
 def start_arrays(initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> Arrays:
     """The explorers' average ``W0 + A`` (``initial = "scouts"``), in the dtypes of ``initial``."""
     return {
-        name: (array.astype(np.float64) + exploration.signed_mean[name]).astype(array.dtype)
+        name: np.asarray(array.astype(np.float64) + exploration.signed_mean[name], array.dtype)
         if name in exploration.signed_mean
         else array
         for name, array in initial.items()

@@ -56,7 +56,9 @@ class Layout:
         names = [spec.name for spec in self.specs]
         if len(set(names)) != len(names):
             raise ValueError("array names must differ")
-        if self.output is not None and (self.output not in names or not self[self.output].prunable):
+        if self.output is not None and (
+            self.output not in names or not self[self.output].prunable or not self[self.output].shape
+        ):
             raise ValueError(f"output = {self.output!r}: must be one of the prunable arrays {self.prunable_names}")
 
     @classmethod

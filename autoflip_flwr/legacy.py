@@ -41,7 +41,7 @@ def call(message: Message, context: Context, call_next: ClientAppCallable, weigh
         A reply in the Message API's form, whichever API the client is written for; positional results have got the
         names of the message's arrays back.
     """
-    kind = "fit" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
+    kind = "fit" if message.metadata.message_type.partition(".")[0] == MessageType.TRAIN else "evaluate"
     content = message.content
     state = context.state.get(HEADER)
     if state is None or not state.get("client-fn"):

@@ -82,7 +82,10 @@ class Mask:
     @cached_property
     def indices(self) -> dict[str, NDArray[np.intp]]:
         """Flat indices of the kept entries of each prunable array, ascending."""
-        return {name: np.flatnonzero(keep) for name, keep in self.keep.items()}
+        indices = {name: np.flatnonzero(keep) for name, keep in self.keep.items()}
+        for index in indices.values():
+            index.flags.writeable = False
+        return indices
 
     @cached_property
     def kept(self) -> int:
@@ -146,6 +149,10 @@ class Mask:
         ValueError
             If names or shapes are not those that ``gather`` gives.
         """
+        if into is not None:
+            self.layout.check(into)
+        if extra := [name for name in packed if name not in self.layout._by_name]:
+            raise ValueError(f"unexpected packed arrays {extra[:5]}")
         full: Arrays = {}
         for spec in self.layout.specs:
             if spec.name not in packed or packed[spec.name].shape != self.packed_shape(spec.name):
@@ -154,7 +161,11 @@ class Mask:
             if not spec.prunable:
                 full[spec.name] = values
                 continue
-            base = np.zeros(spec.shape, values.dtype) if into is None else np.array(into[spec.name], values.dtype)
+            base = (
+                np.zeros(spec.shape, values.dtype)
+                if into is None
+                else np.array(into[spec.name], values.dtype, order="C")
+            )
             base.reshape(-1)[self.indices[spec.name]] = values
             full[spec.name] = base
         return full

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from autoflip_flwr import legacy, wire
@@ -42,6 +42,7 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
     try:
         head = wire.read_header(message.content)
         if head is None:
+            context.state.pop(wire.MASK, None)  # another strategy's message: no mask is in force
             plain = len(message.content.array_records) == 1
             return legacy.call(message, context, call_next) if plain else call_next(message, context)
         if head["phase"] == wire.HELLO:
@@ -99,7 +100,7 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if reply.has_error():
         return reply
     content = RecordDict(dict(reply.content))
-    if message.metadata.message_type == MessageType.TRAIN:
+    if head["phase"] != wire.EVALUATE:
         key, arrays = _result(content, mask)
         if head["phase"] == wire.EXPLORE:
             arrays = {

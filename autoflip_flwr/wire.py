@@ -15,6 +15,7 @@ allocated, and the one error that comes out is :class:`WireError`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -38,13 +39,17 @@ PHASES = (HELLO, EXPLORE, TRAIN, EVALUATE)
 
 MAX_LAYOUT_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**33
+MAX_DIMENSIONS = 32
 
-_NPY = re.compile(rb"\{'descr': '([<>|=]?[a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]+),\), \} *\n")
+_NPY = re.compile(rb"\{'descr': '([<>|=]?[a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]{1,19}),\), \} *\n")
 _DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "bool")
 
 
 class WireError(ValueError):
-    """A message does not keep to the wire format."""
+    """A message does not keep to the wire format; the text is cut at 500 characters, since it may quote the message."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text[:500])
 
 
 def header(phase: str, round_: int, mask: Mask | None = None, **extra: int | str) -> ConfigRecord:
@@ -103,7 +108,7 @@ def decode_mask(record: object) -> Mask:
 @lru_cache(maxsize=4)
 def _decode_mask(layout_bytes: bytes, encoding: str, bits: bytes, version: int) -> Mask:
     layout = _decode_layout(layout_bytes)
-    if encoding == "full":
+    if encoding == "full" and not bits:
         return Mask.full(layout, version)
     if encoding == "zlib":
         bits = _inflate(bits, (layout.prunable_size + 7) // 8, "the mask's bits")
@@ -170,6 +175,8 @@ def _view(array: Array, dtype: str, size: int) -> NDArray[np.generic]:
             f"the {dtype} values are {int(match[2])} of type {match[1].decode()} in {len(data) - start} bytes, "
             f"expected {size} of type {expected.str}"
         )
+    if dtype == "bool" and (np.frombuffer(data, np.uint8, offset=start) > 1).any():
+        raise WireError("the bool values are not all 0 or 1")
     return np.frombuffer(data, expected, offset=start)
 
 
@@ -188,7 +195,8 @@ def _decode_layout(data: bytes) -> Layout:
         raise WireError(f"the layout cannot be read: {error}") from error
     for spec in specs:
         sound = isinstance(spec.name, str) and spec.dtype in _DTYPES and (spec.floating or not spec.prunable)
-        if not sound or not all(type(n) is int and n >= 0 for n in spec.shape):
+        sizes = all(type(n) is int and 0 <= n <= MAX_ENTRIES for n in spec.shape) and len(spec.shape) <= MAX_DIMENSIONS
+        if not sound or not sizes or math.prod(n or 1 for n in spec.shape) > MAX_ENTRIES:
             raise WireError(f"the layout holds an impossible array: {str(spec)[:200]}")
     try:
         layout = Layout(specs)

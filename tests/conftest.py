@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests are many small steps: threads only wait for each other
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -242,20 +242,6 @@ KINDS = [
     "stale",
     "another mask",
 ]
-    "nan",
-    "too short",
-    "too long",
-    "a dtype is missing",
-    "another dtype",
-    "no arrays",
-    "no header",
-    "no weight",
-    "weight 0",
-    "infinite weight",
-    "another metric",
-    "stale",
-    "another mask",
-]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,14 +13,20 @@ from autoflip_flwr.mask import Mask
 
 def _dropped(model: torch.nn.Module, mask: Mask) -> dict[torch.nn.Parameter, torch.Tensor]:
     """For each parameter that loses entries a boolean tensor of its shape on its device, True where it is pruned."""
-    dropped = {}
-    for name, parameter in model.named_parameters():
+    unknown = [name for name in mask.keep if name not in model.state_dict()]
+    if unknown:
+        raise ValueError(f"the model has no {unknown[:3]}: the mask's names are those of the model's state dict")
+    dropped: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         keep = mask.keep.get(name)
-        if keep is None or keep.all():
+        if keep is None:
             continue
         if keep.shape != tuple(parameter.shape):
             raise ValueError(f"parameter {name!r} has shape {tuple(parameter.shape)}, the mask {keep.shape}")
-        dropped[parameter] = torch.from_numpy(~keep).to(parameter.device)
+        if not keep.all():
+            drop = torch.from_numpy(~keep).to(parameter.device)
+            # tied weights go by several names: what one of them prunes is pruned
+            dropped[parameter] = drop | dropped[parameter] if parameter in dropped else drop
     return dropped
 
 
@@ -31,7 +37,7 @@ def apply_mask(model: torch.nn.Module, mask: Mask) -> None:
     Raises
     ------
     ValueError
-        If a parameter's shape is not the mask's.
+        If the model lacks a name of the mask, or a parameter's shape is not the mask's.
     """
     for parameter, drop in _dropped(model, mask).items():
         parameter.masked_fill_(drop, 0)
@@ -55,6 +61,7 @@ def masked_training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ma
 
     Examples
     --------
+    >>> import numpy as np
     >>> from autoflip_flwr import Layout, Mask
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> layout = Layout.of({"weight": model.weight.detach().numpy()})
@@ -72,10 +79,13 @@ def masked_training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ma
     dropped = _dropped(model, mask)
 
     def before(*_: Any) -> None:
+        for parameter in dropped:
+            accumulated(parameter)
+
+    def accumulated(parameter: torch.Tensor) -> None:
         # zero gradients and zero weights keep moments that are zero at zero, whatever is decayed
-        for parameter, drop in dropped.items():
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(drop, 0)
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(dropped[parameter], 0)
 
     @torch.no_grad()
     def after(*_: Any) -> None:
@@ -87,7 +97,8 @@ def masked_training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ma
         for value in optimizer.state.get(parameter, {}).values():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 value.masked_fill_(drop, 0)
-    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    handles = [p.register_post_accumulate_grad_hook(accumulated) for p in dropped]  # type: ignore[no-untyped-call]
+    handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
     try:
         yield
     finally:

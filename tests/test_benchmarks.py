@@ -1,0 +1,23 @@
+"""The benchmarks run as their documentation says and keep to their limits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(("params", "density"), [(60_000, 0.1), (200_000, 0.3), (200_000, 0.7)])
+def test_wire_keeps_to_its_limits(params, density):
+    command = [sys.executable, "-m", "benchmarks.wire", "--params", str(params), "--density", str(density)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert abs(found["parameters"] - params) < 0.5 * params
+    assert found["density"] == pytest.approx(density, abs=1e-4)
+    assert found["upload_bytes"] <= found["upload_limit_bytes"]
+    assert found["download_bytes"] <= found["download_limit_bytes"]
+    assert found["mask_entropy_bytes"] <= found["mask_bytes"] <= 1.25 * found["mask_entropy_bytes"] + 1024
+    assert found["upload_bytes"] < density * found["dense_bytes"] * 1.1 + 4096

@@ -1,0 +1,87 @@
+"""The grid facade: roll call, order, ttl, absence; and the private names of Flower that the tests stand on."""
+
+from __future__ import annotations
+
+import pytest
+from apps import message_app, model, record
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
+
+from autoflip_flwr import _flower, testing
+from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.mod import MOD_FAILED_PRECONDITION
+from autoflip_flwr.testing import LocalGrid
+
+
+def messages(grid, nodes):
+    content = RecordDict({"arrays": record(model()), "config": ConfigRecord({"server-round": 1})})
+    return [Message(content, node, "train") for node in nodes]
+
+
+class Growing(LocalGrid):
+    """Shows one node more each time it is asked, up to all."""
+
+    shown = 0
+
+    def get_node_ids(self):
+        self.shown += 1
+        return super().get_node_ids()[::-1][: self.shown]
+
+
+class Deaf(LocalGrid):
+    """Node 101 never answers."""
+
+    def pull_messages(self, message_ids):
+        return [reply for reply in super().pull_messages(message_ids) if reply.metadata.src_node_id != 101]
+
+
+def test_roll_call_waits_for_as_many_nodes_as_the_nodes_say():
+    grid = OrderedGrid(Growing(message_app(), 5), seed=1)
+    assert grid.roll_call(minimum=2, timeout=10) == [100, 101, 102, 103, 104]
+    assert grid.partitions == {100 + part: part for part in range(5)}
+    assert grid.num_partitions == 5
+
+
+def test_roll_call_of_too_few_nodes_says_how_many_came():
+    with pytest.raises(RuntimeError, match=r"2 nodes have connected within 0.3 s, but 4 are needed"):
+        OrderedGrid(LocalGrid(message_app(), 2)).roll_call(minimum=4, timeout=0.3)
+
+
+def test_roll_call_goes_on_with_fewer_than_all_partitions():
+    grid = LocalGrid(message_app(), 4)
+    del grid.contexts[101]
+    assert OrderedGrid(grid).roll_call(minimum=2, timeout=0.3) == [100, 102, 103]
+
+
+def test_nodes_without_the_mod_come_last():
+    grid = OrderedGrid(LocalGrid(message_app(mods=[]), 3))
+    assert sorted(grid.roll_call(minimum=3, timeout=5)) == [100, 101, 102]
+    assert grid.partitions == {}
+
+
+def test_replies_come_in_the_order_of_their_messages():
+    grid = OrderedGrid(LocalGrid(message_app(), 4, arrange=lambda replies: sorted(replies, key=id)))
+    for nodes in ([103, 100, 102, 101], [101, 103, 100, 102]):
+        replies = grid.send_and_receive(messages(grid, nodes), timeout=5)
+        assert [reply.metadata.src_node_id for reply in replies] == nodes
+    assert grid.exchanges == 2
+
+
+def test_a_node_that_does_not_answer_in_time_is_absent_and_its_message_expires():
+    grid = OrderedGrid(Deaf(message_app(), 3))
+    sent = messages(grid, [100, 101, 102])
+    replies = grid.send_and_receive(sent, timeout=0.3)
+    assert [reply.metadata.src_node_id for reply in replies] == [100, 102]
+    assert grid.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 1}
+    assert all(message.metadata.ttl == 0.3 for message in sent)
+
+
+def test_the_local_grid_is_as_strict_as_deployment():
+    with pytest.raises(TypeError, match="must be a list"):
+        LocalGrid(message_app(), 1).push_messages(message for message in [])
+
+
+def test_flowers_private_names_and_error_codes_are_still_there():
+    assert all(hasattr(_flower, name) for name in _flower.__all__)
+    assert MOD_FAILED_PRECONDITION == ErrorCode.MOD_FAILED_PRECONDITION
+    assert testing.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
