@@ -85,7 +85,13 @@ def test_is_frozen() -> None:
         ("name", "a\n", "name = 'a\\n': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("output-dir", "", "output-dir = '': must be the path of a folder"),
         ("data-dir", 3, "data-dir = 3: must be a string"),
-        ("data-dir", "/no/such", "data-dir = '/no/such': must be an existing folder"),
+        (
+            "data-dir",
+            "/no/such",
+            "data-dir = '/no/such': must be an existing folder with x_train.npy, y_train.npy, x_test.npy, y_test.npy "
+            "(also in a folder named as the data set) or torchvision's own files (MNIST/raw, FashionMNIST/raw, "
+            "cifar-10-batches-py)",
+        ),
         ("exploration", "/no/such", "exploration = '/no/such': must be an existing file"),
         ("sparsty", 0.5, "sparsty = 0.5: no such setting; did you mean sparsity?"),
     ],

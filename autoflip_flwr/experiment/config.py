@@ -17,6 +17,10 @@ Value = bool | int | float | str
 """What a Flower run config can hold."""
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+_DATA_FILES = (
+    "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
+    "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
+)
 MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
 
 
@@ -230,7 +234,7 @@ class Config:
         config = cls(**{names[key]: value for key, value in values.items()})  # type: ignore[arg-type]
         if check_paths:
             if config.data_dir and not Path(config.data_dir).is_dir():
-                raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder")
+                raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder with {_DATA_FILES}")
             if config.exploration and not Path(config.exploration).is_file():
                 raise ConfigError(f"exploration = {shown(config.exploration)}: must be an existing file")
         return config

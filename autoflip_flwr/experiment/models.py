@@ -1,6 +1,7 @@
 """The models of the app, initialised from a seed of their own, and what a training step of one costs."""
 
 import copy
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -75,39 +76,42 @@ def flops_per_example(model: nn.Module, input_shape: tuple[int, int, int]) -> in
 
 def _cnn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
     channels, height, width = input_shape
-    layers: list[nn.Module] = []
-    for wide in (16 if min(height, width) < 16 else 32, 64):
-        layers += [nn.Conv2d(channels, wide, 3, padding=1), nn.ReLU()]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, wide in enumerate((16 if min(height, width) < 16 else 32, 64), 1):
+        layers[f"conv{number}"] = nn.Conv2d(channels, wide, 3, padding=1)
+        layers[f"relu{number}"] = nn.ReLU()
         channels = wide
         if min(height, width) >= 2:
-            layers.append(nn.MaxPool2d(2))
+            layers[f"pool{number}"] = nn.MaxPool2d(2)
             height, width = height // 2, width // 2
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(channels * height * width, 128), nn.ReLU(), nn.Linear(128, classes)
-    )
+    layers["flatten"] = nn.Flatten()
+    layers["fc1"] = nn.Linear(channels * height * width, 128)
+    layers["relu3"] = nn.ReLU()
+    layers["fc2"] = nn.Linear(128, classes)
+    return nn.Sequential(layers)
 
 
 def _twocnn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
     wide = _TWOCNN_WIDTH
-    net = nn.Sequential(
-        nn.Conv2d(input_shape[0], wide, 5, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, padding=1),
-        nn.Conv2d(wide, 2 * wide, 5, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, padding=1),
-        nn.AdaptiveAvgPool2d(7),
-        nn.Flatten(),
-        nn.Linear(2 * wide * 7 * 7, 512),
-        nn.ReLU(),
-        nn.Linear(512, classes),
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(input_shape[0], wide, 5, padding=1),
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2, padding=1),
+        conv2=nn.Conv2d(wide, 2 * wide, 5, padding=1),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2, padding=1),
+        pool3=nn.AdaptiveAvgPool2d(7),
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(2 * wide * 7 * 7, 512),
+        relu3=nn.ReLU(),
+        fc2=nn.Linear(512, classes),
     )
-    for layer in net:
+    for layer in layers.values():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-    return net
+    return nn.Sequential(layers)
 
 
 def _resnet18(input_shape: tuple[int, int, int], classes: int) -> nn.Module:

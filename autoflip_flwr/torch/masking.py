@@ -11,12 +11,12 @@ import torch
 from autoflip_flwr.mask import Mask
 
 
-def _dropped(model: torch.nn.Module, mask: Mask) -> dict[torch.nn.Parameter, torch.Tensor]:
+def _dropped(model: torch.nn.Module, mask: Mask) -> dict[torch.Tensor, torch.Tensor]:
     """For each parameter that loses entries a boolean tensor of its shape on its device, True where it is pruned."""
     unknown = [name for name in mask.keep if name not in model.state_dict()]
     if unknown:
         raise ValueError(f"the model has no {unknown[:3]}: the mask's names are those of the model's state dict")
-    dropped: dict[torch.nn.Parameter, torch.Tensor] = {}
+    dropped: dict[torch.Tensor, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         keep = mask.keep.get(name)
         if keep is None:
