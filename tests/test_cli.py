@@ -159,7 +159,7 @@ def test_refusals(
     assert error.startswith("autoflip: error: ")
     assert error.count("\n") == 1
     if message is not None:
-        assert error.startswith(f"autoflip: error: {message}")
+        assert error == f"autoflip: error: {message}\n"
     assert recorder.calls == []
 
 
