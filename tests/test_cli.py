@@ -137,7 +137,9 @@ def exit_code(*arguments: str) -> int:
         (["-c", "lr=2026-11-22"], "lr = datetime.date(2026, 11, 22): must be a boolean, a number or a string"),
         (
             ["-c", "data-dir='no/such'"],
-            f"data-dir = '{Path.cwd()}/no/such': must be an existing folder with x_train.npy, ",
+            f"data-dir = '{Path.cwd()}/no/such': must be an existing folder with x_train.npy, y_train.npy, x_test.npy, "
+            "y_test.npy (also in a folder named as the data set) or torchvision's own files (MNIST/raw, "
+            "FashionMNIST/raw, cifar-10-batches-py)",
         ),
         (["--nodes", "1"], "nodes = 1: must be 0 (as many as connect) or an integer >= 2"),
         (["-c", "min-explorers=11"], "min-explorers = 11: must not be more than nodes = 10"),
