@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import (
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
 from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.guidance import combine
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
 from autoflip_flwr.testing import LocalGrid
 
@@ -425,6 +426,17 @@ def test_what_cannot_be_pruned_is_refused_before_any_client_works():
         start(AutoFlip(inner(), sparsity=0.99), grid)
     with pytest.raises(ValueError, match="no array of the model is prunable"):
         AutoFlip(inner()).start(grid, record({"w": np.zeros(4, np.float32)}))
+    assert grid.sent == []
+
+
+def test_a_mask_or_exploration_of_another_model_is_refused_before_any_client_works():
+    other = Layout.of({"hidden.weight": np.zeros((2, 2), np.float32), "out.weight": np.zeros((2, 2), np.float32)})
+    found = combine(other, [(1.0, {spec.name: np.ones((2, 2)) for spec in other.specs})])
+    grid = LocalGrid(message_app(), NODES)
+    with pytest.raises(ValueError, match="mask: its arrays are not those of the initial model"):
+        start(AutoFlip(inner(), mask=Mask.full(other)), grid)
+    with pytest.raises(ValueError, match="exploration: its arrays are not the prunable arrays of the initial model"):
+        start(AutoFlip(inner(), exploration=found), grid)
     assert grid.sent == []
 
 
