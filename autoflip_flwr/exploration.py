@@ -147,15 +147,18 @@ def _judge_moves(packed: Arrays) -> None:
 
 def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: OrderedGrid) -> RecordDict:
     """What the strategy would send in round 1, asked of a copy so that neither it nor ``random`` is disturbed."""
-    state = random.getstate()
     config = ConfigRecord(dict(config))
+    messages: list[Message] = []
     try:
-        messages = list(copy.deepcopy(strategy).configure_train(1, arrays, config, grid))
-    except TypeError as error:
+        probe = copy.deepcopy(strategy)
+    except Exception as error:  # whatever a strategy of the user's own holds: a file, a lock, a connection
         log(WARNING, "%s cannot be copied (%s): explorers get the train config alone", type(strategy).__name__, error)
-        messages = []
-    finally:
-        random.setstate(state)
+    else:
+        state = random.getstate()
+        try:
+            messages = list(probe.configure_train(1, arrays, config, grid))
+        finally:
+            random.setstate(state)
     if messages:
         return messages[0].content
     config["server-round"] = 1

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import record, report
-from autoflip_flwr.experiment.record import PHASES, RunRecord, source_commit, summary_table, write_atomic
+from autoflip_flwr.experiment.record import PHASES, RunRecord, source_commit, source_digest, summary_table, write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIG = {"name": "demo", "method": "autoflip", "dataset": "digits", "model": "cnn", "seed": 7, "lr": 0.001}
@@ -118,7 +118,7 @@ def test_create_writes_the_config(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{8}-\d{6}-demo", made.path.name)
     assert files(made.path) == {"config.json"}
     about = json.loads((made.path / "config.json").read_text())
-    assert about.keys() == {"name", "config", "seed", "versions", "commit", "dirty", "platform", "started"}
+    assert about.keys() == {"name", "config", "seed", "versions", "source", "commit", "dirty", "platform", "started"}
     assert about["config"] == {**CONFIG, "path": "a/b", "nan": None, "numpy": 0.5, "list": [1, None, True]}
     assert about["seed"] == 7
     assert about["versions"].keys() == {"python", "autoflip_flwr", "flwr", "torch", "torchvision", "numpy", "ray"}
@@ -244,6 +244,26 @@ def test_source_commit(tmp_path: Path) -> None:
     assert source_commit(package) == (git(tmp_path, "rev-parse", "HEAD"), False)
     (package / "a.py").write_text("2")
     assert source_commit(package) == (git(tmp_path, "rev-parse", "HEAD"), True)
+
+
+def test_the_commit_of_an_app_that_flower_has_copied_is_that_of_the_checkout_it_is_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, checkout = tmp_path / "copied" / "package", tmp_path / "checkout" / "package"
+    for package in (copied, checkout):
+        (package / "experiment").mkdir(parents=True)
+        (package / "experiment" / "record.py").write_text("1")
+    git(checkout, "init")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-m", "x")
+    monkeypatch.setattr(record, "__file__", str(copied / "experiment" / "record.py"))
+    monkeypatch.chdir(checkout.parent)
+    about = json.loads((RunRecord.create(tmp_path / "runs", "a", {}).path / "config.json").read_text())
+    assert (about["commit"], about["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    assert about["source"] == source_digest(checkout)
+    (checkout / "experiment" / "record.py").write_text("2")
+    about = json.loads((RunRecord.create(tmp_path / "runs", "b", {}).path / "config.json").read_text())
+    assert (about["commit"], about["dirty"]) == (None, None)
 
 
 def test_source_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ Bytes are counted in bytes throughout and shown in MB of 10^6 bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -59,12 +60,19 @@ class RunRecord:
         Raises ``OSError`` if the folder cannot be made.
         """
         started = datetime.now(UTC)
-        commit, dirty = source_commit(Path(__file__).resolve().parent.parent)
+        package = Path(__file__).resolve().parent.parent
+        source = source_digest(package)
+        commit, dirty = source_commit(package)
+        beside = Path.cwd() / package.name
+        if commit is None and beside.is_dir() and source_digest(beside) == source:
+            # `flwr run` works on a copy of the app, which is no checkout; the one it was made from may lie here
+            commit, dirty = source_commit(beside)
         about = {
             "name": name,
             "config": config,
             "seed": config.get("seed"),
             "versions": _versions(),
+            "source": source,
             "commit": commit,
             "dirty": dirty,
             "platform": {
@@ -174,6 +182,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def source_digest(package: Path) -> str:
+    """SHA-256 (hex) of the names and contents of the folder's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def source_commit(package: Path) -> tuple[str | None, bool | None]:
