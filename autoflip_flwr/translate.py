@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
@@ -51,6 +51,7 @@ class Translator:
         self._ledger = ledger
         self._integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
         self._confirmed: dict[int, str] = {}
+        self._encoded: tuple[str, ConfigRecord] = ("", ConfigRecord())
 
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
         """Packed arrays -> the floating arrays as the strategy sees them."""
@@ -77,7 +78,7 @@ class Translator:
             content[key] = values[id(record)]
             content[wire.HEADER] = head
             if self._confirmed.get(message.metadata.dst_node_id) != self.mask.digest:
-                content[wire.MASK] = wire.encode_mask(self.mask)
+                content[wire.MASK] = self._mask_record()
             message.content = content
         return batch
 
@@ -86,7 +87,7 @@ class Translator:
         head = reply.content.get(wire.HEADER) if reply.has_content() else None
         if head is None or head.get("status") != wire.MASK_MISSING or wire.MASK in message.content:
             return None
-        content = RecordDict({**message.content, wire.MASK: wire.encode_mask(self.mask)})
+        content = RecordDict({**message.content, wire.MASK: self._mask_record()})
         sent = message.metadata
         return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
@@ -115,6 +116,12 @@ class Translator:
             return _without_ours(reply)
 
         return self._admit(replies, round_, accept)
+
+    def _mask_record(self) -> ConfigRecord:
+        # compressing a large mask takes a while, and a new mask goes to every node
+        if self._encoded[0] != self.mask.digest:
+            self._encoded = (self.mask.digest, wire.encode_mask(self.mask))
+        return self._encoded[1]
 
     def _to_wire(self, record: ArrayRecord) -> ArrayRecord:
         arrays = to_arrays(record) | self._integers
