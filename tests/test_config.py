@@ -159,3 +159,15 @@ def test_starts_without_torch() -> None:
         "sys.exit(bool({'torch', 'ray', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PYPROJECT.parent, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("recipe", sorted((PYPROJECT.parent / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe: Path) -> None:
+    config = Config.from_run_config(tomllib.loads(recipe.read_text()))
+    assert config.dataset in recipe.stem
+
+
+def test_the_main_jobs_recipe_is_the_default() -> None:
+    values = tomllib.loads((PYPROJECT.parent / "configs" / "digits.toml").read_text())
+    assert values.pop("nodes") == 10  # of the command, since the app takes as many as connect
+    assert Config.from_run_config(values) == Config()
