@@ -1,0 +1,64 @@
+"""The library needs NumPy and Flower only, and its imports point downwards."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autoflip_flwr
+
+PACKAGE = Path(autoflip_flwr.__file__).parent
+CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+# from the bottom up; a module may import from lower rows only
+ROWS = [
+    {"layout", "_flower"},
+    {"mask", "testing"},
+    {"guidance", "wire"},
+    {"firewall", "ledger", "legacy"},
+    {"grid", "mod", "translate"},
+    {"exploration", "coordinates"},
+    {"strategy"},
+    {"__init__"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_of_the_core_has_its_row():
+    assert sorted(set().union(*ROWS)) == CORE
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_imports_point_downwards(module):
+    row = next(index for index, modules in enumerate(ROWS) if module in modules)
+    names = {name for name in imported(PACKAGE / f"{module}.py") if name.startswith("autoflip_flwr.")}
+    used = {name.split(".")[1] for name in names} & set(CORE)
+    assert used <= set().union(*ROWS[:row])
+    assert not {name.split(".")[1] for name in names} & {"torch", "experiment"}
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_imports_numpy_and_flower_only(module):
+    roots = {name.partition(".")[0] for name in imported(PACKAGE / f"{module}.py")}
+    assert roots - set(sys.stdlib_module_names) <= {"numpy", "flwr", "autoflip_flwr"}
+
+
+def test_importing_the_library_loads_neither_torch_nor_ray():
+    code = (
+        "import sys, autoflip_flwr, autoflip_flwr.testing; "
+        "print(sorted({'torch', 'torchvision', 'ray', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
