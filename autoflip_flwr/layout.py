@@ -110,6 +110,9 @@ class Layout:
             output = weights[-1] if weights else None
         return cls(tuple(specs), output)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
     def __getitem__(self, name: str) -> ArraySpec:
         return self._by_name[name]
 
@@ -140,7 +143,7 @@ class Layout:
     def check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes."""
         missing = [spec.name for spec in self.specs if spec.name not in arrays]
-        extra = [name for name in arrays if name not in self._by_name]
+        extra = [name for name in arrays if name not in self]
         if missing or extra:
             raise ValueError(f"the model's arrays do not match: missing {missing[:5]}, unexpected {extra[:5]}")
         for spec in self.specs:

@@ -151,7 +151,7 @@ class Mask:
         """
         if into is not None:
             self.layout.check(into)
-        if extra := [name for name in packed if name not in self.layout._by_name]:
+        if extra := [name for name in packed if name not in self.layout]:
             raise ValueError(f"unexpected packed arrays {extra[:5]}")
         full: Arrays = {}
         for spec in self.layout.specs:

@@ -16,7 +16,7 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.models import build
-from autoflip_flwr.experiment.partition import partition
+from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.ledger import EXAMPLES_PROCESSED
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
@@ -26,15 +26,7 @@ from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
 def _examples(config: Config, data_dir: str, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One node's examples: float32 (N, C, H, W) and int64 (N,)."""
     data = load(config.dataset, data_dir)
-    rows = partition(
-        data.y_train,
-        dataset=config.dataset,
-        split=config.split,
-        num_partitions=parts,
-        seed=config.seed,
-        alpha=config.alpha,
-        classes_per_client=config.classes_per_client,
-    )[part]
+    rows = partition_by(config, data.y_train, parts)[part]
     return torch.from_numpy(data.batch(data.x_train[rows])), torch.tensor(data.y_train[rows])
 
 

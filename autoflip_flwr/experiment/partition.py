@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import cache_dir
 
 Indices = NDArray[np.int64]
@@ -84,6 +84,19 @@ def partition(
         with suppress(OSError):  # without a writable cache the split is only slower to get
             _write(path, parts)
     return parts
+
+
+def partition_by(config: Config, labels: Indices, num_partitions: int) -> tuple[Indices, ...]:
+    """:func:`partition` as the settings say; the server and every client come to the same split."""
+    return partition(
+        labels,
+        dataset=config.dataset,
+        split=config.split,
+        num_partitions=num_partitions,
+        seed=config.seed,
+        alpha=config.alpha,
+        classes_per_client=config.classes_per_client,
+    )
 
 
 def _check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from logging import ERROR
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.explored import read_exploration, start_digest, write_exploration
 from autoflip_flwr.experiment.models import build
-from autoflip_flwr.experiment.partition import partition
+from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
@@ -54,16 +53,10 @@ def run(grid: Grid, config: Config) -> Path:
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
     _wait_for_nodes(ordered, config)
-    partition(  # refuses an impossible split now, and leaves the split in the cache for the clients
-        data.y_train,
-        dataset=config.dataset,
-        split=config.split,
-        num_partitions=max(ordered.num_partitions, len(ordered.partitions)),
-        seed=config.seed,
-        alpha=config.alpha,
-        classes_per_client=config.classes_per_client,
-    )
-    strategy, explored_seconds = _strategy(config, ledger, start_digest(initial))
+    # refuses an impossible split now, and leaves the split in the cache for the clients
+    partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
+    start = start_digest(initial)
+    strategy, explored_seconds = _strategy(config, ledger, start)
     record = RunRecord.create(config.output_dir, config.name or f"{config.method}-{config.dataset}", config.as_dict())
     tracker = Tracker(
         record,
@@ -82,13 +75,12 @@ def run(grid: Grid, config: Config) -> Path:
             write_exploration(
                 record.path / "exploration.safetensors",
                 strategy.exploration,
-                start_digest(initial),
+                start,
                 ledger.exploration_only(),
                 tracker.exploration_seconds,
             )
         return tracker.evaluate(server_round, arrays)
 
-    random.seed(config.seed)
     result = strategy.start(
         ordered,
         to_record(initial),

@@ -13,7 +13,8 @@ from autoflip_flwr.mask import Mask
 
 def _dropped(model: torch.nn.Module, mask: Mask) -> dict[torch.Tensor, torch.Tensor]:
     """For each parameter that loses entries a boolean tensor of its shape on its device, True where it is pruned."""
-    unknown = [name for name in mask.keep if name not in model.state_dict()]
+    names = model.state_dict().keys()
+    unknown = [name for name in mask.keep if name not in names]
     if unknown:
         raise ValueError(f"the model has no {unknown[:3]}: the mask's names are those of the model's state dict")
     dropped: dict[torch.Tensor, torch.Tensor] = {}
