@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    QFedAvg,
+    Strategy,
+)
 from numpy.typing import NDArray
 
 from autoflip_flwr.layout import Arrays
@@ -14,8 +22,16 @@ from autoflip_flwr.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
 
-_METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
-_METRIC_FUNCTIONS = ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
+METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+
+_BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or AutoFlip's full ones
+_FLOATS_ONLY = (
+    QFedAvg,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
 _MOMENTS = ("momentum_vector", "m_t", "v_t")
 _WEIGHTS = "current_arrays"
 
@@ -34,9 +50,10 @@ def weight_key_of(strategy: Strategy) -> str:
 
 
 def resolve(coordinates: str, strategy: Strategy) -> str:
-    """``"packed"`` or ``"dense"``; ``"auto"`` packs where every method in force is Flower's own.
+    """``"packed"`` or ``"dense"``; ``"auto"`` packs where every method and function in force is Flower's own.
 
-    A strategy with overridden methods or metric functions of its own may look at the arrays: it gets full ones.
+    A strategy with overridden methods, or with functions of the user's own that are given replies (metric functions,
+    a selection rule), may look at the arrays: it gets full ones.
     """
     if coordinates not in COORDINATES:
         raise ValueError(f"coordinates = {coordinates!r}: must be one of {', '.join(COORDINATES)}")
@@ -45,17 +62,49 @@ def resolve(coordinates: str, strategy: Strategy) -> str:
     return "packed" if all(_is_flowers(layer) for layer in layers(strategy)) else "dense"
 
 
+def shows_integers(strategy: Strategy) -> bool:
+    """Whether integer and bool arrays are shown to a strategy in dense coordinates.
+
+    Only to one with code of the user's own, which may want the whole model; not where QFedAvg or a
+    differential-privacy wrapper would fail on them, as they do in Flower alone.
+    """
+    found = list(layers(strategy))
+    return not all(map(_is_flowers, found)) and not any(isinstance(layer, _FLOATS_ONLY) for layer in found)
+
+
 def _is_flowers(strategy: Strategy) -> bool:
-    functions = [getattr(type(strategy), name) for name in _METHODS]
-    functions += [getattr(strategy, name) for name in _METRIC_FUNCTIONS if hasattr(strategy, name)]
-    return all(getattr(function, "__module__", "").startswith("flwr.") for function in functions)
+    kind = type(strategy)
+    known = {name for base in kind.__mro__ if _module(base).startswith("flwr.") for name in vars(base)}
+    functions = [getattr(kind, name) for name in known.difference(_BLIND)]
+    functions += vars(strategy).values()
+    return all(_module(function).startswith("flwr.") for function in functions if callable(function))
 
 
-def carry_state(strategy: Strategy, old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:
+def _module(thing: object) -> str:
+    return str(getattr(thing, "__module__", ""))
+
+
+def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
+    """A strategy of the same class and with the same state, whose rounds are those of ``methods_of``.
+
+    With it a strategy that brings a ``start`` of its own (to keep the best model, say) runs its own loop.
+    """
+
+    def forward(name: str) -> Callable[..., object]:
+        return lambda _, *args, **kwargs: getattr(methods_of, name)(*args, **kwargs)
+
+    kind: Any = type(strategy)
+    result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
+    result.__dict__ = strategy.__dict__
+    return result
+
+
+def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:
     """Take the state of Flower's own server optimisers from one mask to the next.
 
-    Weights that a strategy keeps (``current_arrays``) are read off the dense shadow; moments are masked, and start at
-    zero where a coordinate has grown.
+    ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
+    (``current_arrays``) are read off the dense shadow; moments are masked, and start at zero where a coordinate has
+    grown.
     """
 
     def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -69,7 +118,6 @@ def carry_state(strategy: Strategy, old: Mask, new: Mask, shadow: Arrays, *, pac
         full[~new.keep[name]] = 0
         return full
 
-    names = [spec.name for spec in new.layout.specs if spec.floating]
     for layer in layers(strategy):
         for attribute in _MOMENTS:
             moments = getattr(layer, attribute, None)

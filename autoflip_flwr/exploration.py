@@ -114,7 +114,7 @@ def explore(
             messages = [Message(content, node, MessageType.TRAIN, group_id="exploration") for node in batch]
             for reply in grid.exchange(messages, timeout):
                 if reply.has_error():
-                    problems.append(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
+                    problems.append(f"node {reply.metadata.src_node_id}: {firewall.explain(reply.error)}")
                     continue
                 try:
                     judged = firewall.judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
@@ -129,7 +129,7 @@ def explore(
     try:
         found = combine(mask.layout, answers())
     except ValueError as error:
-        raise RuntimeError(f"the exploration failed: {error}; {_first(problems)}") from error
+        raise RuntimeError(f"the exploration failed: {error}; {_first(problems)}; {firewall.FIRST}") from error
     if found.explorers < plan.min_explorers:
         raise RuntimeError(
             f"{found.explorers} of {count} explorers answered, but min_explorers = {plan.min_explorers}; "

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Error, Message, MetricRecord
 
 from autoflip_flwr import wire
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
+
+FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def judge(reply: Message, *, mask: Mask, phase: str, round_: int, weight_key: st
     for name, values in packed.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise wire.WireError(f"array {name!r} holds NaN or infinity")
+    if reply.content[wire.HEADER].get("fingerprint") != wire.fingerprint(arrays[0][1]):
+        raise wire.WireError(f"its values were changed after autoflip_mod had packed them: {FIRST}")
     return Judged(arrays[0][0], packed, weight)
 
 
@@ -68,10 +72,18 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
     """Check that a reply answers this message under this mask; raises as :func:`judge` does."""
     head = wire.read_header(reply.content)
     if head is None:
-        raise wire.WireError("the reply has no AutoFLIP header: is autoflip_mod the first of the client's mods?")
+        raise wire.WireError(f"the reply has no AutoFLIP header: {FIRST}")
     for key, expected in (("phase", phase), ("round", round_), ("digest", mask.digest)):
         if head.get(key) != expected:
             raise wire.WireError(f"{key} {head.get(key)!r}, expected {expected!r}")
+
+
+def explain(error: Error) -> str:
+    """The reason of an error reply; where another mod refused the message, that it may stand in the wrong place."""
+    reason = (error.reason or f"error {error.code}").strip()
+    if error.code != wire.MOD_REFUSED or reason.startswith("autoflip_mod"):
+        return reason
+    return f"{reason} If that mod stands in front of autoflip_mod, it sees packed messages: {FIRST}."
 
 
 def judge_metrics(reply: Message, weight_key: str) -> float:

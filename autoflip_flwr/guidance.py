@@ -6,6 +6,7 @@ neither settles is marked "our reading".
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -139,8 +140,34 @@ def pruned_count(sparsity: float, size: int) -> int:
     return int(Fraction(repr(float(sparsity))) * size)
 
 
+def tied(layout: Layout, initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> dict[str, str]:
+    """Prunable arrays that are a weight known by another name too -> the first of its names.
+
+    Tied weights (an embedding that is the output layer as well) come under each of their names with the same values,
+    and the explorers moved them in the same way; arrays of one value alone say nothing.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    found: dict[str, str] = {}
+    for spec in layout.prunable:
+        values = initial[spec.name]
+        if (values == values.flat[0]).all():
+            continue
+        one = first.setdefault((spec.shape, spec.dtype, zlib.crc32(values.tobytes())), spec.name)
+        if one != spec.name and all(
+            np.array_equal(arrays[one], arrays[spec.name])
+            for arrays in (initial, exploration.deviation, exploration.signed_mean)
+        ):
+            found[spec.name] = one
+    return found
+
+
 def choose_mask(
-    layout: Layout, score: Mapping[str, Floats], sparsity: float, scope: str = "global", version: int = 0
+    layout: Layout,
+    score: Mapping[str, Floats],
+    sparsity: float,
+    scope: str = "global",
+    version: int = 0,
+    tied: Mapping[str, str] | None = None,
 ) -> Mask:
     """Prune exactly the share ``sparsity`` of the prunable entries, those with the lowest scores.
 
@@ -158,6 +185,10 @@ def choose_mask(
         T_p, the share to prune, in [0, 1).
     scope : str
         ``"global"``: one quantile over all prunable entries (the authors' code); ``"layer"``: one for each array.
+    version : int
+        Version of the mask.
+    tied : Mapping[str, str] | None
+        Arrays that are another one's weight under a second name (:func:`tied`): they count once, and get its mask.
 
     Raises
     ------
@@ -170,6 +201,10 @@ def choose_mask(
         raise ValueError(f"scope = {scope!r}: must be one of {', '.join(SCOPES)}")
     if not layout.prunable:
         raise ValueError("no array of the model is prunable: weights have two or more dimensions; else give `prunable`")
+    if tied:
+        own = tuple(spec for spec in layout.specs if spec.name not in tied)
+        kept = choose_mask(Layout(own, tied.get(layout.output or "", layout.output)), score, sparsity, scope).keep
+        return Mask.from_bool(layout, {**kept, **{name: kept[other] for name, other in tied.items()}}, version)
     flat = {spec.name: np.asarray(score[spec.name], np.float64).reshape(-1) for spec in layout.prunable}
     for name, values in flat.items():
         if not np.isfinite(values).all():

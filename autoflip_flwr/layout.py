@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[np.generic]]
-Prunable = Callable[[str, tuple[int, ...]], bool]
+Rule = str | Sequence[str] | Callable[[str, tuple[int, ...]], bool]
+"""Chooses arrays: shell-style patterns of names (``"encoder.*.weight"``), or a function of name and shape."""
 
 AUTO = "auto"
 
@@ -66,7 +68,8 @@ class Layout:
         cls,
         arrays: Mapping[str, NDArray[np.generic]],
         *,
-        prunable: Prunable | None = None,
+        prunable: Rule | None = None,
+        exclude: Rule | None = None,
         biases: bool = False,
         output: str | None = AUTO,
     ) -> Layout:
@@ -76,9 +79,11 @@ class Layout:
         ----------
         arrays : Mapping[str, ndarray]
             Name -> array, in the model's order.
-        prunable : Callable[[str, tuple[int, ...]], bool] | None
-            Decides by name and shape which floating arrays are pruned entry by entry. Default: those with two or more
-            dimensions, and biases if ``biases``.
+        prunable : str | Sequence[str] | Callable[[str, tuple[int, ...]], bool] | None
+            Which floating arrays are pruned entry by entry: patterns of names, or a function of name and shape.
+            Default: those with two or more dimensions, and biases if ``biases``.
+        exclude : the same, or None
+            Which of them are not.
         biases : bool
             Prune 1-D arrays named ``*bias*`` that stand beside an array of the same prefix with two or more dimensions
             (the authors' code does; normalisation layers are never meant).
@@ -88,23 +93,21 @@ class Layout:
         Raises
         ------
         ValueError
-            If an array is neither a number nor a bool, or ``output`` names no prunable array.
+            If an array is neither a number nor a bool, a pattern matches no array, or ``output`` names no prunable one.
         """
+        names = list(arrays)
+        chosen = None if prunable is None else _predicate(prunable, "prunable", names)
+        spared = None if exclude is None else _predicate(exclude, "exclude", names)
         specs = []
         for name, array in arrays.items():
             if array.dtype.kind not in "fiub":
                 raise ValueError(
                     f"array {name!r} has dtype {array.dtype}: only float, integer and bool arrays can travel"
                 )
-            chosen = prunable(name, array.shape) if prunable else _default_prunable(name, array.shape, arrays, biases)
-            specs.append(
-                ArraySpec(
-                    name,
-                    tuple(array.shape),
-                    array.dtype.name,
-                    bool(chosen) and array.dtype.kind == "f" and array.size > 0,
-                )
-            )
+            shape = tuple(array.shape)
+            pruned = chosen(name, shape) if chosen else _default_prunable(name, shape, arrays, biases)
+            pruned = pruned and array.dtype.kind == "f" and array.size > 0 and not (spared and spared(name, shape))
+            specs.append(ArraySpec(name, shape, array.dtype.name, bool(pruned)))
         if output == AUTO:
             weights = [spec.name for spec in specs if spec.prunable and len(spec.shape) >= 2]
             output = weights[-1] if weights else None
@@ -151,6 +154,16 @@ class Layout:
                 raise ValueError(
                     f"array {spec.name!r} has shape {tuple(arrays[spec.name].shape)}, expected {spec.shape}"
                 )
+
+
+def _predicate(rule: Rule, parameter: str, names: Sequence[str]) -> Callable[[str, tuple[int, ...]], bool]:
+    if callable(rule):
+        return rule
+    patterns = [rule] if isinstance(rule, str) else list(rule)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{parameter}: {pattern!r} matches none of the model's arrays {names[:10]}")
+    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _default_prunable(

@@ -51,9 +51,11 @@ def call(message: Message, context: Context, call_next: ClientAppCallable, weigh
             if error.args[:1] != (f"{kind}ins.parameters",):
                 raise
         context.state[HEADER] = ConfigRecord({**(state or {}), "client-fn": True})  # type: ignore[dict-item]
+    arrays_key, arrays = next(iter(content.array_records.items()))
     message.content = RecordDict(
         {
-            f"{kind}ins.parameters": next(iter(content.array_records.values())),
+            # by position, as the client's arrays come back: Flower's clipping mods compare the names
+            f"{kind}ins.parameters": ArrayRecord({str(i): array for i, array in enumerate(arrays.values())}),
             f"{kind}ins.config": ConfigRecord(
                 _without_lists(next(iter(content.config_records.values()), ConfigRecord()))
             ),
@@ -63,13 +65,12 @@ def call(message: Message, context: Context, call_next: ClientAppCallable, weigh
     message.content = content
     if reply.has_error():
         return reply
-    (key, arrays), *_ = content.array_records.items()
     status = reply.content.get(f"{kind}res.status", ConfigRecord())
     if status.get("code", _OK) != _OK:
         return Message(
             Error(_CLIENT_APP_RAISED, f"the client's {kind} failed: {status.get('message')!r}"), reply_to=message
         )
-    return Message(_modern(reply.content, kind, key, list(arrays), weight_key), reply_to=message)
+    return Message(_modern(reply.content, kind, arrays_key, list(arrays), weight_key), reply_to=message)
 
 
 def _modern(result: RecordDict, kind: str, arrays_key: str, names: list[str], weight_key: str) -> RecordDict:
@@ -87,7 +88,8 @@ def _modern(result: RecordDict, kind: str, arrays_key: str, names: list[str], we
         content[arrays_key] = ArrayRecord({name: Array(array.numpy()) for name, array in named})
     else:
         metrics["loss"] = float(result.metric_records["evaluateres.loss"]["loss"])  # type: ignore[arg-type]
-    metrics[weight_key] = result.metric_records[f"{kind}res.num_examples"]["num_examples"]  # type: ignore[assignment]
+    counts = dict(result.metric_records[f"{kind}res.num_examples"])  # a clipping mod adds its norm bit
+    metrics |= {weight_key: counts.pop("num_examples"), **counts}  # type: ignore[dict-item]
     content["metrics"] = MetricRecord(metrics)  # type: ignore[arg-type]
     return content
 

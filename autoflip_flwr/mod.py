@@ -12,9 +12,6 @@ from autoflip_flwr import legacy, wire
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
 
-MOD_FAILED_PRECONDITION = 6
-"""Flower's error code of a mod that refuses a message."""
-
 PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
 """Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
 
@@ -42,6 +39,9 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
     try:
         head = wire.read_header(message.content)
         if head is None:
+            state = context.state.get(wire.HEADER)
+            if state is not None and state.get("message") == message.metadata.message_id:
+                raise wire.WireError("it is twice in ClientApp(mods=[...]): once is enough, as the first")
             context.state.pop(wire.MASK, None)  # another strategy's message: no mask is in force
             plain = len(message.content.array_records) == 1
             return legacy.call(message, context, call_next) if plain else call_next(message, context)
@@ -52,7 +52,7 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
             return _reply(message, context, head, RecordDict(), status=wire.MASK_MISSING)
         return _run(message, context, call_next, head, mask)
     except wire.WireError as error:
-        return Message(Error(MOD_FAILED_PRECONDITION, f"autoflip_mod: {error}"), reply_to=message)
+        return Message(Error(wire.MOD_REFUSED, f"autoflip_mod: {error}"), reply_to=message)
 
 
 def current_mask(context: Context) -> Mask | None:
@@ -71,9 +71,8 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     """The mask under which the message is packed: its own, or the node's if that is the one meant."""
     record = message.content.get(wire.MASK)
     exploring = head["phase"] == wire.EXPLORE
-    context.state[wire.HEADER] = ConfigRecord(
-        {**context.state.get(wire.HEADER, {}), "phase": wire.EXPLORE if exploring else wire.TRAIN}  # type: ignore[dict-item]
-    )
+    state = {"phase": wire.EXPLORE if exploring else wire.TRAIN, "message": message.metadata.message_id}
+    context.state[wire.HEADER] = ConfigRecord({**context.state.get(wire.HEADER, {}), **state})  # type: ignore[dict-item]
     known = record if record is not None else context.state.get(wire.MASK)
     if known is None:
         return None
@@ -107,7 +106,8 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
                 name: np.subtract(array, start[name]) if array.dtype.kind == "f" else array
                 for name, array in arrays.items()
             }
-        content[key] = wire.pack(mask, mask.gather(arrays))
+        content[key] = values = wire.pack(mask, mask.gather(arrays))
+        return _reply(message, context, head, content, digest=mask.digest, fingerprint=wire.fingerprint(values))
     return _reply(message, context, head, content, digest=mask.digest)
 
 

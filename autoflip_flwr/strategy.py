@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from logging import INFO
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -17,9 +16,10 @@ from autoflip_flwr import guidance, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Prunable
+from autoflip_flwr.layout import AUTO, Arrays, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.translate import Translator, to_arrays, to_record
 
 INITIALS = ("scratch", "scouts")
@@ -49,8 +49,11 @@ class AutoFlip(Strategy):
         Start from the pruned initial parameters, or from ``"scouts"``, the pruned average of the explorers.
     biases : bool (default: False)
         Prune biases too (the authors' code does).
-    prunable : Callable[[str, tuple[int, ...]], bool] or None
-        Decides by name and shape which arrays are pruned; default: those with two or more dimensions.
+    prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
+        Which arrays are pruned: shell-style patterns of their names, or a function of name and shape; default: those
+        with two or more dimensions.
+    exclude : the same, or None
+        Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
     output : str or None (default: "auto")
         Name of the output layer's weight, of which each unit keeps an incoming weight; default: the last prunable one.
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting
@@ -65,7 +68,7 @@ class AutoFlip(Strategy):
     coordinates : str (default: "auto")
         What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
         ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
-        Integer and bool arrays pass it by: they come from the valid reply with the most examples.
+        Integer and bool arrays are never averaged: they come from the valid reply with the most examples.
     seed : int or None
         Makes the choice of nodes reproducible; costs one small message to each node before the start.
     ledger : Ledger or None
@@ -82,6 +85,8 @@ class AutoFlip(Strategy):
 
     Raises
     ------
+    TypeError
+        If ``strategy`` is no Message-API strategy.
     ValueError
         If a parameter is out of range.
 
@@ -101,7 +106,8 @@ class AutoFlip(Strategy):
         gamma: float = 1.0,
         initial: str = "scratch",
         biases: bool = False,
-        prunable: Prunable | None = None,
+        prunable: Rule | None = None,
+        exclude: Rule | None = None,
         output: str | None = AUTO,
         explorers: float = 1.0,
         min_explorers: int = 2,
@@ -116,23 +122,19 @@ class AutoFlip(Strategy):
         seed: int | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity = {sparsity}: must be a number in [0, 1)")
-        if not 0 <= gamma < np.inf:
-            raise ValueError(f"gamma = {gamma}: must be a number >= 0")
-        for name, value, allowed in (
-            ("scope", scope, guidance.SCOPES),
-            ("normalisation", normalisation, guidance.NORMALISATIONS),
-            ("initial", initial, INITIALS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+        if initial not in INITIALS:
+            raise ValueError(f"initial = {initial!r}: must be one of {', '.join(INITIALS)}")
+        if strategy is not None and not isinstance(strategy, Strategy):
+            raise TypeError(
+                f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."
+                f"{type(strategy).__name__}"
+            )
         self.strategy = strategy if strategy is not None else FedAvg()
         if any(isinstance(layer, AutoFlip) for layer in coords.layers(self.strategy)):
             raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
-        self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
         self.initial = initial
-        self.plan = ExplorationPlan(
+        self.mask_plan = MaskPlan(sparsity, scope, normalisation, gamma, prunable, exclude, biases, output)
+        self.exploration_plan = ExplorationPlan(
             explorers,
             min_explorers,
             exploration_rounds,
@@ -143,18 +145,19 @@ class AutoFlip(Strategy):
         self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
         self.seed = seed
         self.ledger = ledger if ledger is not None else Ledger()
-        self._layout_options = {"prunable": prunable, "biases": biases, "output": output}
         self._packed = coords.resolve(coordinates, self.strategy) == "packed"
+        self._integers = not self._packed and coords.shows_integers(self.strategy)
         self._weight_key = coords.weight_key_of(self.strategy)
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""
+        plan = self.mask_plan
         log(INFO, "\t├──> AutoFlip settings:")
         log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
-        log(INFO, "\t│\t├── Sparsity: %s (%s)", self.sparsity, self.scope)
-        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", self.normalisation, self.gamma)
+        log(INFO, "\t│\t├── Sparsity: %s (%s)", plan.sparsity, plan.scope)
+        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", plan.normalisation, plan.gamma)
         log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
         self.strategy.summary()
 
@@ -181,18 +184,19 @@ class AutoFlip(Strategy):
             If too few nodes are connected or too few explorers answer.
         """
         initial = to_arrays(initial_arrays)
-        layout = self._layout_of(initial)
+        layout = self.mask_plan.layout(initial)
+        self.mask_plan.rehearse(layout, self.mask, self.exploration)
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         if self.seed is not None and not facade.partitions:
             minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
             facade.roll_call(minimum=minimum, timeout=timeout)
         everything = Mask.full(layout)
-        if self.mask is None and self.sparsity > 0 and self.exploration is None:
+        if self.mask is None and self.mask_plan.sparsity > 0 and self.exploration is None:
             seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
             template = template_of(self.strategy, seen, train_config or ConfigRecord(), facade)
             self.exploration = explore(
-                self.plan,
+                self.exploration_plan,
                 facade,
                 initial,
                 template,
@@ -201,22 +205,21 @@ class AutoFlip(Strategy):
                 seed=self.seed,
                 timeout=timeout,
             )
-        if self.mask is None:
-            self.mask = everything if self.exploration is None else self.choose(layout, self.exploration)
+        if self.mask is None and self.exploration is not None:
+            self.mask = self.mask_plan.choose(layout, initial, self.exploration)
+        self.mask = everything if self.mask is None else self.mask
         if self.initial == "scouts" and self.exploration is not None:
             initial = guidance.start_arrays(initial, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
         self._shadow = initial
         self._translator = self._translate(self.mask, initial)
         facade.repeat = self._translator.repeat
-        return super().start(
+        # a strategy with a loop of its own keeps it
+        own = type(self.strategy).start is not Strategy.start
+        start = coords.twin(self.strategy, methods_of=self).start if own else super().start
+        return start(
             facade, to_record(self.mask.apply(initial)), num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
-
-    def choose(self, layout: Layout, exploration: Exploration) -> Mask:
-        """The mask that these settings make of an exploration."""
-        score = guidance.scores(exploration, self.normalisation, self.gamma)
-        return guidance.choose_mask(layout, score, self.sparsity, self.scope)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -260,21 +263,14 @@ class AutoFlip(Strategy):
         return self._translator
 
     def _translate(self, mask: Mask, initial: Arrays) -> Translator:
-        return Translator(mask, initial, packed=self._packed, weight_key=self._weight_key, ledger=self.ledger)
-
-    def _layout_of(self, initial: Arrays) -> Layout:
-        """The model's layout, after everything has been tried that could go wrong once the clients have worked."""
-        layout = Layout.of(initial, **self._layout_options)  # type: ignore[arg-type]
-        if self.mask is not None and self.mask.layout.specs != layout.specs:
-            raise ValueError("mask: its arrays are not those of the initial model")
-        if self.exploration is not None:
-            shapes = {name: values.shape for name, values in self.exploration.deviation.items()}
-            if shapes != {spec.name: spec.shape for spec in layout.prunable}:
-                raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
-        elif self.mask is None and self.sparsity > 0:
-            nothing = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
-            guidance.choose_mask(layout, nothing, self.sparsity, self.scope)
-        return layout
+        return Translator(
+            mask,
+            initial,
+            packed=self._packed,
+            integers=self._integers,
+            weight_key=self._weight_key,
+            ledger=self.ledger,
+        )
 
     def _follow_schedule(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
         """The model under the mask that the schedule names for this round."""
@@ -287,6 +283,6 @@ class AutoFlip(Strategy):
         if new.version <= old.version:
             new = dataclasses.replace(new, version=old.version + 1)
         self._shadow = old.scatter(old.gather(full), into=self._shadow)
-        coords.carry_state(self.strategy, old, new, self._shadow, packed=self._packed)
+        coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
         self.mask = translator.mask = new
         return new.apply(self._shadow)

@@ -35,17 +35,22 @@ class Translator:
     mask : Mask
         The mask in force; assign another one to change it.
     initial : dict[str, ndarray]
-        The full model; its integer and bool arrays are kept here, since the strategy never sees them.
+        The full model; its integer and bool arrays are kept here, since no strategy averages them.
     packed : bool
         Whether the strategy sees packed arrays or full ones.
+    integers : bool
+        Whether it sees integer and bool arrays; what it makes of them is not used.
     weight_key : str
         Metric by which replies are weighed.
     ledger : Ledger
         Counts the replies that are left out.
     """
 
-    def __init__(self, mask: Mask, initial: Arrays, *, packed: bool, weight_key: str, ledger: Ledger) -> None:
+    def __init__(
+        self, mask: Mask, initial: Arrays, *, packed: bool, integers: bool, weight_key: str, ledger: Ledger
+    ) -> None:
         self.mask = mask
+        self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed = packed
         self._weight_key = weight_key
         self._ledger = ledger
@@ -54,9 +59,9 @@ class Translator:
         self._encoded: tuple[str, ConfigRecord] = ("", ConfigRecord())
 
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
-        """Packed arrays -> the floating arrays as the strategy sees them."""
+        """Packed arrays -> the arrays as the strategy sees them."""
         arrays = packed if self._packed else self.mask.scatter(packed)
-        return to_record({spec.name: arrays[spec.name] for spec in self.mask.layout.specs if spec.floating})
+        return to_record({name: arrays[name] for name in self.shown})
 
     def from_strategy(self, record: ArrayRecord) -> Arrays:
         """What the strategy holds -> full arrays, pruned, in the strategy's dtypes and the model's order."""
@@ -133,6 +138,14 @@ class Translator:
         for reply in replies:
             if reply.has_error():
                 errors.append(reply)
+                if reply.error.code == wire.MOD_REFUSED:
+                    log(
+                        WARNING,
+                        "round %d: node %d: %s",
+                        round_,
+                        reply.metadata.src_node_id,
+                        firewall.explain(reply.error),
+                    )
                 continue
             try:
                 reply.content = accept(reply)

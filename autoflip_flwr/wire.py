@@ -5,7 +5,8 @@ client's own code know,
 
 - the ``ArrayRecord``, packed: one flat 1-D array for each dtype of the model (key: the dtype's name), the values of the
   packed arrays one after another in the model's order;
-- ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest;
+- ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest; in replies also the values'
+  fingerprint;
 - ``MASK``, a ``ConfigRecord`` with the model's layout and the mask's bits, only where the node may lack them.
 
 Nothing is unpickled or evaluated, every size is checked against what the receiver expects before anything is
@@ -35,11 +36,14 @@ MASK = "autoflip.mask"
 
 HELLO, EXPLORE, TRAIN, EVALUATE = "hello", "explore", "train", "evaluate"
 MASK_MISSING = "mask-missing"
+MOD_REFUSED = 6
+"""Flower's error code of a mod that refuses a message."""
 PHASES = (HELLO, EXPLORE, TRAIN, EVALUATE)
 
 MAX_LAYOUT_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**33
 MAX_DIMENSIONS = 32
+SAMPLE_BYTES = 4096
 
 _NPY = re.compile(rb"\{'descr': '([<>|=]?[a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]{1,19}),\), \} *\n")
 _DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "bool")
@@ -81,23 +85,20 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
 
 def encode_mask(mask: Mask) -> ConfigRecord:
     """Layout and bits: zlib where that is smaller, nothing at all for a mask that keeps everything."""
-    packed = b"" if mask.is_full else zlib.compress(mask.bits, 9)
-    encoding = "full" if mask.is_full else "zlib" if len(packed) < len(mask.bits) else "raw"
-    return ConfigRecord(
-        {
-            "layout": _encode_layout(mask.layout),
-            "encoding": encoding,
-            "bits": mask.bits if encoding == "raw" else packed,
-            "version": mask.version,
-        }
-    )
+    record = ConfigRecord({"layout": _encode_layout(mask.layout), "encoding": "full", "version": mask.version})
+    if not mask.is_full:
+        packed = zlib.compress(mask.bits, 9)
+        smaller = len(packed) < len(mask.bits)
+        record["encoding"], record["bits"] = ("zlib", packed) if smaller else ("raw", mask.bits)
+    return record
 
 
 def decode_mask(record: object) -> Mask:
     """The mask of an ``encode_mask`` record (the last few are cached by content)."""
     if not isinstance(record, ConfigRecord):
         raise WireError(f"record {MASK!r} must be a ConfigRecord")
-    layout, encoding, bits, version = (record.get(key) for key in ("layout", "encoding", "bits", "version"))
+    layout, encoding, version = (record.get(key) for key in ("layout", "encoding", "version"))
+    bits = record.get("bits", b"")
     if not (
         isinstance(layout, bytes) and isinstance(bits, bytes) and isinstance(encoding, str) and type(version) is int
     ):
@@ -156,6 +157,18 @@ def unpack(mask: Mask, record: object) -> Arrays:
         packed[spec.name] = flat[spec.dtype][start : start + size].reshape(mask.packed_shape(spec.name))
         starts[spec.dtype] += size
     return packed
+
+
+def fingerprint(record: ArrayRecord) -> int:
+    """CRC-32 of a sample of the packed bytes: it tells whether another mod changed them on their way, at no cost.
+
+    Flower's differential-privacy mods change every value. It is no protection against a client that lies.
+    """
+    found = 0
+    for array in record.values():
+        data = np.frombuffer(array.data, np.uint8)
+        found = zlib.crc32(data[:: data.size // SAMPLE_BYTES | 1].tobytes(), found)  # odd: all bytes of a float
+    return found
 
 
 def _packed_size(mask: Mask, spec: ArraySpec) -> int:

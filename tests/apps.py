@@ -76,15 +76,19 @@ def message_app(seen: Callable[[Message, Context], None] | None = None, mods: li
     return app
 
 
-def numpy_app(made: list[int] | None = None) -> ClientApp:
-    """The same client as a ``NumPyClient``; ``made`` collects a node id for each client that is made."""
+def numpy_app(made: list[int] | None = None, mods: list | None = None, floats: bool = False) -> ClientApp:
+    """The same client as a ``NumPyClient``; ``made`` collects a node id for each client that is made.
+
+    Flower's clipping mods fail on integers: with ``floats`` the model has no counter.
+    """
+    names = [name for name, array in model().items() if array.dtype.kind == "f" or not floats]
 
     class Client(NumPyClient):
         def __init__(self, context: Context) -> None:
             self.context = context
 
         def fit(self, parameters, config):
-            arrays = dict(zip(model(), parameters, strict=True))
+            arrays = dict(zip(names, parameters, strict=True))
             new = step(arrays, self.context, config["server-round"], PHASE_KEY in config)
             return list(new.values()), examples(self.context), {"train-loss": 1.0}
 
@@ -96,4 +100,4 @@ def numpy_app(made: list[int] | None = None) -> ClientApp:
             made.append(context.node_id)
         return Client(context).to_client()
 
-    return ClientApp(client_fn=client_fn, mods=[autoflip_mod])
+    return ClientApp(client_fn=client_fn, mods=[autoflip_mod] if mods is None else mods)

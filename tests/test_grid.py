@@ -9,8 +9,8 @@ from flwr.common.constant import ErrorCode
 
 from autoflip_flwr import _flower, testing
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.mod import MOD_FAILED_PRECONDITION
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire import MOD_REFUSED
 
 
 def messages(grid, nodes):
@@ -83,5 +83,5 @@ def test_the_local_grid_is_as_strict_as_deployment():
 
 def test_flowers_private_names_and_error_codes_are_still_there():
     assert all(hasattr(_flower, name) for name in _flower.__all__)
-    assert MOD_FAILED_PRECONDITION == ErrorCode.MOD_FAILED_PRECONDITION
+    assert MOD_REFUSED == ErrorCode.MOD_FAILED_PRECONDITION
     assert testing.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION

@@ -19,7 +19,7 @@ ROWS = [
     {"layout", "_flower"},
     {"mask", "testing"},
     {"guidance", "wire"},
-    {"firewall", "ledger", "legacy"},
+    {"firewall", "ledger", "legacy", "plan"},
     {"grid", "mod", "translate"},
     {"exploration", "coordinates"},
     {"strategy"},

@@ -450,7 +450,7 @@ def test_auto_coordinates_give_full_arrays_to_a_strategy_of_the_users_own():
             return arrays, metrics
 
     start(AutoFlip(Saving(fraction_evaluate=0.0), sparsity=0.5), LocalGrid(message_app(), NODES), rounds=1)
-    assert seen == [{"hidden.weight": (6, 8), "hidden.bias": (6,), "out.weight": (3, 6)}]
+    assert seen == [{"hidden.weight": (6, 8), "hidden.bias": (6,), "steps": (), "out.weight": (3, 6)}]
 
 
 def test_renamed_record_keys_keep_their_meaning():

@@ -246,7 +246,7 @@ def test_the_shortest_encoding_is_used(encoding: str, size: int):
     mask = Mask.from_bool(layout, {"w": keep})
     record = wire.encode_mask(mask)
     assert record["encoding"] == encoding
-    assert len(record["bits"]) <= size
+    assert len(record.get("bits", b"")) <= size
     assert wire.decode_mask(record).bits == mask.bits
 
 

@@ -1,0 +1,67 @@
+"""Which entries are pruned, and how they are chosen: the settings of the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoflip_flwr import guidance
+from autoflip_flwr.guidance import Exploration
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
+from autoflip_flwr.mask import Mask
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """The settings of the mask; :class:`~autoflip_flwr.strategy.AutoFlip` explains them.
+
+    Raises
+    ------
+    ValueError
+        If one is out of range.
+    """
+
+    sparsity: float = 0.7
+    scope: str = "global"
+    normalisation: str = "none"
+    gamma: float = 1.0
+    prunable: Rule | None = None
+    exclude: Rule | None = None
+    biases: bool = False
+    output: str | None = AUTO
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity = {self.sparsity}: must be a number in [0, 1)")
+        if not 0 <= self.gamma < np.inf:
+            raise ValueError(f"gamma = {self.gamma}: must be a number >= 0")
+        for name, allowed in (("scope", guidance.SCOPES), ("normalisation", guidance.NORMALISATIONS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+
+    def layout(self, arrays: Arrays) -> Layout:
+        """The layout of a model, given by its arrays."""
+        return Layout.of(arrays, prunable=self.prunable, exclude=self.exclude, biases=self.biases, output=self.output)
+
+    def choose(self, layout: Layout, initial: Arrays, exploration: Exploration) -> Mask:
+        """The mask that these settings make of an exploration from ``initial``."""
+        score = guidance.scores(exploration, self.normalisation, self.gamma)
+        tied = guidance.tied(layout, initial, exploration)
+        return guidance.choose_mask(layout, score, self.sparsity, self.scope, tied=tied)
+
+    def rehearse(self, layout: Layout, mask: Mask | None, exploration: Exploration | None) -> None:
+        """Raise ``ValueError`` for all that could go wrong once clients have worked.
+
+        ``mask`` and ``exploration`` are ready ones that the user has brought.
+        """
+        if mask is not None and mask.layout.specs != layout.specs:
+            raise ValueError("mask: its arrays are not those of the initial model")
+        if exploration is not None:
+            shapes = {name: values.shape for name, values in exploration.deviation.items()}
+            if shapes != {spec.name: spec.shape for spec in layout.prunable}:
+                raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
+        elif mask is None and self.sparsity > 0:
+            nothing = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
+            guidance.choose_mask(layout, nothing, self.sparsity, self.scope)
