@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from logging import INFO
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
@@ -150,6 +151,12 @@ class AutoFlip(Strategy):
         self._weight_key = coords.weight_key_of(self.strategy)
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
+
+    def __getattr__(self, name: str) -> Any:
+        # a project that calls methods of its own strategy goes on doing so
+        if name == "strategy":  # not there yet, as in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.strategy, name)
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""

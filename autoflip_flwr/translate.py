@@ -75,9 +75,9 @@ class Translator:
         values: dict[int, ArrayRecord] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
-            (key, record), *others = content.array_records.items()
-            if others:
-                raise ValueError(f"{len(others) + 1} ArrayRecords in a message of the strategy, expected 1")
+            if len(content.array_records) != 1:
+                raise ValueError(f"{len(content.array_records)} ArrayRecords in a message of the strategy, expected 1")
+            key, record = next(iter(content.array_records.items()))
             if id(record) not in values:  # strategies put one record into all of their messages
                 values[id(record)] = self._to_wire(record)
             content[key] = values[id(record)]

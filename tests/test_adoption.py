@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -157,6 +158,17 @@ def test_a_strategy_with_a_loop_of_its_own_keeps_it():
         assert not any(arrays[name][~keep].any() for name, keep in wrapped.mask.keep.items())
 
 
+def test_what_a_strategy_offers_on_top_is_there_on_autoflip():
+    strategy = AutoFlip(Keeping(), sparsity=0.5)
+    strategy.note("here")
+    assert strategy.best == "here"
+    assert copy.copy(strategy).fraction_train == 1.0
+    with pytest.raises(AttributeError, match="'Keeping' object has no attribute 'worst'"):
+        strategy.worst  # noqa: B018
+    accounted = AutoFlip(clipped(), sparsity=0.5)
+    assert accounted.privacy_spent() is None
+
+
 def test_a_loop_of_its_own_with_nothing_pruned_gives_what_it_gives_alone():
     floats = record({name: array for name, array in model().items() if name in FLOATS})
     random.seed(7)
@@ -180,6 +192,15 @@ def test_the_state_of_a_users_optimizer_follows_a_change_of_the_mask(coordinates
         wrapped = AutoFlip(strategy, mask=first.mask, mask_schedule={2: other}.get, coordinates=coordinates)
         results.append(start(wrapped, LocalGrid(message_app(), NODES), rounds=3))
     same_bytes(*results)
+
+
+def test_a_message_without_one_model_is_refused():
+    class Own(FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            return [Message(RecordDict({"config": config}), node, "train") for node in grid.get_node_ids()]
+
+    with pytest.raises(ValueError, match="0 ArrayRecords in a message of the strategy, expected 1"):
+        start(AutoFlip(Own(), sparsity=0.0), LocalGrid(message_app(), NODES))
 
 
 def test_a_strategy_of_flowers_old_api_is_refused_by_name():
