@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from numpy.typing import NDArray
 
 from autoflip_flwr import legacy, wire
 from autoflip_flwr.layout import Arrays
@@ -58,13 +60,44 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
 def current_mask(context: Context) -> Mask | None:
     """The mask in force for the message that is being handled, or ``None`` (exploration, or no AutoFLIP).
 
-    Call it in the client's own code to train under the mask: keep the pruned weights at zero after every optimizer
-    step. ``mask.keep[name]`` is a boolean array in the shape of the weight of that name.
+    A client trains under it by keeping the pruned weights at zero after every step: :func:`apply_mask` does so for
+    NumPy arrays, :func:`autoflip_flwr.torch.masked_training` for a PyTorch model. ``mask.keep[name]`` is a boolean
+    array in the shape of the weight of that name.
     """
     state = context.state.get(wire.HEADER)
     if state is None or wire.MASK not in context.state or state.get("phase") != wire.TRAIN:
         return None
     return wire.decode_mask(context.state[wire.MASK])
+
+
+def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Context | None) -> None:
+    """Set the pruned entries of NumPy arrays to zero, in place.
+
+    A client calls it after each step of its training: ``apply_mask({"coef": model.coef_}, context)``.
+
+    Parameters
+    ----------
+    arrays : Mapping[str, ndarray]
+        Some or all of the model's arrays, under the names that the server sent them by.
+    mask : Mask | Context | None
+        The mask, or the context of the Flower client: then it is :func:`current_mask` of it. ``None`` changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If a name is not one of the model's, or a shape is not the mask's.
+    """
+    if isinstance(mask, Context):
+        mask = current_mask(mask)
+    if mask is None:
+        return
+    for name, array in arrays.items():
+        if name not in mask.layout:
+            raise ValueError(f"the mask has no {name!r}; its model has {[spec.name for spec in mask.layout.specs][:5]}")
+        if array.shape != mask.layout[name].shape:
+            raise ValueError(f"array {name!r} has shape {array.shape}, the mask {mask.layout[name].shape}")
+        if name in mask.keep:
+            array[~mask.keep[name]] = 0
 
 
 def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> Mask | None:

@@ -65,7 +65,7 @@ def measure(base: dict[str, Value], nodes: int, sparsities: list[float], seeds: 
             for sparsity in sparsities:
                 pruned = {**settings, "sparsity": sparsity, "exploration": exploration}
                 folder, accuracy, told = run(pruned, nodes)
-                exploration = str(folder / "exploration.safetensors")
+                exploration = exploration or str(folder / "exploration.safetensors")
                 _, dense, _ = run({**pruned, "exploration": exploration}, nodes, masked=False)
                 found[sparsity].append({"masked": accuracy, "dense": dense, **_traffic(told)})
     return [_row(sparsity, runs) for sparsity, runs in found.items()]

@@ -29,7 +29,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from autoflip_flwr import AutoFlip, Mask, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, apply_mask, autoflip_mod, wire
 from autoflip_flwr.testing import LocalGrid
 
 NODES = 4
@@ -269,6 +269,36 @@ def test_mods_of_the_train_function_alone_stand_behind_ours():
     strategy = AutoFlip(DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.0, 0.5, NODES), sparsity=0.5)
     result = start(strategy, LocalGrid(app, NODES), rounds=1)
     assert result.evaluate_metrics_clientapp[1]["loss"] == pytest.approx(0.5)
+
+
+# --- clients in NumPy ------------------------------------------------------------------------------------------------
+
+
+def test_apply_mask_zeroes_arrays_in_place_by_name():
+    keep = {"w": np.array([[True, False], [False, True]])}
+    mask = Mask.from_bool(Layout.of({"w": np.ones((2, 2)), "b": np.ones(2)}), keep)
+    weight, bias = np.array([[1.0, 2.0], [3.0, 4.0]]), np.ones(2)
+    apply_mask({"w": weight, "b": bias}, mask)
+    assert weight.tolist() == [[1, 0], [0, 4]]
+    assert bias.tolist() == [1, 1]
+    apply_mask({"anything": weight}, None)
+    with pytest.raises(ValueError, match=r"the mask has no 'v'; its model has \['w', 'b'\]"):
+        apply_mask({"v": weight}, mask)
+    with pytest.raises(ValueError, match=r"array 'w' has shape \(2,\), the mask \(2, 2\)"):
+        apply_mask({"w": bias}, mask)
+
+
+def test_apply_mask_by_the_context_trains_under_the_mask_and_lets_explorers_be():
+    trained = []
+
+    def look(message, context):
+        arrays = {name: array + 1 for name, array in arrays_of(message.content["arrays"]).items()}
+        apply_mask({"out.weight": arrays["out.weight"]}, context)
+        trained.append(np.count_nonzero(arrays["out.weight"]))
+
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5)
+    start(strategy, LocalGrid(message_app(look), NODES), rounds=1)
+    assert trained == [18] * NODES + [strategy.mask.kept_by_name["out.weight"]] * NODES
 
 
 # --- the wrong order, in words ---------------------------------------------------------------------------------------
