@@ -144,19 +144,18 @@ def tied(layout: Layout, initial: Mapping[str, NDArray[np.generic]], exploration
     """Prunable arrays that are a weight known by another name too -> the first of its names.
 
     Tied weights (an embedding that is the output layer as well) come under each of their names with the same values,
-    and the explorers moved them in the same way; arrays of one value alone say nothing.
+    and the explorers moved them in the same way. Arrays of one value, or that nobody moved, say nothing.
     """
+    alike = (initial, exploration.deviation, exploration.signed_mean)
     first: dict[tuple[object, ...], str] = {}
     found: dict[str, str] = {}
     for spec in layout.prunable:
         values = initial[spec.name]
-        if (values == values.flat[0]).all():
+        if (values == values.flat[0]).all() or not exploration.deviation[spec.name].any():
             continue
-        one = first.setdefault((spec.shape, spec.dtype, zlib.crc32(values.tobytes())), spec.name)
-        if one != spec.name and all(
-            np.array_equal(arrays[one], arrays[spec.name])
-            for arrays in (initial, exploration.deviation, exploration.signed_mean)
-        ):
+        sums = tuple(zlib.crc32(arrays[spec.name].tobytes()) for arrays in alike)
+        one = first.setdefault((spec.shape, spec.dtype, sums), spec.name)
+        if one != spec.name and all(np.array_equal(arrays[one], arrays[spec.name]) for arrays in alike):
             found[spec.name] = one
     return found
 

@@ -51,7 +51,7 @@ class MaskPlan:
         tied = guidance.tied(layout, initial, exploration)
         return guidance.choose_mask(layout, score, self.sparsity, self.scope, tied=tied)
 
-    def rehearse(self, layout: Layout, mask: Mask | None, exploration: Exploration | None) -> None:
+    def rehearse(self, layout: Layout, initial: Arrays, mask: Mask | None, exploration: Exploration | None) -> None:
         """Raise ``ValueError`` for all that could go wrong once clients have worked.
 
         ``mask`` and ``exploration`` are ready ones that the user has brought.
@@ -63,5 +63,7 @@ class MaskPlan:
             if shapes != {spec.name: spec.shape for spec in layout.prunable}:
                 raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
         elif mask is None and self.sparsity > 0:
-            nothing = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
-            guidance.choose_mask(layout, nothing, self.sparsity, self.scope)
+            same = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
+            tied = guidance.tied(layout, initial, Exploration(same, same, same, explorers=0))
+            for names in ({}, tied):  # arrays that start alike may turn out to be one weight
+                guidance.choose_mask(layout, same, self.sparsity, self.scope, tied=names)

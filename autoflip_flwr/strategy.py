@@ -192,7 +192,7 @@ class AutoFlip(Strategy):
         """
         initial = to_arrays(initial_arrays)
         layout = self.mask_plan.layout(initial)
-        self.mask_plan.rehearse(layout, self.mask, self.exploration)
+        self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         if self.seed is not None and not facade.partitions:

@@ -17,6 +17,7 @@ from autoflip_flwr.guidance import (
     pruned_count,
     scores,
     start_arrays,
+    tied,
 )
 from autoflip_flwr.layout import Layout
 
@@ -403,3 +404,124 @@ def test_scouts_start_keeps_an_array_without_dimensions_an_array():
     start = start_arrays({"scale": np.array(1, np.float32)}, combine(layout, [(1, {"scale": np.array(2.0)})]))
     np.testing.assert_array_equal(start["scale"], np.array(3, np.float32), strict=True)
     assert isinstance(start["scale"], np.ndarray)
+
+
+# Weights of two names
+
+E = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+MOVES = np.array([[1.0, 5.0], [2.0, 6.0]])
+
+
+def found_of(layout: Layout, *answers: dict[str, np.ndarray]) -> Exploration:
+    return combine(layout, [(1, answer) for answer in answers])
+
+
+def twins(output: str | None = None, **more: tuple[int, ...]) -> Layout:
+    return layout_of(output, e=(2, 2), d=(2, 2), **more)
+
+
+def test_arrays_that_start_alike_and_move_alike_are_one_weight_known_by_its_first_name():
+    layout = twins(f=(2, 2), o=(2, 2))
+    initial = {"e": E, "d": E.copy(), "f": E.copy(), "o": E + 1}
+    one, two = dict.fromkeys("edfo", MOVES), dict.fromkeys("edfo", -2 * MOVES)
+    assert tied(layout, initial, found_of(layout, one, two)) == {"d": "e", "f": "e"}
+
+
+def test_two_pairs_are_told_apart():
+    layout = twins(f=(2, 2), o=(2, 2))
+    initial = {"e": E, "d": E + 1, "f": E, "o": E + 1}
+    assert tied(layout, initial, found_of(layout, dict.fromkeys("edfo", MOVES))) == {"f": "e", "o": "d"}
+
+
+def test_a_third_array_that_only_starts_alike_does_not_hide_a_pair():
+    layout = twins(f=(2, 2))
+    initial = dict.fromkeys("edf", E)  # a frozen or a target copy of a model whose own weights are tied
+    assert tied(layout, initial, found_of(layout, {"e": 0 * MOVES, "d": MOVES, "f": MOVES})) == {"f": "d"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [{"d": MOVES + 1}, {"d": MOVES}],
+        [{"d": -MOVES}, {"d": MOVES}],
+        [{"d": np.where(MOVES == 6, 6.5, MOVES)}, {"d": MOVES}],
+    ],
+    ids=["elsewhere", "backwards: the same squares", "in one entry"],
+)
+def test_arrays_that_start_alike_and_move_apart_are_not_tied(other: list[dict[str, np.ndarray]]):
+    layout = twins()
+    found = found_of(layout, *({"e": MOVES, **answer} for answer in other))
+    assert tied(layout, {"e": E, "d": E.copy()}, found) == {}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [E + 1, E.astype(np.float64), E.reshape(1, 4), E.T],
+    ids=["other values", "another dtype", "another shape", "transposed"],
+)
+def test_arrays_that_start_apart_are_not_tied(second: np.ndarray):
+    initial = {"e": E, "d": second}
+    layout = Layout.of(initial)
+    moves = {name: np.ones(array.shape) for name, array in initial.items()}
+    assert tied(layout, initial, found_of(layout, moves)) == {}
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.5])
+def test_arrays_of_one_value_are_never_tied(value: float):
+    layout = twins()
+    initial = {name: np.full((2, 2), value, np.float32) for name in "ed"}
+    assert tied(layout, initial, found_of(layout, {"e": MOVES, "d": MOVES})) == {}
+
+
+def test_arrays_that_are_not_prunable_are_never_tied():
+    layout = Layout.of({"e": E, "d": E}, exclude="d")
+    assert tied(layout, {"e": E, "d": E}, found_of(layout, {"e": MOVES, "d": MOVES})) == {}
+
+
+def pair(output: str | None, sparsity: float, scope: str = "global") -> dict[str, list[int]]:
+    """The mask of e, d (tied to e) and a third array w."""
+    layout = layout_of(output, e=(2, 2), d=(2, 2), w=(1, 6))
+    score = {"e": np.array([[1.0, 2.0], [7.0, 8.0]]), "w": np.array([[3.0, 4, 5, 6, 9, 10]])}
+    mask = choose_mask(layout, {**score, "d": score["e"]}, sparsity, scope, version=2, tied={"d": "e"})
+    assert (mask.layout, mask.version) == (layout, 2)
+    np.testing.assert_array_equal(mask.keep["e"], mask.keep["d"])
+    return {name: keep.ravel().astype(int).tolist() for name, keep in mask.keep.items() if name != "d"}
+
+
+def test_tied_weights_count_once_and_have_one_mask():
+    assert pair(None, 0.5) == {"e": [0, 0, 1, 1], "w": [0, 0, 0, 1, 1, 1]}  # 5 of 4 + 6, not 7 of 14
+    assert pair(None, 0.29) == {"e": [0, 0, 1, 1], "w": [1, 1, 1, 1, 1, 1]}
+    assert pair(None, 0.5, "layer") == {"e": [0, 0, 1, 1], "w": [0, 0, 0, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("output", ["e", "d"])
+def test_an_output_layer_that_is_tied_keeps_a_weight_of_each_unit_whichever_its_name(output: str):
+    assert pair(output, 0.5) == {"e": [0, 1, 1, 1], "w": [0, 0, 0, 0, 1, 1]}
+    assert pair(output, 0.7) == {"e": [0, 1, 0, 1], "w": [0, 0, 0, 0, 0, 1]}
+    assert pair(output, 0.5, "layer") == {"e": [0, 1, 0, 1], "w": [0, 0, 0, 1, 1, 1]}
+
+
+def test_what_the_floors_forbid_of_tied_weights_counted_once_is_an_error():
+    with pytest.raises(ValueError, match="8 of the 10 entries of the model would be pruned, but 3 must stay"):
+        pair("d", 0.8)
+
+
+@pytest.mark.parametrize("ties", [None, {}], ids=str)
+def test_without_ties_arrays_of_equal_scores_are_pruned_one_after_the_other(ties: dict[str, str] | None):
+    layout = twins()
+    keep = choose_mask(layout, {"e": MOVES, "d": MOVES}, 0.125, tied=ties).keep
+    assert (keep["e"].sum(), keep["d"].sum()) == (3, 4)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_mask_of_tied_weights_is_that_of_the_model_without_the_second_name(scope: str):
+    random = np.random.default_rng(5)
+    shapes = {"e": (6, 3), "w": (4, 3), "d": (6, 3), "o": (2, 4)}
+    score = {name: random.random(shape) for name, shape in shapes.items()}
+    score["d"] = score["e"]
+    for percent in range(0, 80, 7):
+        both = choose_mask(layout_of("o", **shapes), score, percent / 100, scope, tied={"d": "e"}).keep
+        alone = {name: shape for name, shape in shapes.items() if name != "d"}
+        once = choose_mask(layout_of("o", **alone), score, percent / 100, scope).keep
+        for name, keep in both.items():
+            np.testing.assert_array_equal(keep, once["e" if name == "d" else name])

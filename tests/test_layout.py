@@ -146,3 +146,81 @@ def test_check_names_the_array_that_does_not_fit(shapes: dict[str, tuple[int, ..
 
 def test_check_looks_at_names_and_shapes_alone():
     Layout.of(zeros(a=(2, 3), b=(4,))).check({"b": np.zeros(4, int), "a": np.ones((2, 3))})
+
+
+# What the user chooses
+
+RULES = {
+    "a pattern": "lstm.weight_*",
+    "a list of patterns": ["lstm.weight_ih_l0", "*.weight_hh*"],
+    "a tuple of patterns": ("lstm.weight_??_l0",),
+    "a function": lambda name, shape: "weight_" in name and len(shape) == 2,
+}
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+RECURRENT = {**NETWORK, "lstm.weight_hh_l0": (8, 4)}
+CHOSEN = ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+
+
+@each_rule
+def test_prunable_is_a_pattern_some_patterns_or_a_function(rule: object):
+    assert chosen(RECURRENT, prunable=rule) == CHOSEN
+
+
+@each_rule
+def test_exclude_is_a_pattern_some_patterns_or_a_function(rule: object):
+    assert chosen(RECURRENT, exclude=rule) == [name for name in WEIGHTS if name not in CHOSEN]
+
+
+def test_exclude_is_given_name_and_shape():
+    assert chosen(NETWORK, exclude=lambda name, shape: shape[0] == 8) == ["embed.weight", "conv.weight", "fc.weight"]
+
+
+def test_a_pattern_may_choose_what_has_one_dimension():
+    assert chosen(NETWORK, prunable=["bn.weight", "fc.*"]) == ["bn.weight", "fc.weight", "fc.bias"]
+    assert chosen({"w": (9,)}, prunable="*") == ["w"]
+
+
+def test_exclude_wins_over_prunable_and_over_the_biases_switch():
+    assert chosen(NETWORK, prunable="fc.*", exclude="*.bias") == ["fc.weight"]
+    assert chosen(NETWORK, biases=True, exclude="*bias*") == WEIGHTS
+    assert chosen(NETWORK, prunable="*", exclude=lambda *_: True) == []
+
+
+def test_an_empty_list_chooses_and_excludes_nothing():
+    assert chosen(NETWORK, prunable=[]) == []
+    assert chosen(NETWORK, exclude=[]) == WEIGHTS
+
+
+def test_capitals_count_in_a_pattern():
+    with pytest.raises(ValueError, match=r"prunable: 'FC\.\*' matches none"):
+        chosen(NETWORK, prunable="FC.*")
+
+
+@pytest.mark.parametrize("parameter", ["prunable", "exclude"])
+@pytest.mark.parametrize("rule", ["head.*", ["fc.*", "head.*"], ("head.*", "fc.*")], ids=str)
+def test_a_pattern_that_matches_nothing_is_refused_by_parameter_and_pattern(parameter: str, rule: object):
+    with pytest.raises(ValueError, match=rf"^{parameter}: 'head\.\*' matches none of the model's arrays \['embed\.wei"):
+        chosen(NETWORK, **{parameter: rule})
+
+
+def test_a_pattern_may_match_what_is_not_pruned_anyway():
+    assert chosen(NETWORK, exclude=["bn.*", "*.bias"]) == WEIGHTS
+
+
+def test_the_output_is_the_last_of_those_that_are_left():
+    assert Layout.of(zeros(**NETWORK), exclude="fc.weight").output == "lstm.weight_ih_l0"
+    assert Layout.of(zeros(**NETWORK), exclude=["fc.*", "lstm.*"], biases=True).output == "conv.weight"
+    assert Layout.of(zeros(**NETWORK), prunable=["embed.*", "fc.bias"]).output == "embed.weight"
+    assert Layout.of(zeros(**NETWORK), prunable="fc.bias").output is None
+
+
+def test_an_excluded_output_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"output = 'fc\.weight': must be one of the prunable arrays"):
+        Layout.of(zeros(**NETWORK), exclude="fc.*", output="fc.weight")
+
+
+@pytest.mark.parametrize("rule", ["*", ["table", "w"], lambda *_: True], ids=["pattern", "patterns", "function"])
+def test_integers_and_bools_are_not_pruned_even_where_the_user_chooses_them(rule: object):
+    arrays = {"w": np.zeros((2, 2)), "table": np.zeros((3, 3), np.int64), "used": np.zeros((2, 2), bool)}
+    layout = Layout.of(arrays, prunable=rule)
+    assert (layout.prunable_names, layout.output) == (["w"], "w")

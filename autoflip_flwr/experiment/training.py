@@ -85,7 +85,7 @@ def train(
     loss_of = nn.CrossEntropyLoss()
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
-    with masked_training(model, optimizer, mask):
+    with masked_training(model, mask):
         while done < epochs:
             done += 1
             total = 0.0
