@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def shows_integers(strategy: Strategy) -> bool:
     """Whether integer and bool arrays are shown to a strategy in dense coordinates.
 
     Only to one with code of the user's own, which may want the whole model; not where QFedAvg or a
-    differential-privacy wrapper would fail on them, as they do in Flower alone.
+    differential-privacy wrapper may fail on them, or take them for a part of the update, as they do in Flower alone.
     """
     found = list(layers(strategy))
     return not all(map(_is_flowers, found)) and not any(isinstance(layer, _FLOATS_ONLY) for layer in found)
@@ -118,23 +118,22 @@ def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shad
         full[~new.keep[name]] = 0
         return full
 
+    def carried(state: Any, base: Callable[[str], NDArray[np.generic]]) -> Any:
+        if isinstance(state, ArrayRecord) and list(state) == names:
+            return ArrayRecord({name: Array(move(name, array.numpy(), base(name))) for name, array in state.items()})
+        if isinstance(state, dict) and set(state) <= set(names):
+            return {name: move(name, values, base(name)) for name, values in state.items()}
+        if isinstance(state, list) and len(state) == len(names):
+            return [move(name, values, base(name)) for name, values in zip(names, state, strict=True)]
+        if packed:
+            raise TypeError(
+                f"state of type {type(state).__name__} cannot follow a change of the mask: use coordinates='dense'"
+            )
+        return state
+
     for layer in layers(strategy):
-        for attribute in _MOMENTS:
-            moments = getattr(layer, attribute, None)
-            if moments:
-                setattr(layer, attribute, _map(moments, names, lambda n, v: move(n, v, np.zeros(new.layout[n].shape))))
-        weights = getattr(layer, _WEIGHTS, None)
-        if weights:
-            setattr(layer, _WEIGHTS, _map(weights, names, lambda n, v: move(n, v, shadow[n])))
-
-
-def _map(
-    state: object, names: list[str], function: Callable[[str, NDArray[np.generic]], NDArray[np.generic]]
-) -> object:
-    if isinstance(state, ArrayRecord):
-        return ArrayRecord({name: Array(function(name, array.numpy())) for name, array in state.items()})
-    if isinstance(state, dict):
-        return {name: function(name, values) for name, values in state.items()}
-    if isinstance(state, list):
-        return [function(name, values) for name, values in zip(names, state, strict=True)]
-    raise TypeError(f"state of type {type(state).__name__} cannot follow a change of the mask; use coordinates='dense'")
+        for attribute in (*_MOMENTS, _WEIGHTS):
+            state = getattr(layer, attribute, None)
+            if state is not None and not (isinstance(state, Sized) and len(state) == 0):
+                base = shadow.__getitem__ if attribute == _WEIGHTS else lambda name: np.zeros(new.layout[name].shape)
+                setattr(layer, attribute, carried(state, base))

@@ -129,13 +129,20 @@ def explore(
     try:
         found = combine(mask.layout, answers())
     except ValueError as error:
-        raise RuntimeError(f"the exploration failed: {error}; {_first(problems)}; {firewall.FIRST}") from error
+        text = f"the exploration failed: {error}; {_first(problems)}"
+        hint = "" if firewall.FIRST in text else f" (if the clients run without it: {firewall.FIRST})"
+        raise RuntimeError(text + hint) from error
     if found.explorers < plan.min_explorers:
         raise RuntimeError(
             f"{found.explorers} of {count} explorers answered, but min_explorers = {plan.min_explorers}; "
             f"{_first(problems)}"
         )
     log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
+    if not any(moves.any() for moves in found.deviation.values()):
+        log(
+            WARNING,
+            "no explorer moved any prunable parameter: the mask says nothing; do the clients return their work?",
+        )
     return found
 
 

@@ -79,11 +79,10 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
 
 
 def explain(error: Error) -> str:
-    """The reason of an error reply; where another mod refused the message, that it may stand in the wrong place."""
+    """The reason of an error reply; where a mod of Flower's has met our records, that it stands in the wrong place."""
     reason = (error.reason or f"error {error.code}").strip()
-    if error.code != wire.MOD_REFUSED or reason.startswith("autoflip_mod"):
-        return reason
-    return f"{reason} If that mod stands in front of autoflip_mod, it sees packed messages: {FIRST}."
+    met_ours = error.code == wire.MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
+    return f"{reason.rstrip('.')}: {FIRST}" if met_ours else reason
 
 
 def judge_metrics(reply: Message, weight_key: str) -> float:

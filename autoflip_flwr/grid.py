@@ -120,7 +120,7 @@ class OrderedGrid(Grid):
         replies: list[Message] = []
         pause = 0.02
         while waiting:
-            new = self.pull_messages(waiting)
+            new = [reply for reply in self.pull_messages(waiting) if reply.metadata.reply_to_message_id in order]
             replies += new
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if not waiting or (deadline is not None and time.monotonic() > deadline):

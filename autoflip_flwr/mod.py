@@ -129,8 +129,8 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     inner[keys[0]] = ArrayRecord({name: Array(array) for name, array in start.items()})
     message.content = inner
     reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
-    if reply.has_error():
-        return reply
+    if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
+        return Message(reply.error, reply_to=message)
     content = RecordDict(dict(reply.content))
     if head["phase"] != wire.EVALUATE:
         key, arrays = _result(content, mask)

@@ -203,6 +203,27 @@ def test_a_message_without_one_model_is_refused():
         start(AutoFlip(Own(), sparsity=0.0), LocalGrid(message_app(), NODES))
 
 
+def test_state_of_another_kind_is_left_to_a_strategy_of_the_users_own():
+    class Own(FedAvg):
+        m_t = np.ones(3)
+
+        def aggregate_train(self, server_round, replies):
+            return super().aggregate_train(server_round, replies)
+
+    first = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5)
+    start(first, LocalGrid(message_app(), NODES), rounds=1)
+    other = Mask.from_bool(first.mask.layout, {name: ~keep for name, keep in first.mask.keep.items()})
+    for coordinates in ("dense", "packed"):
+        own = Own(fraction_evaluate=0.0)
+        wrapped = AutoFlip(own, mask=first.mask, mask_schedule={2: other}.get, coordinates=coordinates)
+        if coordinates == "dense":
+            start(wrapped, LocalGrid(message_app(), NODES))
+            assert own.m_t.tolist() == [1, 1, 1]
+        else:
+            with pytest.raises(TypeError, match="state of type ndarray cannot follow a change of the mask"):
+                start(wrapped, LocalGrid(message_app(), NODES))
+
+
 def test_a_strategy_of_flowers_old_api_is_refused_by_name():
     with pytest.raises(TypeError, match=r"strategies of flwr.serverapp.strategy, not flwr.*\.FedAvg"):
         AutoFlip(LegacyFedAvg())
@@ -339,6 +360,36 @@ def test_a_client_without_our_mod_is_told_of_it():
 def test_our_mod_twice_is_refused():
     with pytest.raises(RuntimeError, match=r"autoflip_mod: it is twice in ClientApp"):
         start(AutoFlip(FedAvg(), sparsity=0.5), LocalGrid(message_app(mods=[autoflip_mod, autoflip_mod]), NODES))
+
+
+def test_a_client_that_fails_on_packed_arrays_is_told_of_the_missing_mod():
+    def loading(message, context):
+        message.content["arrays"]["hidden.weight"]
+
+    with pytest.raises(RuntimeError, match=rf"KeyError.*hidden.weight.*if the clients run without it: {FIRST}"):
+        start(AutoFlip(FedAvg(), sparsity=0.5), LocalGrid(message_app(loading, mods=[]), NODES))
+
+
+def test_a_mod_that_refuses_an_evaluation_does_not_hold_the_round_up(caplog):
+    mods = [autoflip_mod, LocalDpMod(0.5, 0.1, 10.0, 1e-5)]
+    floats = record({name: array for name, array in model().items() if name in FLOATS})
+    strategy = AutoFlip(FedAvg(), sparsity=0.5)
+    result = strategy.start(LocalGrid(message_app(mods=mods), NODES), floats, num_rounds=1, timeout=60)
+    assert result.arrays
+    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": NODES, "absent": 0}
+    assert FIRST.replace("\\", "") not in caplog.text
+
+
+def test_explorers_that_move_nothing_are_warned_of(caplog):
+    app = ClientApp(mods=[autoflip_mod])
+
+    @app.train()
+    def train(message, context):
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
+
+    start(AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5), LocalGrid(app, NODES), rounds=1)
+    assert "no explorer moved any prunable parameter" in caplog.text
 
 
 def test_a_mod_that_refuses_for_its_own_reasons_keeps_its_words():
