@@ -1,0 +1,243 @@
+"""A real small problem in NumPy: scikit-learn's handwritten digits, an MLP, and Flower's strategies tuned to it.
+
+The tests and benchmarks that run every strategy of Flower share it: 20 rounds with ten nodes take a second or two in
+process, and the model learns, so that a strategy that the mask harms shows it in the accuracy. Everything follows from
+(seed, exploring or not, round, partition).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.typing import Mod
+from flwr.serverapp.strategy import (
+    Bulyan,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+    Strategy,
+)
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+
+from autoflip_flwr import current_mask
+from autoflip_flwr.layout import Arrays
+from autoflip_flwr.mod import EPOCHS_KEY, PHASE_KEY
+from autoflip_flwr.translate import to_arrays, to_record
+
+NODES = 10
+CLASSES, PIXELS, HIDDEN = 10, 64, 32
+TEST_EXAMPLES = 360
+BATCH, LEARNING_RATE = 16, 0.3
+
+Floats = NDArray[np.float32]
+Weights = dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (n, 64) in [0, 1] and labels (n,), split for training and testing."""
+
+    train: tuple[Floats, NDArray[np.int64]]
+    test: tuple[Floats, NDArray[np.int64]]
+
+
+@functools.cache
+def load() -> Digits:
+    """The data set, always split the same."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(labels))
+    test, train = order[:TEST_EXAMPLES], order[TEST_EXAMPLES:]
+    return Digits((images[train], labels[train]), (images[test], labels[test]))
+
+
+@functools.cache
+def partitions(nodes: int = NODES, alpha: float | None = 1.0, seed: int = 0) -> tuple[NDArray[np.int64], ...]:
+    """Indices of each node's training examples: label-skewed by Dirichlet(``alpha``), none without any.
+
+    ``None``: IID shards of the same size (what does not divide is left out).
+    """
+    labels = load().train[1]
+    random = np.random.default_rng([seed, nodes])
+    if alpha is None:
+        order = random.permutation(len(labels))
+        return tuple(order[: len(labels) // nodes * nodes].reshape(nodes, -1))
+    while True:
+        pieces = [
+            np.split(members, (np.cumsum(random.dirichlet([alpha] * nodes))[:-1] * len(members)).astype(int))
+            for members in (random.permutation(np.flatnonzero(labels == label)) for label in range(CLASSES))
+        ]
+        parts = tuple(np.concatenate(part) for part in zip(*pieces, strict=True))
+        if min(map(len, parts)) > 0:
+            return parts
+
+
+def model(seed: int = 0, *, counter: bool = True) -> Arrays:
+    """The MLP's initial arrays; ``counter`` adds an integer one, as batch normalisation has."""
+    random = np.random.default_rng(seed)
+
+    def weight(units: int, inputs: int) -> Floats:
+        return random.normal(scale=np.sqrt(2 / inputs), size=(units, inputs)).astype(np.float32)
+
+    arrays: Arrays = {"hidden.weight": weight(HIDDEN, PIXELS), "hidden.bias": np.zeros(HIDDEN, np.float32)}
+    if counter:
+        arrays["steps"] = np.array(0, np.int64)
+    return arrays | {"out.weight": weight(CLASSES, HIDDEN), "out.bias": np.zeros(CLASSES, np.float32)}
+
+
+def _forward(weights: Mapping[str, Floats], images: Floats) -> tuple[Floats, Floats]:
+    hidden = np.maximum(images @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
+    return hidden, hidden @ weights["out.weight"].T + weights["out.bias"]
+
+
+def loss_and_gradients(weights: Weights, images: Floats, labels: NDArray[np.int64]) -> tuple[float, Weights]:
+    """Mean cross entropy of a batch, and its gradients."""
+    hidden, logits = _forward(weights, images)
+    logits -= logits.max(axis=1, keepdims=True)
+    log_shares = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    rows = np.arange(len(labels))
+    error = np.exp(log_shares)
+    error[rows, labels] -= 1
+    error /= len(labels)
+    back = (error @ weights["out.weight"]) * (hidden > 0)
+    return float(-log_shares[rows, labels].mean()), {
+        "hidden.weight": back.T @ images,
+        "hidden.bias": back.sum(axis=0),
+        "out.weight": error.T @ hidden,
+        "out.bias": error.sum(axis=0),
+    }
+
+
+def train(
+    start: Weights,
+    images: Floats,
+    labels: NDArray[np.int64],
+    random: np.random.Generator,
+    *,
+    epochs: int = 1,
+    keep: Mapping[str, NDArray[np.bool_]] | None = None,
+    proximal_mu: float = 0.0,
+) -> tuple[Weights, float, int]:
+    """Mini-batch SGD in float32; returns new weights, the mean training loss, and the number of steps.
+
+    ``keep`` (boolean arrays by name) sets what is pruned to zero after every step; ``proximal_mu`` is FedProx's.
+    """
+    weights = {name: array.copy() for name, array in start.items()}
+    losses = []
+    for _ in range(epochs):
+        order = random.permutation(len(labels))
+        for batch in (order[first : first + BATCH] for first in range(0, len(order), BATCH)):
+            loss, gradients = loss_and_gradients(weights, images[batch], labels[batch])
+            losses.append(loss)
+            for name, array in weights.items():
+                array -= LEARNING_RATE * (gradients[name] + proximal_mu * (array - start[name]))
+                if keep is not None and name in keep:
+                    array *= keep[name]
+    return weights, float(np.mean(losses)), len(losses)
+
+
+def accuracy(arrays: Mapping[str, NDArray[np.generic]]) -> float:
+    """Share of the test images that are classified right."""
+    images, labels = load().test
+    weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"}
+    return float((_forward(weights, images)[1].argmax(axis=1) == labels).mean())
+
+
+def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    """Central evaluation, Flower's ``evaluate_fn``."""
+    return MetricRecord({"accuracy": accuracy(to_arrays(arrays))})
+
+
+def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None = 1.0, seed: int = 0) -> ClientApp:
+    """A Message-API client with these mods; it trains one epoch, or as many as an exploration asks for.
+
+    ``masked`` says whether it keeps the pruned weights at zero while it trains, or ignores the mask.
+    """
+    app = ClientApp(mods=list(mods))
+
+    @app.train()
+    def handle(message: Message, context: Context) -> Message:
+        config = message.content.config_records["config"]
+        part, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+        mine = partitions(nodes, alpha, seed)[part]
+        images, labels = load().train
+        arrays = to_arrays(message.content.array_records["arrays"])
+        mask = current_mask(context) if masked else None
+        weights, loss, steps = train(
+            # FedAdam and QFedAvg send float64
+            {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"},
+            images[mine],
+            labels[mine],
+            np.random.default_rng([seed, PHASE_KEY in config, int(config["server-round"]), part]),  # type: ignore[arg-type]
+            epochs=int(config.get(EPOCHS_KEY, 1)),  # type: ignore[arg-type]
+            keep=None if mask is None else mask.keep,
+            proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+        )
+        new = {name: weights[name] if name in weights else array + steps for name, array in arrays.items()}
+        metrics = MetricRecord({"num-examples": len(mine), "train_loss": loss})  # the key that QFedAvg reads
+        return Message(RecordDict({"arrays": to_record(new), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def _fedavg() -> FedAvg:
+    # no federated evaluation anywhere: Flower's clipping mods answer evaluate messages with an error
+    return FedAvg(fraction_evaluate=0.0)
+
+
+STRATEGIES: dict[str, Callable[[int], Strategy]] = {
+    "FedAvg": lambda nodes: _fedavg(),
+    "FedAvgM": lambda nodes: FedAvgM(fraction_evaluate=0.0, server_momentum=0.5),
+    "FedAdam": lambda nodes: FedAdam(fraction_evaluate=0.0, eta=0.05),
+    "FedYogi": lambda nodes: FedYogi(fraction_evaluate=0.0, eta=0.05),
+    "FedAdagrad": lambda nodes: FedAdagrad(fraction_evaluate=0.0, eta=0.1),
+    "FedProx": lambda nodes: FedProx(fraction_evaluate=0.0, proximal_mu=0.1),
+    "QFedAvg": lambda nodes: QFedAvg(client_learning_rate=1.0, fraction_evaluate=0.0),
+    "FedMedian": lambda nodes: FedMedian(fraction_evaluate=0.0),
+    "FedTrimmedAvg": lambda nodes: FedTrimmedAvg(fraction_evaluate=0.0, beta=0.1),
+    "Krum": lambda nodes: Krum(fraction_evaluate=0.0, num_malicious_nodes=1),
+    "MultiKrum": lambda nodes: MultiKrum(fraction_evaluate=0.0, num_malicious_nodes=1, num_nodes_to_select=nodes - 3),
+    "Bulyan": lambda nodes: Bulyan(fraction_evaluate=0.0, num_malicious_nodes=1),
+    "DifferentialPrivacyServerSideFixedClipping": lambda nodes: DifferentialPrivacyServerSideFixedClipping(
+        _fedavg(), noise_multiplier=0.05, clipping_norm=1.5, num_sampled_clients=nodes
+    ),
+    "DifferentialPrivacyServerSideAdaptiveClipping": lambda nodes: DifferentialPrivacyServerSideAdaptiveClipping(
+        _fedavg(), noise_multiplier=0.05, num_sampled_clients=nodes, initial_clipping_norm=1.5, clip_norm_lr=0.05
+    ),
+    "DifferentialPrivacyClientSideFixedClipping": lambda nodes: DifferentialPrivacyClientSideFixedClipping(
+        _fedavg(), noise_multiplier=0.05, clipping_norm=1.5, num_sampled_clients=nodes
+    ),
+    "DifferentialPrivacyClientSideAdaptiveClipping": lambda nodes: DifferentialPrivacyClientSideAdaptiveClipping(
+        _fedavg(), noise_multiplier=0.05, num_sampled_clients=nodes, initial_clipping_norm=1.5, clip_norm_lr=0.05
+    ),
+}
+"""Flower's strategies by name, for a number of nodes (at least 7), with settings under which this problem is learnt."""
+
+_MODS: dict[str, list[Mod]] = {
+    "DifferentialPrivacyClientSideFixedClipping": [fixedclipping_mod],
+    "DifferentialPrivacyClientSideAdaptiveClipping": [adaptiveclipping_mod],
+}
+
+
+def mods_for(name: str) -> list[Mod]:
+    """Flower's client mods that the strategy needs; they stand behind ``autoflip_mod``."""
+    return _MODS.get(name, [])
