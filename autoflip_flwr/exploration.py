@@ -104,7 +104,7 @@ def explore(
         raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
     count = min(len(nodes), max(plan.min_explorers, round(plan.explorers * len(nodes))))
     chosen = nodes if count == len(nodes) else _sample(nodes, count, seed)
-    problems: list[str] = []
+    problems: dict[str, list[int]] = {}  # reason -> nodes
 
     def answers() -> Iterator[tuple[float, Arrays]]:
         content = _content(plan, initial, template, mask, weight_key)
@@ -113,25 +113,26 @@ def explore(
             log(INFO, "[EXPLORATION %d/%d] %d explorers", number, len(batches), len(batch))
             messages = [Message(content, node, MessageType.TRAIN, group_id="exploration") for node in batch]
             for reply in grid.exchange(messages, timeout):
+                node = reply.metadata.src_node_id
                 if reply.has_error():
-                    problems.append(f"node {reply.metadata.src_node_id}: {firewall.explain(reply.error)}")
+                    problems.setdefault(firewall.explain(reply.error), []).append(node)
                     continue
                 try:
                     judged = firewall.judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
                     _judge_moves(judged.packed)
                 except wire.WireError as error:
                     grid.ledger.failures["quarantined"] += 1
-                    problems.append(f"node {reply.metadata.src_node_id}: {error}")
-                    log(WARNING, "exploration: left out %s", problems[-1])
+                    problems.setdefault(str(error), []).append(node)
+                    log(WARNING, "exploration: left out node %d: %s", node, error)
                     continue
                 yield judged.weight if plan.weighting == "examples" else 1.0, mask.scatter(judged.packed)
 
     try:
         found = combine(mask.layout, answers())
     except ValueError as error:
-        text = f"the exploration failed: {error}; {_first(problems)}"
-        hint = "" if firewall.FIRST in text else f" (if the clients run without it: {firewall.FIRST})"
-        raise RuntimeError(text + hint) from error
+        reasons = _first(problems)
+        hint = "" if firewall.FIRST in reasons else f" (if the clients run without it: {firewall.FIRST})"
+        raise RuntimeError(f"the exploration failed: {error}{hint}; {reasons}") from error
     if found.explorers < plan.min_explorers:
         raise RuntimeError(
             f"{found.explorers} of {count} explorers answered, but min_explorers = {plan.min_explorers}; "
@@ -192,5 +193,6 @@ def _sample(nodes: list[int], count: int, seed: int | None) -> list[int]:
     return [node for index, node in enumerate(nodes) if index in drawn]
 
 
-def _first(problems: list[str]) -> str:
-    return "; ".join(problems[:3]) or "no reply in time"
+def _first(problems: dict[str, list[int]]) -> str:
+    told = [f"node {nodes[0]} and {len(nodes) - 1} more: {reason}" for reason, nodes in problems.items()]
+    return "; ".join(told[:3]).replace(" and 0 more", "") or "no reply in time"

@@ -1,0 +1,1 @@
+"""Handwritten digits with a Flower NumPyClient and PyTorch."""

@@ -1,0 +1,1 @@
+"""Handwritten digits with Flower's Message API and PyTorch."""
