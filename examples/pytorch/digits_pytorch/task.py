@@ -37,7 +37,7 @@ def load_partition(partition_id, num_partitions, batch_size=32):
     """Return the loaders of one node, for training and validation; its share of each digit is its own (non-IID)."""
     images, _, labels, _ = load_images()
     rng = np.random.default_rng(SEED)
-    shares = rng.dirichlet([0.5] * num_partitions, size=10)
+    shares = rng.dirichlet([1.0] * num_partitions, size=10)
     owner = np.array([rng.choice(num_partitions, p=shares[label]) for label in labels])
     data = [TensorDataset(torch.from_numpy(images[i]), torch.from_numpy(labels[i])) for i in split(owner, partition_id)]
     return DataLoader(data[0], batch_size, shuffle=True), DataLoader(data[1], batch_size)
