@@ -41,8 +41,8 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
     try:
         head = wire.read_header(message.content)
         if head is None:
-            state = context.state.get(wire.HEADER)
-            if state is not None and state.get("message") == message.metadata.message_id:
+            state, own = context.state.get(wire.HEADER), message.metadata.message_id
+            if own and state is not None and state.get("message") == own:
                 raise wire.WireError("it is twice in ClientApp(mods=[...]): once is enough, as the first")
             context.state.pop(wire.MASK, None)  # another strategy's message: no mask is in force
             plain = len(message.content.array_records) == 1
