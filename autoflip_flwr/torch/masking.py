@@ -64,6 +64,9 @@ class MaskedTraining:
             handle.remove()
         self._handles, self._dropped = [], {}
 
+    def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(parameter in self._dropped for group in optimizer.param_groups for parameter in group["params"])
+
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What was done to the gradients by hand is undone, and moments from before the mask are dropped."""
         new = optimizer not in self._known
@@ -91,13 +94,17 @@ class MaskedTraining:
 _in_force: WeakKeyDictionary[torch.nn.Module, MaskedTraining] = WeakKeyDictionary()
 
 
+def _trainings(optimizer: torch.optim.Optimizer) -> list[MaskedTraining]:
+    return [training for training in _in_force.values() if training._trained_by(optimizer)]
+
+
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for training in list(_in_force.values()):
+    for training in _trainings(optimizer):
         training._before_step(optimizer)
 
 
-def _after_step(*_: Any) -> None:
-    for training in list(_in_force.values()):
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for training in _trainings(optimizer):
         training._after_step()
 
 
