@@ -65,5 +65,5 @@ class MaskPlan:
         elif mask is None and self.sparsity > 0:
             same = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
             tied = guidance.tied(layout, initial, Exploration(same, same, same, explorers=0))
-            for names in ({}, tied):  # arrays that start alike may turn out to be one weight
+            for names in ({}, tied) if tied else ({},):  # arrays that start alike may turn out to be one weight
                 guidance.choose_mask(layout, same, self.sparsity, self.scope, tied=names)
