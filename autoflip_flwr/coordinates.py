@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -38,15 +39,21 @@ _WEIGHTS = "current_arrays"
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
     """The strategy and, through wrappers such as Flower's differential privacy, the ones inside it."""
-    layer: object = strategy
-    while isinstance(layer, Strategy):
-        yield layer
-        layer = getattr(layer, "strategy", None)
+    found = [strategy]
+    for layer in found:
+        inside = [value for value in vars(layer).values() if isinstance(value, Strategy)]
+        found += [value for value in inside if not any(value is known for known in found)]
+    yield from found
 
 
 def weight_key_of(strategy: Strategy) -> str:
-    """The metric by which the strategy weighs replies."""
-    return next((str(s.weighted_by_key) for s in layers(strategy) if hasattr(s, "weighted_by_key")), "num-examples")
+    """The metric by which the strategy weighs replies; "" where it has none, and asks nothing of metrics."""
+    return str(setting(strategy, "weighted_by_key", ""))
+
+
+def setting(strategy: Strategy, name: str, default: object) -> object:
+    """An attribute of the outermost layer that has it."""
+    return next((getattr(layer, name) for layer in layers(strategy) if hasattr(layer, name)), default)
 
 
 def resolve(coordinates: str, strategy: Strategy) -> str:
@@ -97,6 +104,14 @@ def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
     result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
     result.__dict__ = strategy.__dict__
     return result
+
+
+def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function takes by name."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:

@@ -14,6 +14,7 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
 from autoflip_flwr import firewall, wire
+from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
 from autoflip_flwr.layout import Arrays
@@ -66,7 +67,7 @@ def explore(
     plan: ExplorationPlan,
     grid: OrderedGrid,
     initial: Arrays,
-    template: RecordDict,
+    template: Template,
     *,
     mask: Mask,
     weight_key: str,
@@ -83,8 +84,8 @@ def explore(
         The nodes, and the ledger that is charged.
     initial : dict[str, ndarray]
         W0, the full model.
-    template : RecordDict
-        What the wrapped strategy would send in round 1; its ArrayRecord is replaced by W0.
+    template : Template
+        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0.
     mask : Mask
         A mask that keeps everything.
     weight_key : str
@@ -107,11 +108,21 @@ def explore(
     problems: dict[str, list[int]] = {}  # reason -> nodes
 
     def answers() -> Iterator[tuple[float, Arrays]]:
-        content = _content(plan, initial, template, mask, weight_key)
+        packed = wire.pack(mask, mask.gather(initial))
+        head = wire.header(wire.EXPLORE, 0, mask, **wire.weight_key(weight_key))
+        ours = RecordDict({wire.HEADER: head, wire.MASK: wire.encode_mask(mask)})
+        contents: dict[int, RecordDict] = {}  # strategies put one record into all of their messages, or few
+
+        def content(node: int) -> RecordDict:
+            own = template.by_node.get(node, template.other)
+            if id(own) not in contents:
+                contents[id(own)] = _content(plan, own, packed, ours)
+            return contents[id(own)]
+
         batches = [chosen[start :: plan.rounds] for start in range(min(plan.rounds, count))]
         for number, batch in enumerate(batches, 1):
             log(INFO, "[EXPLORATION %d/%d] %d explorers", number, len(batches), len(batch))
-            messages = [Message(content, node, MessageType.TRAIN, group_id="exploration") for node in batch]
+            messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in batch]
             for reply in grid.exchange(messages, timeout):
                 node = reply.metadata.src_node_id
                 if reply.has_error():
@@ -153,38 +164,44 @@ def _judge_moves(packed: Arrays) -> None:
             raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
 
 
-def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: OrderedGrid) -> RecordDict:
+@dataclass(frozen=True)
+class Template:
+    """What the wrapped strategy would send in round 1: to each node that it names, and to any other."""
+
+    by_node: dict[int, RecordDict]
+    other: RecordDict
+
+
+def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: OrderedGrid) -> Template:
     """What the strategy would send in round 1, asked of a copy so that neither it nor ``random`` is disturbed."""
     config = ConfigRecord(dict(config))
     messages: list[Message] = []
+    state = random.getstate()
     try:
-        probe = copy.deepcopy(strategy)
-    except Exception as error:  # whatever a strategy of the user's own holds: a file, a lock, a connection
-        log(WARNING, "%s cannot be copied (%s): explorers get the train config alone", type(strategy).__name__, error)
-    else:
-        state = random.getstate()
-        try:
-            messages = list(probe.configure_train(1, arrays, config, grid))
-        finally:
-            random.setstate(state)
+        messages = list(copy.deepcopy(strategy).configure_train(1, arrays, config, grid))
+    except Exception as error:  # a lock or a file cannot be copied; what its own start sets is not there yet
+        name = type(strategy).__name__
+        log(WARNING, "a copy of %s cannot be asked (%r): explorers get the train config alone", name, error)
+    finally:
+        random.setstate(state)
     if messages:
-        return messages[0].content
+        return Template({message.metadata.dst_node_id: message.content for message in messages}, messages[0].content)
     config["server-round"] = 1
-    return RecordDict({"arrays": arrays, "config": config})
+    arrays_key, config_key = (
+        setting(strategy, "arrayrecord_key", "arrays"),
+        setting(strategy, "configrecord_key", "config"),
+    )
+    return Template({}, RecordDict({str(arrays_key): arrays, str(config_key): config}))
 
 
-def _content(plan: ExplorationPlan, initial: Arrays, template: RecordDict, mask: Mask, weight_key: str) -> RecordDict:
+def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, ours: RecordDict) -> RecordDict:
     content = RecordDict(dict(template))
-    values = wire.pack(mask, mask.gather(initial))
-    keys = list(content.array_records)
-    content[keys[0] if keys else "arrays"] = values
+    content[next(iter(content.array_records), "arrays")] = packed
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
     content[config_key] = ConfigRecord(
         {**config, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
     )
-    content[wire.HEADER] = wire.header(wire.EXPLORE, 0, mask, **{"weight-key": weight_key})
-    content[wire.MASK] = wire.encode_mask(mask)
-    return content
+    return RecordDict({**content, **ours})
 
 
 def _sample(nodes: list[int], count: int, seed: int | None) -> list[int]:

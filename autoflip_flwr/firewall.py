@@ -46,7 +46,7 @@ def judge(reply: Message, *, mask: Mask, phase: str, round_: int, weight_key: st
     phase, round_ : str, int
         What the message that it answers asked for.
     weight_key : str
-        Metric that holds the reply's weight (its number of examples).
+        Metric that holds the reply's weight (its number of examples); "" where there is none.
 
     Raises
     ------
@@ -86,13 +86,18 @@ def explain(error: Error) -> str:
 
 
 def judge_metrics(reply: Message, weight_key: str) -> float:
-    """Check a reply's one MetricRecord and return its weight; raises as :func:`judge` does."""
+    """Check a reply's one MetricRecord and return its weight; raises as :func:`judge` does.
+
+    Where there is no weight key, metrics need only be finite, and each reply weighs 1.
+    """
     records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
-    if len(records) != 1:
+    if weight_key and len(records) != 1:
         raise wire.WireError(f"{len(records)} MetricRecords, expected 1")
-    for key, value in records[0].items():
+    for key, value in (item for record in records for item in record.items()):
         if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
             raise wire.WireError(f"metric {key!r} is not finite")
+    if not weight_key:
+        return 1.0
     weight = records[0].get(weight_key)
     if isinstance(weight, list) or weight is None or weight <= 0:
         raise wire.WireError(f"metric {weight_key!r} is {weight!r}, expected a number > 0")

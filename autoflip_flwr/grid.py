@@ -113,7 +113,7 @@ class OrderedGrid(Grid):
             return []
         for message in messages:
             if timeout is not None:
-                message.metadata.ttl = timeout
+                message.metadata.ttl = min(message.metadata.ttl, timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = set(self.push_messages(messages))
         order = {message.metadata.message_id: index for index, message in enumerate(messages)}

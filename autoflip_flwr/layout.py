@@ -143,6 +143,15 @@ class Layout:
         """Number of entries of all arrays."""
         return sum(spec.size for spec in self.specs)
 
+    def cast(self, arrays: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        """Floating arrays in the model's dtypes, where they are the model's; others as they are."""
+        return {
+            name: array.astype(self[name].dtype, copy=False)
+            if name in self and self[name].floating and array.dtype.kind == "f"
+            else np.asarray(array)
+            for name, array in arrays.items()
+        }
+
     def check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes."""
         missing = [spec.name for spec in self.specs if spec.name not in arrays]
@@ -161,9 +170,13 @@ def _predicate(rule: Rule, parameter: str, names: Sequence[str]) -> Callable[[st
         return rule
     patterns = [rule] if isinstance(rule, str) else list(rule)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in names):
             raise ValueError(f"{parameter}: {pattern!r} matches none of the model's arrays {names[:10]}")
-    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
+    return lambda name, _: any(_matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may hold what is special in a pattern
 
 
 def _default_prunable(

@@ -44,7 +44,8 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
             state, own = context.state.get(wire.HEADER), message.metadata.message_id
             if own and state is not None and state.get("message") == own:
                 raise wire.WireError("it is twice in ClientApp(mods=[...]): once is enough, as the first")
-            context.state.pop(wire.MASK, None)  # another strategy's message: no mask is in force
+            if state is not None:  # another strategy's message: no mask is in force, but the node still has it
+                context.state[wire.HEADER] = ConfigRecord({**state, "phase": wire.HELLO})  # type: ignore[dict-item]
             plain = len(message.content.array_records) == 1
             return legacy.call(message, context, call_next) if plain else call_next(message, context)
         if head["phase"] == wire.HELLO:

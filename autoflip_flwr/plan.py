@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from logging import WARNING
 
 import numpy as np
+from flwr.common.logger import log
 
 from autoflip_flwr import guidance
 from autoflip_flwr.guidance import Exploration
@@ -47,6 +49,14 @@ class MaskPlan:
 
     def choose(self, layout: Layout, initial: Arrays, exploration: Exploration) -> Mask:
         """The mask that these settings make of an exploration from ``initial``."""
+        still = [name for name, moves in exploration.deviation.items() if not moves.any()]
+        if 0 < len(still) < len(exploration.deviation):
+            log(
+                WARNING,
+                "no explorer moved %s: what is frozen, or a buffer, is pruned first; exclude=%s spares it",
+                ", ".join(still[:5]),
+                still[:5],
+            )
         score = guidance.scores(exploration, self.normalisation, self.gamma)
         tied = guidance.tied(layout, initial, exploration)
         return guidance.choose_mask(layout, score, self.sparsity, self.scope, tied=tied)
@@ -56,6 +66,12 @@ class MaskPlan:
 
         ``mask`` and ``exploration`` are ready ones that the user has brought.
         """
+        for name, values in initial.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise ValueError(
+                    f"array {name!r} of the initial model holds NaN or infinity, and replies with such are left out: "
+                    "send finite arrays, without constant buffers"
+                )
         if mask is not None and mask.layout.specs != layout.specs:
             raise ValueError("mask: its arrays are not those of the initial model")
         if exploration is not None:

@@ -146,17 +146,26 @@ class AutoFlip(Strategy):
         self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
         self.seed = seed
         self.ledger = ledger if ledger is not None else Ledger()
+        self._coordinates = coordinates
         self._packed = coords.resolve(coordinates, self.strategy) == "packed"
-        self._integers = not self._packed and coords.shows_integers(self.strategy)
+        self._integers = False
         self._weight_key = coords.weight_key_of(self.strategy)
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
 
     def __getattr__(self, name: str) -> Any:
         # a project that calls methods of its own strategy goes on doing so
-        if name == "strategy":  # not there yet, as in a copy that is being made
+        if name == "strategy" or name.startswith("__"):  # not there yet, or a protocol, as in a copy that is being made
             raise AttributeError(name)
         return getattr(self.strategy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = vars(self).get("strategy")
+        theirs = "_shadow" in vars(self) and name not in vars(self) and hasattr(inner, name)
+        if theirs:  # as reading
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""
@@ -177,11 +186,13 @@ class AutoFlip(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        **own: Any,
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
         ``timeout`` (seconds) holds for each exploration batch and each round. ``evaluate_fn(0, arrays)`` sees the
-        pruned start, in full arrays.
+        pruned start, in full arrays. A wrapped strategy with a ``start`` of its own gets those of these parameters
+        that it has, by name, and ``own``.
 
         Raises
         ------
@@ -191,6 +202,10 @@ class AutoFlip(Strategy):
             If too few nodes are connected or too few explorers answer.
         """
         initial = to_arrays(initial_arrays)
+        if self._translator is not None:  # a second start, from what FedAdam, say, has made float64 of
+            initial = self._translator.mask.layout.cast(initial)
+        self._packed = coords.resolve(self._coordinates, self.strategy) == "packed"
+        self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
@@ -215,18 +230,25 @@ class AutoFlip(Strategy):
         if self.mask is None and self.exploration is not None:
             self.mask = self.mask_plan.choose(layout, initial, self.exploration)
         self.mask = everything if self.mask is None else self.mask
-        if self.initial == "scouts" and self.exploration is not None:
+        if self.initial == "scouts" and self.exploration is not None and self._translator is None:
             initial = guidance.start_arrays(initial, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
         self._shadow = initial
         self._translator = self._translate(self.mask, initial)
         facade.repeat = self._translator.repeat
+        arguments = {
+            "num_rounds": num_rounds,
+            "timeout": timeout,
+            "train_config": train_config,
+            "evaluate_config": evaluate_config,
+            "evaluate_fn": evaluate_fn,
+        }
+        pruned = to_record(self.mask.apply(initial))
+        if type(self.strategy).start is Strategy.start:
+            return super().start(facade, pruned, **arguments, **own)  # type: ignore[arg-type]
         # a strategy with a loop of its own keeps it
-        own = type(self.strategy).start is not Strategy.start
-        start = coords.twin(self.strategy, methods_of=self).start if own else super().start
-        return start(
-            facade, to_record(self.mask.apply(initial)), num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        start = coords.twin(self.strategy, methods_of=self).start
+        return start(facade, pruned, **coords.accepted(start, arguments), **own)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

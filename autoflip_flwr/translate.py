@@ -41,7 +41,7 @@ class Translator:
     integers : bool
         Whether it sees integer and bool arrays; what it makes of them is not used.
     weight_key : str
-        Metric by which replies are weighed.
+        Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
     ledger : Ledger
         Counts the replies that are left out.
     """
@@ -71,7 +71,7 @@ class Translator:
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
         """Pack the strategy's messages; the mask goes along to every node that has not confirmed it."""
         batch = list(messages)
-        head = wire.header(phase, round_, self.mask, **{"weight-key": self._weight_key})
+        head = wire.header(phase, round_, self.mask, **wire.weight_key(self._weight_key))
         values: dict[int, ArrayRecord] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
@@ -98,19 +98,21 @@ class Translator:
 
     def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The train replies that count, as the strategy expects them, then the error replies."""
-        heaviest = 0.0
+        seen: dict[int, tuple[float, Arrays]] = {}
 
         def accept(reply: Message) -> RecordDict:
-            nonlocal heaviest
             judged = firewall.judge(reply, mask=self.mask, phase=wire.TRAIN, round_=round_, weight_key=self._weight_key)
-            if judged.weight > heaviest:
-                heaviest = judged.weight
-                self._integers = {name: np.array(judged.packed[name]) for name in self._integers}
+            seen[id(reply)] = judged.weight, {name: judged.packed[name] for name in self._integers}
             content = _without_ours(reply)
             content[judged.key] = self.to_strategy(judged.packed)
             return content
 
-        return self._admit(replies, round_, accept)
+        admitted = self._admit(replies, round_, accept)
+        counted = [seen[id(reply)] for reply in admitted if not reply.has_error()]
+        if counted:
+            _, integers = max(counted, key=lambda weighed: weighed[0])
+            self._integers = {name: np.array(array) for name, array in integers.items()}
+        return admitted
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The evaluate replies that count, without our header, then the error replies."""
@@ -159,7 +161,7 @@ class Translator:
     def _alike(self, replies: list[Message], round_: int) -> list[Message]:
         """Those that agree with most on the names of records and metrics: Flower's strategies insist on it."""
         names = [_names(reply.content) for reply in replies]
-        if len(set(names)) <= 1:
+        if len(set(names)) <= 1 or not self._weight_key:
             return replies
         usual = Counter(names).most_common(1)[0][0]
         for reply, own in zip(replies, names, strict=True):

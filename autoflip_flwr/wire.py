@@ -64,6 +64,11 @@ def header(phase: str, round_: int, mask: Mask | None = None, **extra: int | str
     return ConfigRecord(values)
 
 
+def weight_key(name: str) -> dict[str, str]:
+    """What a message's header says of the metric by which replies are weighed; nothing where there is none."""
+    return {"weight-key": name} if name else {}
+
+
 def read_header(content: RecordDict) -> ConfigRecord | None:
     """The header of a message, checked; ``None`` if the message is not one of AutoFLIP's."""
     record = content.get(HEADER)

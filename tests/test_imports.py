@@ -19,9 +19,9 @@ ROWS = [
     {"layout", "_flower"},
     {"mask", "testing"},
     {"guidance", "wire"},
-    {"firewall", "ledger", "legacy", "plan"},
+    {"coordinates", "firewall", "ledger", "legacy", "plan"},
     {"grid", "mod", "translate"},
-    {"exploration", "coordinates"},
+    {"exploration"},
     {"strategy"},
     {"__init__"},
 ]

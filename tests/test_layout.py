@@ -224,3 +224,9 @@ def test_integers_and_bools_are_not_pruned_even_where_the_user_chooses_them(rule
     arrays = {"w": np.zeros((2, 2)), "table": np.zeros((3, 3), np.int64), "used": np.zeros((2, 2), bool)}
     layout = Layout.of(arrays, prunable=rule)
     assert (layout.prunable_names, layout.output) == (["w"], "w")
+
+
+def test_a_name_that_holds_what_is_special_in_a_pattern_means_itself():
+    arrays = {name: np.ones((2, 2), np.float32) for name in ("layer[0]", "layer0")}
+    assert Layout.of(arrays, exclude="layer[0]").prunable_names == []
+    assert Layout.of({"layer[0]": arrays["layer[0]"], "b": np.ones((2, 2))}, exclude="layer[0]").prunable_names == ["b"]

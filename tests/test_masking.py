@@ -4,6 +4,7 @@ import gc
 import importlib
 import inspect
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -773,3 +774,51 @@ def test_sparse_gradients_accumulate_over_several_calls_of_backward():
     expected = torch.autograd.grad(nn.functional.cross_entropy(model(X), Y), model.embedding.weight)[0].to_dense()
     expected = 2 * expected * torch.from_numpy(mask.keep["embedding.weight"])
     torch.testing.assert_close(model.embedding.weight.grad.to_dense(), expected)
+
+
+def test_another_loss_may_still_go_back_through_the_model_after_a_step():
+    model = nn.ModuleDict({"actor": nn.Linear(4, 3), "critic": nn.Linear(3, 1)})
+    mask = mask_of(model)
+    masked_training(model, mask)
+    actor, critic = (torch.optim.Adam(model[name].parameters(), lr=0.01) for name in ("actor", "critic"))
+    hidden = model["actor"](torch.ones(2, 4))
+    value = model["critic"](hidden.detach())
+    guided = model["critic"](hidden).sum()
+    guided.backward()
+    actor.step()
+    critic.zero_grad()
+    value.sum().backward()  # goes through the critic's weights, which the actor's step has left alone
+    critic.step()
+    assert leaks(model, actor, mask) == leaks(model, critic, mask) == []
+
+
+def test_threads_may_train_models_of_their_own():
+    failed = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                model = network()
+                mask, optimizer = mask_of(model), sgd(model)
+                masked_training(model, mask)
+                step(model, optimizer)
+                assert leaks(model, optimizer, mask) == []
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_positions_may_be_those_of_the_parameters_and_then_the_buffers():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+    arrays = [*model.parameters(), *model.buffers()]
+    layout = Layout.of({str(position): array.detach().numpy() for position, array in enumerate(arrays)})
+    keep = {spec.name: np.arange(spec.size).reshape(spec.shape) % 2 == 0 for spec in layout.prunable}
+    apply_mask(model, Mask.from_bool(layout, keep))
+    assert list(keep) == ["0", "3"]
+    assert np.count_nonzero(model[2].weight.detach().numpy()) == 4

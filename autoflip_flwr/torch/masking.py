@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -79,7 +80,7 @@ class MaskedTraining:
 
     def _after_step(self) -> None:
         for parameter, drop in self._dropped.items():
-            drop.zero(parameter)
+            drop.zero(parameter.data)  # no change in autograd's books: another loss may still go back through it
 
     def __enter__(self) -> MaskedTraining:
         return self
@@ -92,10 +93,13 @@ class MaskedTraining:
 
 # one model trains under one mask: a second call takes the place of the first
 _in_force: WeakKeyDictionary[torch.nn.Module, MaskedTraining] = WeakKeyDictionary()
+_lock = Lock()  # threads may train models of their own
 
 
 def _trainings(optimizer: torch.optim.Optimizer) -> list[MaskedTraining]:
-    return [training for training in _in_force.values() if training._trained_by(optimizer)]
+    with _lock:
+        trainings = list(_in_force.values())
+    return [training for training in trainings if training._trained_by(optimizer)]
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -161,11 +165,13 @@ def masked_training(model: torch.nn.Module, mask: Mask | Context | None) -> Mask
     0.0
     """
     dropped = _dropped(model, mask)
-    if model in _in_force:
-        _in_force.pop(model).remove()
-    training = MaskedTraining(dropped)
-    if dropped:
-        _in_force[model] = training
+    with _lock:
+        earlier = _in_force.pop(model, None)
+        if earlier is not None:
+            earlier.remove()
+        training = MaskedTraining(dropped)
+        if dropped:
+            _in_force[model] = training
     return training
 
 
@@ -198,7 +204,9 @@ def _names(model: torch.nn.Module, mask: Mask) -> dict[str, str]:
     state = list(model.state_dict())
     given = [spec.name for spec in mask.layout.specs]
     if given == [str(position) for position in range(len(given))]:
-        for own in (state, [name for name, _ in model.named_parameters()]):
-            if len(own) == len(given):
-                return dict(zip(own, given, strict=True))
+        shapes = [spec.shape for spec in mask.layout.specs]
+        parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
+        for own in (list(model.state_dict().items()), parameters, [*parameters, *buffers]):
+            if [tuple(tensor.shape) for _, tensor in own] == shapes:
+                return dict(zip([name for name, _ in own], given, strict=True))
     return dict(zip(state, state, strict=True))
