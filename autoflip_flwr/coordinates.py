@@ -81,10 +81,11 @@ def shows_integers(strategy: Strategy) -> bool:
 
 def _is_flowers(strategy: Strategy) -> bool:
     kind = type(strategy)
-    known = {name for base in kind.__mro__ if _module(base).startswith("flwr.") for name in vars(base)}
-    functions = [getattr(kind, name) for name in known.difference(_BLIND)]
+    flowers = [base for base in kind.__mro__ if _module(base).startswith("flwr.")]
+    known = {name for base in flowers for name in (*vars(base), *inspect.signature(base).parameters)}
+    functions = [getattr(kind, name, None) for name in known.difference(_BLIND)]
     functions += vars(strategy).values()
-    return all(_module(function).startswith("flwr.") for function in functions if callable(function))
+    return all(_module(each).startswith("flwr.") for each in functions if callable(each) or isinstance(each, property))
 
 
 def _module(thing: object) -> str:

@@ -196,6 +196,26 @@ def test_a_metric_function_set_later_sees_full_arrays():
     assert seen == [(3, 6)] * NODES
 
 
+def test_a_metric_function_that_is_a_property_sees_full_arrays():
+    seen = []
+
+    class Own(FedAvg):
+        @property
+        def train_metrics_aggr_fn(self):
+            def metrics(records, weight_key):
+                seen.extend(content["arrays"]["out.weight"].numpy().shape for content in records)
+                return MetricRecord({"nodes": len(records)})
+
+            return metrics
+
+        @train_metrics_aggr_fn.setter
+        def train_metrics_aggr_fn(self, function):
+            pass
+
+    start(AutoFlip(Own(fraction_evaluate=0.0), sparsity=0.5), LocalGrid(message_app(), NODES), rounds=1)
+    assert seen == [(3, 6)] * NODES
+
+
 def test_a_second_start_goes_on_from_the_first_ones_result():
     alone, wrapped = FedAdam(fraction_evaluate=0.0), AutoFlip(FedAdam(fraction_evaluate=0.0), sparsity=0.0)
     results = []
