@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
     QFedAvg,
     Strategy,
 )
@@ -90,6 +91,18 @@ def _is_flowers(strategy: Strategy) -> bool:
 
 def _module(thing: object) -> str:
     return str(getattr(thing, "__module__", ""))
+
+
+def clips_at_clients(strategy: Strategy) -> bool:
+    """Whether a differential-privacy wrapper relies on the clients' updates being no longer than its norm."""
+    kinds = (DifferentialPrivacyClientSideAdaptiveClipping, DifferentialPrivacyClientSideFixedClipping)
+    return any(isinstance(layer, kinds) for layer in layers(strategy))
+
+
+def averages_plainly(strategy: Strategy) -> bool:
+    """Whether FedAvg's own weighted mean is in force, of arrays and metrics alike."""
+    own = type(strategy).aggregate_train is FedAvg.aggregate_train and "aggregate_train" not in vars(strategy)
+    return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
 
 
 def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:

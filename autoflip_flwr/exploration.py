@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
-from autoflip_flwr import firewall, wire
+from autoflip_flwr import firewall, maskrecord, wire
 from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
@@ -22,9 +21,7 @@ from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
 
 WEIGHTINGS = ("uniform", "examples")
-
-MAX_MOVE = 1e100
-"""A parameter that has moved further has diverged, and its square might overflow."""
+VALUES = ("log8", "float32")
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,9 @@ class ExplorationPlan:
         training loss.
     weighting : str
         ``"uniform"`` (the authors' code) or ``"examples"``, by number of examples (our reading).
+    values : str
+        How explorers' moves travel: ``"log8"``, a byte a parameter or less (:mod:`autoflip_flwr.moves`), or
+        ``"float32"``, as the model has them.
     """
 
     explorers: float = 1.0
@@ -52,6 +52,7 @@ class ExplorationPlan:
     epochs: int = 5
     patience: int = 2
     weighting: str = "uniform"
+    values: str = "log8"
 
     def __post_init__(self) -> None:
         if not 0 < self.explorers <= 1:
@@ -59,8 +60,9 @@ class ExplorationPlan:
         for name in ("min_explorers", "rounds", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting = {self.weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
+        for name, allowed in (("weighting", WEIGHTINGS), ("values", VALUES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 
 
 def explore(
@@ -71,6 +73,7 @@ def explore(
     *,
     mask: Mask,
     weight_key: str,
+    kind: str,
     seed: int | None,
     timeout: float | None,
 ) -> Exploration:
@@ -90,6 +93,8 @@ def explore(
         A mask that keeps everything.
     weight_key : str
         Metric that holds an explorer's number of examples.
+    kind : str
+        How W0 is coded on its way to the explorers, one of :data:`~autoflip_flwr.values.KINDS`.
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
@@ -108,9 +113,11 @@ def explore(
     problems: dict[str, list[int]] = {}  # reason -> nodes
 
     def answers() -> Iterator[tuple[float, Arrays]]:
-        packed = wire.pack(mask, mask.gather(initial))
-        head = wire.header(wire.EXPLORE, 0, mask, **wire.weight_key(weight_key))
-        ours = RecordDict({wire.HEADER: head, wire.MASK: wire.encode_mask(mask)})
+        packed = wire.pack(mask, mask.gather(initial), kind)
+        head = wire.header(
+            wire.EXPLORE, 0, mask, **wire.weight_key(weight_key), **wire.kinds(values=kind, reply=plan.values)
+        )
+        ours = RecordDict({wire.HEADER: head, wire.MASK: maskrecord.encode_mask(mask)})
         contents: dict[int, RecordDict] = {}  # strategies put one record into all of their messages, or few
 
         def content(node: int) -> RecordDict:
@@ -129,14 +136,13 @@ def explore(
                     problems.setdefault(firewall.explain(reply.error), []).append(node)
                     continue
                 try:
-                    judged = firewall.judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
-                    _judge_moves(judged.packed)
+                    weight, moves = firewall.judge_moves(reply, mask=mask, weight_key=weight_key, kind=plan.values)
                 except wire.WireError as error:
                     grid.ledger.failures["quarantined"] += 1
                     problems.setdefault(str(error), []).append(node)
                     log(WARNING, "exploration: left out node %d: %s", node, error)
                     continue
-                yield judged.weight if plan.weighting == "examples" else 1.0, mask.scatter(judged.packed)
+                yield weight if plan.weighting == "examples" else 1.0, moves
 
     try:
         found = combine(mask.layout, answers())
@@ -156,12 +162,6 @@ def explore(
             "no explorer moved any prunable parameter: the mask says nothing; do the clients return their work?",
         )
     return found
-
-
-def _judge_moves(packed: Arrays) -> None:
-    for name, values in packed.items():
-        if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
-            raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Error, Message, MetricRecord
+from numpy.typing import NDArray
 
 from autoflip_flwr import wire
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.values import Vector
+
+MAX_MOVE = 1e100
+"""A parameter that an explorer has moved further has diverged, and its square might overflow."""
 
 FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
 
@@ -23,19 +30,28 @@ class Judged:
     ----------
     key : str
         Name of its ArrayRecord.
-    packed : dict[str, ndarray]
-        Its packed arrays (read-only views).
+    vectors : dict[str, Vector]
+        Its flat vectors by dtype, finite.
     weight : float
         Its weight in the average, finite and > 0.
     """
 
     key: str
-    packed: Arrays
+    vectors: dict[str, Vector]
     weight: float
 
 
-def judge(reply: Message, *, mask: Mask, phase: str, round_: int, weight_key: str) -> Judged:
-    """Check a reply that carries arrays against what was asked for.
+def judge(
+    reply: Message,
+    *,
+    mask: Mask,
+    phase: str,
+    round_: int,
+    weight_key: str,
+    kind: str = "float32",
+    base: Mapping[str, NDArray[Any]] | None = None,
+) -> Judged:
+    """Check a reply that carries values against what was asked for.
 
     Parameters
     ----------
@@ -47,6 +63,10 @@ def judge(reply: Message, *, mask: Mask, phase: str, round_: int, weight_key: st
         What the message that it answers asked for.
     weight_key : str
         Metric that holds the reply's weight (its number of examples); "" where there is none.
+    kind : str
+        How its values must be coded.
+    base : Mapping[str, ndarray] | None
+        Flat vectors that its values are added to.
 
     Raises
     ------
@@ -54,18 +74,47 @@ def judge(reply: Message, *, mask: Mask, phase: str, round_: int, weight_key: st
         With the reason, if the reply must be left out: missing or extra records or keys, another dtype or length,
         another mask, phase or round, a value or metric that is not finite, a weight that is not positive.
     """
+    key, record, weight = _judge_record(reply, mask, phase, round_, weight_key, kind)
+    vectors = wire.vectors(mask, record, kind, base)
+    for vector in vectors.values():
+        if not vector.is_finite():
+            raise wire.WireError(f"array {_first_not_finite(mask, vectors)!r} holds NaN or infinity")
+    return Judged(key, vectors, weight)
+
+
+def judge_moves(reply: Message, *, mask: Mask, weight_key: str, kind: str) -> tuple[float, Arrays]:
+    """Check an explorer's reply; its weight, and how far it moved each floating array. Raises as :func:`judge` does."""
+    if kind == wire.LOG8:
+        _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind)
+        return weight, wire.unpack_moves(mask, record)
+    judged = judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
+    moves = mask.scatter(wire.split(mask, {dtype: vector.whole() for dtype, vector in judged.vectors.items()}))
+    for name, values in moves.items():
+        if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
+            raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
+    return judged.weight, moves
+
+
+def _judge_record(
+    reply: Message, mask: Mask, phase: str, round_: int, weight_key: str, kind: str
+) -> tuple[str, ArrayRecord, float]:
+    """The one ArrayRecord of a reply that is what was asked for, and as the mod has packed it."""
     judge_header(reply, mask=mask, phase=phase, round_=round_)
     arrays = [(key, record) for key, record in reply.content.items() if isinstance(record, ArrayRecord)]
     if len(arrays) != 1:
         raise wire.WireError(f"{len(arrays)} ArrayRecords, expected 1")
     weight = judge_metrics(reply, weight_key)
-    packed = wire.unpack(mask, arrays[0][1])
-    for name, values in packed.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise wire.WireError(f"array {name!r} holds NaN or infinity")
-    if reply.content[wire.HEADER].get("fingerprint") != wire.fingerprint(arrays[0][1]):
+    head = reply.content[wire.HEADER]
+    if head.get("values", "float32") != kind:
+        raise wire.WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")
+    if head.get("fingerprint") != wire.fingerprint(arrays[0][1]):
         raise wire.WireError(f"its values were changed after autoflip_mod had packed them: {FIRST}")
-    return Judged(arrays[0][0], packed, weight)
+    return *arrays[0], weight
+
+
+def _first_not_finite(mask: Mask, vectors: Mapping[str, Vector]) -> str:
+    packed = wire.split(mask, {dtype: vector.whole() for dtype, vector in vectors.items()})
+    return next(name for name, values in packed.items() if not np.isfinite(values).all())
 
 
 def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None:

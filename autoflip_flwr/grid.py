@@ -74,9 +74,13 @@ class OrderedGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages; returns their ids."""
         batch = list(messages)
+        ids = list(self._grid.push_messages(batch))
+        pushed = set(ids)
+        self.ledger.partitions |= self.partitions  # here, since AutoFlip.start puts its own ledger in place
         for message in batch:
-            self.ledger.sent(message)
-        return list(self._grid.push_messages(batch))
+            if message.metadata.message_id in pushed:
+                self.ledger.sent(message)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Fetch the replies that have come to these messages."""
@@ -114,7 +118,8 @@ class OrderedGrid(Grid):
         for message in messages:
             if timeout is not None:
                 message.metadata.ttl = min(message.metadata.ttl, timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        started, phase = time.monotonic(), phase_of(messages[0])
+        deadline = None if timeout is None else started + timeout
         waiting = set(self.push_messages(messages))
         order = {message.metadata.message_id: index for index, message in enumerate(messages)}
         replies: list[Message] = []
@@ -127,12 +132,13 @@ class OrderedGrid(Grid):
                 break
             time.sleep(pause)
             pause = min(pause * 1.3, 1.0)
+        self.ledger.seconds[phase] += time.monotonic() - started
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
         for reply in replies:
-            self.ledger.received(phase_of(messages[order[reply.metadata.reply_to_message_id]]), reply)
+            self.ledger.received(messages[order[reply.metadata.reply_to_message_id]], reply)
         self.ledger.failures["absent"] += len(messages) - len(replies)
         if self.observe is not None:
-            self.observe(phase_of(messages[0]), replies)
+            self.observe(phase, replies)
         return replies
 
     def roll_call(self, *, minimum: int = 1, timeout: float = 60.0) -> list[int]:

@@ -1,14 +1,15 @@
-"""The ledger: bytes of the serialised messages by phase and direction, failures, and examples processed."""
+"""The ledger: bytes by phase, direction and node as Flower moves them, failures, seconds, examples and FLOPs."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord
 
 from autoflip_flwr import wire
+from autoflip_flwr.traffic import Traffic, message_traffic, record_bytes, reply_traffic
 
 EXAMPLES_PROCESSED = "examples-processed"
 """Metric in which a client may say how many examples it ran forward and backward (epochs count each time)."""
@@ -16,29 +17,6 @@ EXAMPLES_PROCESSED = "examples-processed"
 PHASES = ("exploration", "train", "evaluate", "other")
 
 _PHASE_OF_HEADER = {wire.EXPLORE: "exploration", wire.TRAIN: "train", wire.EVALUATE: "evaluate", wire.HELLO: "other"}
-
-
-def message_bytes(message: Message) -> int:
-    """Bytes of a message as Flower stores and moves it: its serialised objects, equal ones once.
-
-    Flower's list of the objects (about 140 bytes an object) and HTTP framing come on top.
-    """
-    return _object_bytes(message)
-
-
-def record_bytes(content: RecordDict, key: str) -> int:
-    """Bytes of one record of a message."""
-    return _object_bytes(content[key])
-
-
-def _object_bytes(root: object) -> int:
-    return sum(dict(_objects(root)).values())
-
-
-def _objects(root: object) -> Iterator[tuple[str, int]]:
-    for child in (root.children or {}).values():  # type: ignore[attr-defined]
-        yield from _objects(child)
-    yield root.object_id, len(root.deflate())  # type: ignore[attr-defined]
 
 
 def phase_of(message: Message) -> str:
@@ -60,39 +38,61 @@ class Ledger:
         Bytes from and to the nodes, by phase (``PHASES``). Masks count in ``mask_down``, not in ``down``.
     mask_down : int
         Bytes of mask records.
+    by_node : dict[int, Counter[str]]
+        The same bytes by node id, under the keys of :meth:`bytes_by_node`.
+    partitions : dict[int, int]
+        Partition ids of the nodes, as far as they are known.
     failures : Counter[str]
         ``errors`` (error replies), ``absent`` (no reply in time), ``quarantined`` (replies left out by the firewall).
     examples : Counter[str]
         Examples that clients said they processed, by phase.
     messages, replies : Counter[str]
         Messages sent, and replies received without an error, by phase.
+    seconds : dict[str, float]
+        Time from sending the messages to the last of their replies, by phase.
+    flops_per_example : float
+        Floating-point operations of one example, forward and backward, through the dense model.
     """
 
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
     mask_down: int = 0
+    by_node: dict[int, Counter[str]] = field(default_factory=dict)
+    partitions: dict[int, int] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     replies: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    flops_per_example: float = 0.0
 
     def sent(self, message: Message) -> None:
-        """Charge a message to a node."""
-        self.messages[phase_of(message)] += 1
+        """Charge a message to a node, whether or not the node will fetch it."""
+        phase = phase_of(message)
+        self.messages[phase] += 1
         mask = record_bytes(message.content, wire.MASK) if wire.MASK in message.content else 0
-        self.mask_down += mask
-        self.down[phase_of(message)] += message_bytes(message) - mask
+        self._charge(phase, message.metadata.dst_node_id, message_traffic(message), mask)
 
-    def received(self, phase: str, reply: Message) -> None:
-        """Charge a reply from a node to the phase of the message that it answers."""
+    def received(self, message: Message, reply: Message) -> None:
+        """Charge a reply to the phase and the node of the message that it answers."""
+        phase, node = phase_of(message), message.metadata.dst_node_id
+        if reply.metadata.src_node_id == node:  # else the SuperLink answers for a node that is gone
+            self._charge(phase, node, reply_traffic(reply), 0)
         if reply.has_error():
             self.failures["errors"] += 1
             return
-        self.up[phase] += message_bytes(reply)
         self.replies[phase] += 1
         for record in reply.content.values():
             if isinstance(record, MetricRecord) and isinstance(count := record.get(EXAMPLES_PROCESSED), int | float):
                 self.examples[phase] += int(count)
+
+    def _charge(self, phase: str, node: int, moved: Traffic, mask: int) -> None:
+        down = moved.down - mask
+        self.up[phase] += moved.up
+        self.down[phase] += down
+        self.mask_down += mask
+        own = self.by_node.setdefault(node, Counter())
+        own.update({f"{phase}_up": moved.up, f"{phase}_down": down, "mask_down": mask})
 
     def bytes_by_phase(self) -> dict[str, int]:
         """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``."""
@@ -103,11 +103,30 @@ class Ledger:
         table |= {"mask_down": self.mask_down, "other": other}
         return table | {"total": sum(table.values())}
 
+    def bytes_by_node(self) -> dict[int, dict[str, int]]:
+        """Bytes by node, phase and direction: ``{0: {"train_up": ..., "mask_down": ..., "total": ...}, 1: ...}``.
+
+        Nodes go by their partition id where that is known, else by their node id; what is 0 is left out. An
+        exploration of an earlier run (:meth:`charge_exploration`) is no node's.
+        """
+        table: dict[int, Counter[str]] = {}
+        for node, own in self.by_node.items():
+            # a node that has lost its id comes back under another one, with the same partition
+            table.setdefault(self.partitions.get(node, node), Counter()).update(own)
+        return {name: {**+table[name], "total": table[name].total()} for name in sorted(table)}
+
     def failure_counts(self) -> dict[str, int]:
         """``{"quarantined": ..., "errors": ..., "absent": ...}``."""
         return {key: self.failures[key] for key in ("quarantined", "errors", "absent")}
 
-    def exploration_only(self) -> dict[str, int]:
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations of the clients by phase: examples processed times ``flops_per_example``.
+
+        They are those of the dense model: an unstructured mask saves bytes, not operations.
+        """
+        return {phase: self.examples[phase] * self.flops_per_example for phase in PHASES if self.examples[phase]}
+
+    def exploration_only(self) -> dict[str, float]:
         """What the exploration alone has cost, to be charged again to a run that reuses it."""
         return {
             "up": self.up["exploration"],
@@ -116,10 +135,12 @@ class Ledger:
             "examples": self.examples["exploration"],
             "messages": self.messages["exploration"],
             "replies": self.replies["exploration"],
+            "seconds": self.seconds["exploration"],
         }
 
-    def charge_exploration(self, cost: dict[str, int]) -> None:
+    def charge_exploration(self, cost: Mapping[str, float]) -> None:
         """Charge an exploration that an earlier run has made (:meth:`exploration_only`)."""
-        self.mask_down += cost["mask_down"]
+        self.mask_down += int(cost["mask_down"])
         for key in ("up", "down", "examples", "messages", "replies"):
-            getattr(self, key)["exploration"] += cost[key]
+            getattr(self, key)["exploration"] += int(cost[key])
+        self.seconds["exploration"] += cost.get("seconds", 0.0)

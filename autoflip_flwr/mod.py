@@ -10,9 +10,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
-from autoflip_flwr import legacy, wire
+from autoflip_flwr import legacy, maskrecord, wire
+from autoflip_flwr.feedback import pack_reply
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.values import KINDS
 
 PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
 """Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
@@ -68,7 +70,7 @@ def current_mask(context: Context) -> Mask | None:
     state = context.state.get(wire.HEADER)
     if state is None or wire.MASK not in context.state or state.get("phase") != wire.TRAIN:
         return None
-    return wire.decode_mask(context.state[wire.MASK])
+    return maskrecord.decode_mask(context.state[wire.MASK])
 
 
 def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Context | None) -> None:
@@ -107,16 +109,16 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     exploring = head["phase"] == wire.EXPLORE
     state = {"phase": wire.EXPLORE if exploring else wire.TRAIN, "message": message.metadata.message_id}
     context.state[wire.HEADER] = ConfigRecord({**context.state.get(wire.HEADER, {}), **state})  # type: ignore[dict-item]
-    known = record if record is not None else context.state.get(wire.MASK)
-    if known is None:
-        return None
-    mask = wire.decode_mask(known)
+    base = maskrecord.base_of(record)
+    known = context.state.get(wire.MASK) if record is None or base else None
+    mine = None if known is None else maskrecord.decode_mask(known)
+    if record is None or (base and (mine is None or mine.digest != base)):
+        return mine if mine is not None and mine.digest == head.get("digest") else None
+    mask = maskrecord.decode_mask(record, mine)
     if mask.digest != head.get("digest"):
-        if record is None:
-            return None
         raise wire.WireError("the mask that came along is not the one that the message is packed with")
-    if record is not None and not exploring:
-        context.state[wire.MASK] = record
+    if not exploring:
+        context.state[wire.MASK] = maskrecord.encode_mask(mask) if base else record
     return mask
 
 
@@ -126,23 +128,32 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     keys = list(inner.array_records)
     if len(keys) != 1:
         raise wire.WireError(f"{len(keys)} ArrayRecords in the message, expected 1")
-    start = mask.scatter(wire.unpack(mask, inner[keys[0]]))
-    inner[keys[0]] = ArrayRecord({name: Array(array) for name, array in start.items()})
+    kind, wanted = (str(head.get(key, "float32")) for key in ("values", "reply"))
+    if kind not in KINDS or wanted not in (("float32", wire.LOG8) if head["phase"] == wire.EXPLORE else KINDS):
+        raise wire.WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
+    start = {dtype: vector.whole() for dtype, vector in wire.vectors(mask, inner[keys[0]], kind).items()}
+    given = mask.scatter(wire.split(mask, start))
+    inner[keys[0]] = ArrayRecord({name: Array(array) for name, array in given.items()})
     message.content = inner
     reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
     if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
         return Message(reply.error, reply_to=message)
     content = RecordDict(dict(reply.content))
-    if head["phase"] != wire.EVALUATE:
-        key, arrays = _result(content, mask)
-        if head["phase"] == wire.EXPLORE:
-            arrays = {
-                name: np.subtract(array, start[name]) if array.dtype.kind == "f" else array
-                for name, array in arrays.items()
-            }
-        content[key] = values = wire.pack(mask, mask.gather(arrays))
-        return _reply(message, context, head, content, digest=mask.digest, fingerprint=wire.fingerprint(values))
-    return _reply(message, context, head, content, digest=mask.digest)
+    if head["phase"] == wire.EVALUATE:
+        return _reply(message, context, head, content, digest=mask.digest)
+    key, arrays = _result(content, mask)
+    if head["phase"] == wire.EXPLORE:
+        moves = {
+            spec.name: np.subtract(arrays[spec.name], given[spec.name]) for spec in mask.layout.specs if spec.floating
+        }
+        values = (
+            wire.pack_moves(mask, moves) if wanted == wire.LOG8 else wire.pack(mask, mask.gather({**arrays, **moves}))
+        )
+    else:
+        values = pack_reply(context, mask, wanted, mask.gather(arrays), start)
+    content[key] = values
+    told = {"digest": mask.digest, "fingerprint": wire.fingerprint(values), **wire.kinds(values=wanted)}
+    return _reply(message, context, head, content, **told)
 
 
 def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:

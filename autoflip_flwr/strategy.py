@@ -22,6 +22,7 @@ from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.translate import Translator, to_arrays, to_record
+from autoflip_flwr.values import KINDS
 
 INITIALS = ("scratch", "scouts")
 
@@ -57,7 +58,8 @@ class AutoFlip(Strategy):
         Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
     output : str or None (default: "auto")
         Name of the output layer's weight, of which each unit keeps an incoming weight; default: the last prunable one.
-    explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting
+    explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
+exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
@@ -70,6 +72,12 @@ class AutoFlip(Strategy):
         What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
         ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
         Integer and bool arrays are never averaged: they come from the valid reply with the most examples.
+    values : str (default: "float32")
+        How values travel: ``"float32"`` (as the model has them), ``"bfloat16"`` or ``"float16"`` (half the bytes),
+        or ``"int8"`` (a quarter). Coded replies hold the client's update; with int8 what rounding loses of it is kept
+        in the node's state and added to the next.
+    values_up, values_down : str or None
+        The same for replies alone, and for messages alone; default: ``values``.
     seed : int or None
         Makes the choice of nodes reproducible; costs one small message to each node before the start.
     ledger : Ledger or None
@@ -116,10 +124,14 @@ class AutoFlip(Strategy):
         exploration_epochs: int = 5,
         exploration_patience: int = 2,
         exploration_weighting: str = "uniform",
+        exploration_values: str = "log8",
         exploration: Exploration | None = None,
         mask: Mask | None = None,
         mask_schedule: Callable[[int], Mask | None] | None = None,
         coordinates: str = "auto",
+        values: str = "float32",
+        values_up: str | None = None,
+        values_down: str | None = None,
         seed: int | None = None,
         ledger: Ledger | None = None,
     ) -> None:
@@ -142,8 +154,18 @@ class AutoFlip(Strategy):
             exploration_epochs,
             exploration_patience,
             exploration_weighting,
+            exploration_values,
         )
         self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
+        self._up, self._down = (values if way is None else way for way in (values_up, values_down))
+        for kind in (values, self._up, self._down):
+            if kind not in KINDS:
+                raise ValueError(f"values = {kind!r}: must be one of {', '.join(KINDS)}")
+        if self._up != "float32" and coords.clips_at_clients(self.strategy):
+            raise ValueError(
+                f"values_up = {self._up!r}: rounding may lengthen an update beyond the norm to which the clients have "
+                "clipped it, and the privacy is then not what was promised: values_up='float32'"
+            )
         self.seed = seed
         self.ledger = ledger if ledger is not None else Ledger()
         self._coordinates = coordinates
@@ -174,6 +196,7 @@ class AutoFlip(Strategy):
         log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
         log(INFO, "\t│\t├── Sparsity: %s (%s)", plan.sparsity, plan.scope)
         log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", plan.normalisation, plan.gamma)
+        log(INFO, "\t│\t├── Values: %s up, %s down", self._up, self._down)
         log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
         self.strategy.summary()
 
@@ -224,6 +247,7 @@ class AutoFlip(Strategy):
                 template,
                 mask=everything,
                 weight_key=self._weight_key,
+                kind=self._down,
                 seed=self.seed,
                 timeout=timeout,
             )
@@ -265,6 +289,10 @@ class AutoFlip(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
         translator = self._started
+        if coords.averages_plainly(self.strategy):
+            counted, mean = translator.average(replies, server_round)
+            _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
+            return None if mean is None else to_record(mean), metrics
         counted = translator.incoming(replies, server_round)
         record, metrics = self.strategy.aggregate_train(server_round, counted)
         return None if record is None else to_record(translator.from_strategy(record)), metrics
@@ -299,6 +327,8 @@ class AutoFlip(Strategy):
             integers=self._integers,
             weight_key=self._weight_key,
             ledger=self.ledger,
+            down=self._down,
+            up=self._up,
         )
 
     def _follow_schedule(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:

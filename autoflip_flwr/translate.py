@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from autoflip_flwr import firewall, wire
+from autoflip_flwr import firewall, maskrecord, wire
+from autoflip_flwr.average import weighted_mean
+from autoflip_flwr.firewall import Judged
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.values import is_coded
+
+KEPT_MASKS = 4
+"""So many masks before the one in force are kept, for nodes that need the difference alone."""
 
 
 def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
     """Arrays by name -> Flower's record of them."""
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: wire.array([np.ascontiguousarray(array)], array.shape) for name, array in arrays.items()})
 
 
 def to_arrays(record: ArrayRecord) -> Arrays:
@@ -44,19 +52,45 @@ class Translator:
         Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
     ledger : Ledger
         Counts the replies that are left out.
+    down, up : str
+        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.values.KINDS`.
     """
 
     def __init__(
-        self, mask: Mask, initial: Arrays, *, packed: bool, integers: bool, weight_key: str, ledger: Ledger
+        self,
+        mask: Mask,
+        initial: Arrays,
+        *,
+        packed: bool,
+        integers: bool,
+        weight_key: str,
+        ledger: Ledger,
+        down: str = "float32",
+        up: str = "float32",
     ) -> None:
-        self.mask = mask
+        self._mask = mask
         self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed = packed
         self._weight_key = weight_key
         self._ledger = ledger
+        self._down, self._up = down, up
         self._integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
-        self._confirmed: dict[int, str] = {}
-        self._encoded: tuple[str, ConfigRecord] = ("", ConfigRecord())
+        self._bases: dict[int, dict[str, NDArray[Any]]] = {}  # node -> what its reply's values are added to
+        self._confirmed: dict[int, str] = {}  # node -> digest
+        self._older: dict[str, Mask] = {}  # by digest
+        self._encoded: dict[str, ConfigRecord] = {}  # by the digest of the mask that it is the difference from
+
+    @property
+    def mask(self) -> Mask:
+        """The mask in force."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        bare = dataclasses.replace(self._mask)  # without its indices
+        kept = [*self._older.items(), (bare.digest, bare)][-KEPT_MASKS:]
+        self._older = {digest: older for digest, older in kept if digest != mask.digest}
+        self._mask, self._encoded = mask, {}
 
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
         """Packed arrays -> the arrays as the strategy sees them."""
@@ -71,8 +105,10 @@ class Translator:
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
         """Pack the strategy's messages; the mask goes along to every node that has not confirmed it."""
         batch = list(messages)
-        head = wire.header(phase, round_, self.mask, **wire.weight_key(self._weight_key))
-        values: dict[int, ArrayRecord] = {}
+        self._bases = {}
+        coding = wire.kinds(values=self._down, reply="float32" if phase == wire.EVALUATE else self._up)
+        head = wire.header(phase, round_, self.mask, **wire.weight_key(self._weight_key), **coding)
+        values: dict[int, tuple[ArrayRecord, dict[str, NDArray[Any]]]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
             if len(content.array_records) != 1:
@@ -80,17 +116,20 @@ class Translator:
             key, record = next(iter(content.array_records.items()))
             if id(record) not in values:  # strategies put one record into all of their messages
                 values[id(record)] = self._to_wire(record)
-            content[key] = values[id(record)]
+            node = message.metadata.dst_node_id
+            content[key], self._bases[node] = values[id(record)]
             content[wire.HEADER] = head
-            if self._confirmed.get(message.metadata.dst_node_id) != self.mask.digest:
-                content[wire.MASK] = self._mask_record()
+            if self._confirmed.get(node) != self.mask.digest:
+                content[wire.MASK] = self._mask_record(self._confirmed.get(node, ""))
             message.content = content
         return batch
 
     def repeat(self, message: Message, reply: Message) -> Message | None:
         """The message again, with the mask, if the node says that it lacks it."""
         head = reply.content.get(wire.HEADER) if reply.has_content() else None
-        if head is None or head.get("status") != wire.MASK_MISSING or wire.MASK in message.content:
+        had = message.content.get(wire.MASK)
+        whole = had is not None and not maskrecord.base_of(had)
+        if head is None or head.get("status") != wire.MASK_MISSING or whole:
             return None
         content = RecordDict({**message.content, wire.MASK: self._mask_record()})
         sent = message.metadata
@@ -98,21 +137,54 @@ class Translator:
 
     def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The train replies that count, as the strategy expects them, then the error replies."""
-        seen: dict[int, tuple[float, Arrays]] = {}
+        admitted, judged = self._judge(replies, round_)
+        for reply, found in zip(admitted, judged, strict=False):  # errors come last
+            reply.content[found.key] = self.to_strategy(self._packed_of(found))
+        return admitted
+
+    def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
+        """The train replies that count, their metrics without their arrays, and FedAvg's mean: full, pruned arrays."""
+        admitted, judged = self._judge(replies, round_)
+        if not judged:
+            return admitted, None
+        weights = [found.weight for found in judged]
+        mean = {
+            dtype: weighted_mean([found.vectors[dtype] for found in judged], weights)
+            if np.dtype(dtype).kind == "f"
+            else vector.whole()
+            for dtype, vector in judged[0].vectors.items()
+        }
+        return admitted, self.mask.scatter(wire.split(self.mask, mean) | self._integers)
+
+    def _judge(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], list[Judged]]:
+        """The replies that count, with an empty record for their arrays, then the errors; what the former hold."""
+        seen: dict[int, Judged] = {}
 
         def accept(reply: Message) -> RecordDict:
-            judged = firewall.judge(reply, mask=self.mask, phase=wire.TRAIN, round_=round_, weight_key=self._weight_key)
-            seen[id(reply)] = judged.weight, {name: judged.packed[name] for name in self._integers}
-            content = _without_ours(reply)
-            content[judged.key] = self.to_strategy(judged.packed)
-            return content
+            base = self._bases.get(reply.metadata.src_node_id)
+            if base is None:
+                raise wire.WireError("nothing was sent to this node in this round")
+            judged = firewall.judge(
+                reply,
+                mask=self.mask,
+                phase=wire.TRAIN,
+                round_=round_,
+                weight_key=self._weight_key,
+                kind=self._up,
+                base=base,
+            )
+            seen[id(reply)] = judged
+            return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
 
         admitted = self._admit(replies, round_, accept)
-        counted = [seen[id(reply)] for reply in admitted if not reply.has_error()]
-        if counted:
-            _, integers = max(counted, key=lambda weighed: weighed[0])
-            self._integers = {name: np.array(array) for name, array in integers.items()}
-        return admitted
+        judged = [seen[id(reply)] for reply in admitted if not reply.has_error()]
+        if judged and self._integers:
+            packed = self._packed_of(max(judged, key=lambda found: found.weight))
+            self._integers = {name: np.array(packed[name]) for name in self._integers}
+        return admitted, judged
+
+    def _packed_of(self, judged: Judged) -> Arrays:
+        return wire.split(self.mask, {dtype: vector.whole() for dtype, vector in judged.vectors.items()})
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The evaluate replies that count, without our header, then the error replies."""
@@ -124,15 +196,37 @@ class Translator:
 
         return self._admit(replies, round_, accept)
 
-    def _mask_record(self) -> ConfigRecord:
+    def _mask_record(self, had: str = "") -> ConfigRecord:
+        """The mask's record for a node that has the mask of that digest: the difference where that is smaller."""
         # compressing a large mask takes a while, and a new mask goes to every node
-        if self._encoded[0] != self.mask.digest:
-            self._encoded = (self.mask.digest, wire.encode_mask(self.mask))
-        return self._encoded[1]
+        if "" not in self._encoded:
+            self._encoded[""] = maskrecord.encode_mask(self.mask)
+        whole = self._encoded[""]
+        if had in self._older and had not in self._encoded:
+            difference = maskrecord.encode_mask(self.mask, self._older[had])
+            self._encoded[had] = min(difference, whole, key=ConfigRecord.count_bytes)
+        return self._encoded.get(had, whole)
 
-    def _to_wire(self, record: ArrayRecord) -> ArrayRecord:
+    def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, dict[str, NDArray[Any]]]:
+        """The message's values, and what those of its reply are added to: the server's exact ones to an update.
+
+        A reply in full is corrected by what the coding of the message has changed, so that rounding the values on
+        their way down shifts where a client starts, but never adds up in the model.
+        """
         arrays = to_arrays(record) | self._integers
-        return wire.pack(self.mask, arrays if self._packed else self.mask.gather(arrays))
+        packed = arrays if self._packed else self.mask.gather(arrays)
+        sent = wire.pack(self.mask, packed, self._down)
+        if self._down == self._up == "float32":
+            return sent, {}
+        exact = wire.flatten(self.mask, packed)
+        read = wire.vectors(self.mask, sent, self._down)
+        base = {}
+        for dtype, values in exact.items():
+            if is_coded(self._up, dtype):
+                base[dtype] = values
+            elif is_coded(self._down, dtype):
+                base[dtype] = values - read[dtype].whole()
+        return sent, base
 
     def _admit(self, replies: Iterable[Message], round_: int, accept: Callable[[Message], RecordDict]) -> list[Message]:
         counted: list[Message] = []

@@ -1,13 +1,15 @@
-"""The wire format: (mask, packed arrays) <-> Flower records.
+"""The wire format: (mask, packed arrays) <-> Flower records. ``docs/wire.md`` specifies it.
 
 A message of AutoFLIP is a Flower message whose content holds, beside the records that the wrapped strategy and the
 client's own code know,
 
-- the ``ArrayRecord``, packed: one flat 1-D array for each dtype of the model (key: the dtype's name), the values of the
-  packed arrays one after another in the model's order;
-- ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest; in replies also the values'
-  fingerprint;
-- ``MASK``, a ``ConfigRecord`` with the model's layout and the mask's bits, only where the node may lack them.
+- the ``ArrayRecord``, packed: one flat vector for each dtype of the model (key: the dtype's name), first the kept
+  values of the arrays that are pruned, in the model's order, then the other arrays; as they are, or coded
+  (:mod:`autoflip_flwr.values`); an explorer's reply holds its coded moves instead (:mod:`autoflip_flwr.moves`);
+- ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest, how the values are coded; in replies
+  also the values' fingerprint;
+- ``MASK``, a ``ConfigRecord`` with the model's layout and the mask's bits, only where the node may lack them
+  (:mod:`autoflip_flwr.maskrecord`).
 
 Nothing is unpickled or evaluated, every size is checked against what the receiver expects before anything is
 allocated, and the one error that comes out is :class:`WireError`.
@@ -15,24 +17,26 @@ allocated, and the one error that comes out is :class:`WireError`.
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import re
 import zlib
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import Arrays, ArraySpec, Layout
+from autoflip_flwr.layout import Arrays, ArraySpec
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.moves import decode_moves, encode_moves
+from autoflip_flwr.values import KINDS, Coded, Vector, coded_size, encode, is_coded
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "autoflip"
 MASK = "autoflip.mask"
+LOG8 = "log8"
 
 HELLO, EXPLORE, TRAIN, EVALUATE = "hello", "explore", "train", "evaluate"
 MASK_MISSING = "mask-missing"
@@ -40,13 +44,9 @@ MOD_REFUSED = 6
 """Flower's error code of a mod that refuses a message."""
 PHASES = (HELLO, EXPLORE, TRAIN, EVALUATE)
 
-MAX_LAYOUT_BYTES = 16 * 2**20
-MAX_ENTRIES = 2**33
-MAX_DIMENSIONS = 32
 SAMPLE_BYTES = 4096
 
 _NPY = re.compile(rb"\{'descr': '([<>|=]?[a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]{1,19}),\), \} *\n")
-_DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "bool")
 
 
 class WireError(ValueError):
@@ -69,6 +69,11 @@ def weight_key(name: str) -> dict[str, str]:
     return {"weight-key": name} if name else {}
 
 
+def kinds(**chosen: str) -> dict[str, str]:
+    """What a header says of the coding of values (``values``: these, ``reply``: the reply's); nothing of float32."""
+    return {key: kind for key, kind in chosen.items() if kind != "float32"}
+
+
 def read_header(content: RecordDict) -> ConfigRecord | None:
     """The header of a message, checked; ``None`` if the message is not one of AutoFLIP's."""
     record = content.get(HEADER)
@@ -85,83 +90,141 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
         raise WireError(f"phase {record.get('phase')!r}: must be one of {', '.join(PHASES)}")
     if type(record.get("round")) is not int:
         raise WireError("the header lacks the round")
+    for key in ("values", "reply"):
+        if record.get(key, "float32") not in (*KINDS, LOG8):
+            raise WireError(f"{key} {record.get(key)!r}: must be one of {', '.join(KINDS)}, {LOG8}")
     return record
 
 
-def encode_mask(mask: Mask) -> ConfigRecord:
-    """Layout and bits: zlib where that is smaller, nothing at all for a mask that keeps everything."""
-    record = ConfigRecord({"layout": _encode_layout(mask.layout), "encoding": "full", "version": mask.version})
-    if not mask.is_full:
-        packed = zlib.compress(mask.bits, 9)
-        smaller = len(packed) < len(mask.bits)
-        record["encoding"], record["bits"] = ("zlib", packed) if smaller else ("raw", mask.bits)
-    return record
+def order(mask: Mask) -> dict[str, list[ArraySpec]]:
+    """The arrays of each dtype's flat vector, in their order there: those that are pruned first."""
+    specs: dict[str, list[ArraySpec]] = {}
+    for spec in sorted(mask.layout.specs, key=lambda spec: not spec.prunable):
+        specs.setdefault(spec.dtype, []).append(spec)
+    return specs
 
 
-def decode_mask(record: object) -> Mask:
-    """The mask of an ``encode_mask`` record (the last few are cached by content)."""
-    if not isinstance(record, ConfigRecord):
-        raise WireError(f"record {MASK!r} must be a ConfigRecord")
-    layout, encoding, version = (record.get(key) for key in ("layout", "encoding", "version"))
-    bits = record.get("bits", b"")
-    if not (
-        isinstance(layout, bytes) and isinstance(bits, bytes) and isinstance(encoding, str) and type(version) is int
-    ):
-        raise WireError("the mask record must hold layout and bits (bytes), encoding (str) and version (int)")
-    return _decode_mask(layout, encoding, bits, version)
+def kept_and_size(mask: Mask, specs: list[ArraySpec]) -> tuple[int, int]:
+    """Of a flat vector of these arrays: how many values are kept ones of pruned arrays, and how many there are."""
+    kept = sum(mask.kept_by_name[spec.name] for spec in specs if spec.prunable)
+    return kept, kept + sum(spec.size for spec in specs if not spec.prunable)
 
 
-@lru_cache(maxsize=4)
-def _decode_mask(layout_bytes: bytes, encoding: str, bits: bytes, version: int) -> Mask:
-    layout = _decode_layout(layout_bytes)
-    if encoding == "full" and not bits:
-        return Mask.full(layout, version)
-    if encoding == "zlib":
-        bits = _inflate(bits, (layout.prunable_size + 7) // 8, "the mask's bits")
-    elif encoding != "raw":
-        raise WireError(f"mask encoding {encoding!r}: must be full, raw or zlib")
-    try:
-        return Mask(layout, bits, version)
-    except ValueError as error:
-        raise WireError(str(error)) from error
+def flatten(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Packed arrays -> one flat vector for each dtype, cast to the model's dtypes."""
+    return {dtype: np.concatenate(parts) for dtype, parts in _parts(mask, packed).items()}
 
 
-def pack(mask: Mask, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
-    """Packed arrays -> one flat array for each dtype, cast to the model's dtypes."""
-    parts: dict[str, list[NDArray[np.generic]]] = {}
-    for spec in mask.layout.specs:
-        values = np.asarray(packed[spec.name])
-        if values.shape != mask.packed_shape(spec.name):
-            raise WireError(
-                f"packed array {spec.name!r} has shape {values.shape}, expected {mask.packed_shape(spec.name)}"
-            )
-        parts.setdefault(spec.dtype, []).append(values.astype(spec.dtype, copy=False).reshape(-1))
-    return ArrayRecord({dtype: Array(np.concatenate(values)) for dtype, values in parts.items()})
+def split(mask: Mask, flat: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Flat vectors -> packed arrays (views), in the model's order."""
+    packed: Arrays = {}
+    for dtype, specs in order(mask).items():
+        start = 0
+        for spec in specs:
+            shape = mask.packed_shape(spec.name)
+            stop = start + math.prod(shape)
+            packed[spec.name] = flat[dtype][start:stop].reshape(shape)
+            start = stop
+    return {spec.name: packed[spec.name] for spec in mask.layout.specs}
 
 
-def unpack(mask: Mask, record: object) -> Arrays:
-    """Flat arrays -> packed arrays: read-only views of the message's own bytes, nothing is copied.
+def pack(mask: Mask, packed: Mapping[str, NDArray[Any]], kind: str = "float32") -> ArrayRecord:
+    """Packed arrays -> the record of a message, its values coded as ``kind`` says (one copy where they are not)."""
+    record = {}
+    for dtype, parts in _parts(mask, packed).items():
+        if is_coded(kind, dtype):
+            kept, _ = kept_and_size(mask, order(mask)[dtype])
+            parts = [encode(kind, np.concatenate(parts), kept)]
+        record[dtype] = array(parts)
+    return ArrayRecord(record)
+
+
+def unpack(mask: Mask, record: object, kind: str = "float32") -> Arrays:
+    """The packed arrays of a record; where nothing is coded, read-only views of the message's own bytes."""
+    return split(mask, {dtype: vector.whole() for dtype, vector in vectors(mask, record, kind).items()})
+
+
+def vectors(
+    mask: Mask, record: object, kind: str = "float32", base: Mapping[str, NDArray[Any]] | None = None
+) -> dict[str, Vector]:
+    """The flat vectors of a record, to be read in parts.
+
+    Parameters
+    ----------
+    mask : Mask
+        The mask under which they are packed.
+    record : ArrayRecord
+        From a message.
+    kind : str
+        How they are coded.
+    base : Mapping[str, ndarray] | None
+        Flat vectors of the floating dtypes that the record's are added to.
 
     Raises
     ------
     WireError
-        If the record lacks a dtype, has another one, or a length is not what the mask says.
+        If the record lacks a dtype, has another one, a length is not what the mask says, or a coded value is not
+        finite.
     """
     if not isinstance(record, ArrayRecord):
         raise WireError("the packed values must be an ArrayRecord")
-    sizes: dict[str, int] = {}
-    for spec in mask.layout.specs:
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + _packed_size(mask, spec)
-    if set(record) != set(sizes):
-        raise WireError(f"packed values have the keys {sorted(record)[:5]}, expected {sorted(sizes)}")
-    flat = {dtype: _view(record[dtype], dtype, size) for dtype, size in sizes.items()}
-    starts = dict.fromkeys(sizes, 0)
-    packed: Arrays = {}
-    for spec in mask.layout.specs:
-        start, size = starts[spec.dtype], _packed_size(mask, spec)
-        packed[spec.name] = flat[spec.dtype][start : start + size].reshape(mask.packed_shape(spec.name))
-        starts[spec.dtype] += size
-    return packed
+    expected = order(mask)
+    if set(record) != set(expected):
+        raise WireError(f"packed values have the keys {sorted(record)[:5]}, expected {sorted(expected)}")
+    found = {}
+    for dtype, specs in expected.items():
+        kept, size = kept_and_size(mask, specs)
+        source: Callable[[int, int], NDArray[Any]]
+        if is_coded(kind, dtype):
+            data = _view(record[dtype], "uint8", coded_size(kind, kept, size))
+            try:
+                source = Coded(data, kind, kept, size).read
+            except ValueError as error:
+                raise WireError(f"the {dtype} values: {error}") from error
+        else:
+            source = _reader(_view(record[dtype], dtype, size))
+        found[dtype] = Vector(dtype, size, source, None if base is None else base.get(dtype))
+    return found
+
+
+def pack_moves(mask: Mask, moves: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """An explorer's moves, under a mask that keeps everything -> the record of its reply.
+
+    It has the keys of the message, as Flower's mods expect; under those of integers, the code of no arrays.
+    """
+    try:
+        coded = {
+            dtype: encode_moves([spec for spec in specs if spec.floating], moves)
+            for dtype, specs in order(mask).items()
+        }
+    except ValueError as error:
+        raise WireError(str(error)) from error
+    return ArrayRecord({dtype: array([data]) for dtype, data in coded.items()})
+
+
+def unpack_moves(mask: Mask, record: ArrayRecord) -> Arrays:
+    """The moves of an explorer's reply: of each floating array, float32, in its shape."""
+    expected = order(mask)
+    if set(record) != set(expected):
+        raise WireError(f"an explorer's moves have the keys {sorted(record)[:5]}, expected {sorted(expected)}")
+    moves: Arrays = {}
+    try:
+        for dtype, specs in expected.items():
+            data = bytes(_view(record[dtype], "uint8").data)
+            moves |= decode_moves([spec for spec in specs if spec.floating], data)
+    except ValueError as error:
+        raise WireError(str(error)) from error
+    return moves
+
+
+def array(parts: Sequence[NDArray[Any]], shape: tuple[int, ...] | None = None) -> Array:
+    """Flower's array of contiguous parts one after another, flat by default: as its own constructor, in one copy."""
+    dtype = parts[0].dtype
+    shape = (sum(part.size for part in parts),) if shape is None else shape
+    start = io.BytesIO()
+    np.lib.format.write_array_header_1_0(start, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    data = b"".join([start.getvalue(), *(part.data for part in parts)])
+    return Array(dtype=str(dtype), shape=shape, stype="numpy.ndarray", data=data)
 
 
 def fingerprint(record: ArrayRecord) -> int:
@@ -176,63 +239,38 @@ def fingerprint(record: ArrayRecord) -> int:
     return found
 
 
-def _packed_size(mask: Mask, spec: ArraySpec) -> int:
-    return mask.kept_by_name[spec.name] if spec.prunable else spec.size
+def _parts(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> dict[str, list[NDArray[Any]]]:
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for dtype, specs in order(mask).items():
+        parts[dtype] = []
+        for spec in specs:
+            values = np.asarray(packed[spec.name])
+            if values.shape != mask.packed_shape(spec.name):
+                raise WireError(
+                    f"packed array {spec.name!r} has shape {values.shape}, expected {mask.packed_shape(spec.name)}"
+                )
+            parts[dtype].append(np.ascontiguousarray(values, dtype).reshape(-1))
+    return parts
 
 
-def _view(array: Array, dtype: str, size: int) -> NDArray[np.generic]:
+def _reader(values: NDArray[Any]) -> Callable[[int, int], NDArray[Any]]:
+    return lambda start, stop: values[start:stop]
+
+
+def _view(array: Array, dtype: str, size: int | None = None) -> NDArray[Any]:
     """The values of a 1-D ``numpy.save`` image, after its header has been compared with what is expected."""
     data = array.data
     start = 10 + int.from_bytes(data[8:10], "little")
     match = _NPY.fullmatch(data[10:start]) if data[:8] == b"\x93NUMPY\x01\x00" else None
     if match is None:
         raise WireError(f"the {dtype} values are not a one-dimensional NumPy array")
-    expected = np.dtype(dtype)
-    if match[1].decode() != expected.str or int(match[2]) != size or len(data) - start != size * expected.itemsize:
+    expected, found = np.dtype(dtype), int(match[2])
+    size = found if size is None else size
+    if match[1].decode() != expected.str or found != size or len(data) - start != size * expected.itemsize:
         raise WireError(
-            f"the {dtype} values are {int(match[2])} of type {match[1].decode()} in {len(data) - start} bytes, "
+            f"the {dtype} values are {found} of type {match[1].decode()} in {len(data) - start} bytes, "
             f"expected {size} of type {expected.str}"
         )
     if dtype == "bool" and (np.frombuffer(data, np.uint8, offset=start) > 1).any():
         raise WireError("the bool values are not all 0 or 1")
     return np.frombuffer(data, expected, offset=start)
-
-
-def _encode_layout(layout: Layout) -> bytes:
-    specs = [[s.name, list(s.shape), s.dtype, int(s.prunable)] for s in layout.specs]
-    return zlib.compress(json.dumps(specs, separators=(",", ":")).encode(), 9)
-
-
-def _decode_layout(data: bytes) -> Layout:
-    try:
-        rows = json.loads(_inflate(data, None, "the layout"))
-        specs = tuple(ArraySpec(name, tuple(shape), dtype, bool(prunable)) for name, shape, dtype, prunable in rows)
-    except WireError:
-        raise
-    except (ValueError, TypeError, RecursionError) as error:
-        raise WireError(f"the layout cannot be read: {error}") from error
-    for spec in specs:
-        sound = isinstance(spec.name, str) and spec.dtype in _DTYPES and (spec.floating or not spec.prunable)
-        sizes = all(type(n) is int and 0 <= n <= MAX_ENTRIES for n in spec.shape) and len(spec.shape) <= MAX_DIMENSIONS
-        if not sound or not sizes or math.prod(n or 1 for n in spec.shape) > MAX_ENTRIES:
-            raise WireError(f"the layout holds an impossible array: {str(spec)[:200]}")
-    try:
-        layout = Layout(specs)
-    except ValueError as error:
-        raise WireError(f"the layout cannot be read: {error}") from error
-    if layout.size > MAX_ENTRIES:
-        raise WireError(f"a model of {layout.size} entries is more than the {MAX_ENTRIES} allowed")
-    return layout
-
-
-def _inflate(data: bytes, size: int | None, what: str) -> bytes:
-    """Decompress, never beyond ``size`` bytes (exact) or ``MAX_LAYOUT_BYTES`` where the size is not known."""
-    limit = MAX_LAYOUT_BYTES if size is None else size
-    stream = zlib.decompressobj()
-    try:
-        result = stream.decompress(data, limit + 1)
-    except zlib.error as error:
-        raise WireError(f"{what}: {error}") from error
-    if not stream.eof or stream.unused_data or len(result) > limit or (size is not None and len(result) != size):
-        raise WireError(f"{what}: {len(data)} compressed bytes do not hold what is expected")
-    return result

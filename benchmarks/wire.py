@@ -5,7 +5,8 @@
 The last line is one JSON object. ``upload_bytes`` and ``download_bytes`` are the serialised messages of one client and
 round once it has the mask; the limits are 1.01 x the values that travel (never-pruned ones included, in their dtypes)
 + 2 KiB. ``mask_bytes`` is the mask record that goes along once, ``mask_entropy_bytes`` what its density would need at
-least, ``dense_bytes`` Flower's own message of the full model.
+least, ``dense_bytes`` Flower's own message of the full model, ``exploration_upload_bytes`` an explorer's reply. For
+each coding of values, ``values`` holds how many times smaller than float32's an upload and a download are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from typing import Any
 
 import numpy as np
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -21,9 +23,10 @@ from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod, wire
 from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import message_bytes, record_bytes
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.traffic import message_bytes, record_bytes
 from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.values import KINDS
 
 
 def twocnn(parameters: int) -> Arrays:
@@ -67,12 +70,12 @@ def client_app() -> ClientApp:
     return app
 
 
-def measure(parameters: int, density: float) -> dict[str, float]:
+def measure(parameters: int, density: float, kind: str = "float32") -> dict[str, Any]:
     """Run an exploration and two pruned rounds with two nodes, and read the sizes off the messages of the second."""
     replies: list[Message] = []
     grid = LocalGrid(client_app(), 2, tamper=lambda reply: replies.append(reply) or reply)  # type: ignore[func-returns-value]
     initial = twocnn(parameters)
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=round(1 - density, 12))
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=round(1 - density, 12), values=kind)
     sizes: list[int] = []
     push = grid.push_messages
 
@@ -94,7 +97,7 @@ def measure(parameters: int, density: float) -> dict[str, float]:
     first = grid.sent[2].content
     p = mask.density
     entropy = 0.0 if p in (0, 1) else -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
-    *_, down1, down2, up1, up2 = sizes
+    explored, (down1, down2, up1, up2) = sizes[2:4], sizes[-4:]
     return {
         "parameters": sum(array.size for array in initial.values()),
         "density": p,
@@ -105,6 +108,7 @@ def measure(parameters: int, density: float) -> dict[str, float]:
         "download_limit_bytes": limit,
         "mask_bytes": record_bytes(first, wire.MASK),
         "mask_entropy_bytes": math.ceil(entropy * mask.layout.prunable_size / 8),
+        "exploration_upload_bytes": max(explored),
         "dense_bytes": message_bytes(Message(RecordDict({"arrays": to_record(initial)}), 1, "train")),
     }
 
@@ -115,7 +119,15 @@ def main() -> None:
     parser.add_argument("--params", type=int, default=1_700_000, help="about so many parameters (default: 1.7 million)")
     parser.add_argument("--density", type=float, default=0.3, help="share of the prunable parameters that is kept")
     options = parser.parse_args()
-    print(json.dumps(measure(options.params, options.density)))
+    found = measure(options.params, options.density)
+    found["values"] = {}
+    for kind in KINDS[1:]:
+        coded = measure(options.params, options.density, kind)
+        found["values"][kind] = {
+            f"{way}_times_smaller": round(found[f"{way}_bytes"] / coded[f"{way}_bytes"], 3)
+            for way in ("upload", "download")
+        }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -20,4 +20,9 @@ def test_wire_keeps_to_its_limits(params, density):
     assert found["upload_bytes"] <= found["upload_limit_bytes"]
     assert found["download_bytes"] <= found["download_limit_bytes"]
     assert found["mask_entropy_bytes"] <= found["mask_bytes"] <= 1.25 * found["mask_entropy_bytes"] + 1024
+    assert found["exploration_upload_bytes"] <= found["dense_bytes"] / 4
+    assert found["values"].keys() == {"bfloat16", "float16", "int8"}
+    assert all(
+        ratio > (3 if kind == "int8" else 1.8) for kind, way in found["values"].items() for ratio in way.values()
+    )
     assert found["upload_bytes"] < density * found["dense_bytes"] * 1.1 + 4096

@@ -16,10 +16,12 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"layout", "_flower"},
-    {"mask", "testing"},
-    {"guidance", "wire"},
-    {"coordinates", "firewall", "ledger", "legacy", "plan"},
+    {"layout", "traffic", "_flower"},
+    {"mask", "testing", "values"},
+    {"average", "bits", "guidance"},
+    {"moves"},
+    {"wire"},
+    {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan"},
     {"grid", "mod", "translate"},
     {"exploration"},
     {"strategy"},

@@ -50,9 +50,12 @@ SUMMARY = {
     "bytes": BYTES,
     "dense_bytes": 48_124_936,
     "train_up_per_client_round": 148_000.0,
+    "bytes_by_node": {"0": {"train_up": 4_000_000, "total": 4_000_000}},
+    "flops": {"exploration": 0.5e12, "train": 1e12},
     "flops_total": 1.5e12,
     "seconds_total": 61.25,
     "seconds": {"exploration": 10.25, "train": 51.0},
+    "exchange_seconds": {"exploration": 9.0, "train": 40.5, "evaluate": 2.0},
     "failures": {"quarantined": 0, "errors": 1, "absent": 2},
     "mask": {"version": 1, "digest": "ab12"},
     "density_by_layer": {"conv.weight": {"kept": 30, "size": 100}, "fc.$odd$": {"kept": 0, "size": 0}},
@@ -73,6 +76,7 @@ def line(number: int, accuracy: float | None, *, phase: str = "train", total: in
         "loss": 1.0,
         "train_loss": math.nan,
         "bytes": {**dict.fromkeys(PHASES, 0), "train_up": total, "total": total},
+        "flops": {"train": 1e9 * number},
         "seconds": 1.5 * number,
         "density": 0.3,
         "nodes": 4,
@@ -297,8 +301,9 @@ def test_the_table_says_everything() -> None:
         "Total sent": "12.031 MB",
         "Saving": "75.0% against 48.125 MB of dense FedAvg messages",
         "Upload per client and round": "0.148 MB",
-        "Computation": "1,500.000 GFLOP",
+        "Computation": "1,500.000 GFLOP (exploration 500.000, train 1,000.000)",
         "Time": "61.2 s (exploration 10.2 s, train 51.0 s)",
+        "Time in exchanges": "exploration 9.0 s, train 40.5 s, evaluate 2.0 s",
         "Failures": "0 quarantined, 1 errors, 2 absent",
     }
     assert max(map(len, text.splitlines())) <= 100
@@ -374,6 +379,7 @@ def test_the_report_of_an_interrupted_run(tmp_path: Path) -> None:
     for title, value in (("Rounds", "2"), ("Final accuracy", "50.00%"), ("Best accuracy", "80.00%")):
         assert f"{title}\n{value}\n" in words
     assert "Total sent\n9.000 MB\n" in words
+    assert "Computation\n2.000 GFLOP (train 2.000)\n" in words
     assert files(made.path) == {"config.json", "metrics.jsonl", "report.html"} | PLOTS - {"density_by_layer.png"}
 
 

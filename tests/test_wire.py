@@ -1,7 +1,5 @@
 import io
-import json
-import tracemalloc
-import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import wire
-from autoflip_flwr.layout import ArraySpec, Layout
+from autoflip_flwr.layout import Layout
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.wire import WireError
 
@@ -65,31 +63,89 @@ def values(data: bytes) -> ArrayRecord:
     return ArrayRecord({"float32": Array("float32", (5,), "numpy.ndarray", data), "int64": Array(np.array([7, 8]))})
 
 
-def mask_record(**changes: Any) -> ConfigRecord:
-    return ConfigRecord({**wire.encode_mask(MASK), **changes})
-
-
-def layout_record(layout: object) -> ConfigRecord:
-    text = layout if isinstance(layout, bytes) else json.dumps(layout).encode()
-    return mask_record(layout=zlib.compress(text), encoding="full", bits=b"")
-
-
-def use(mask: Mask) -> None:
-    """All that a client does with a mask."""
-    zeros = {s.name: np.zeros(mask.packed_shape(s.name), s.dtype) for s in mask.layout.specs}
-    assert len(mask.digest) == 64
-    same(mask.gather(mask.scatter(wire.unpack(mask, wire.pack(mask, zeros)))), zeros)
-
-
 # Values
 
 
-def test_values_travel_as_one_flat_array_for_each_dtype_in_the_order_of_the_model():
+def test_values_travel_as_one_flat_array_for_each_dtype():
     record = wire.pack(MASK, PACKED)
     assert {name: array.numpy().tolist() for name, array in record.items()} == {
         "float32": [1, 2, 3, 4, 5],
         "int64": [7, 8],
     }
+
+
+# non-prunable arrays before, between and behind prunable ones
+MIXED = Layout.of(
+    {
+        "first": np.zeros(2, np.float32),
+        "w": np.zeros((2, 2), np.float32),
+        "half": np.zeros(1, np.float16),
+        "scale": np.zeros((), np.float32),
+        "n": np.zeros(1, np.int64),
+        "u": np.zeros((1, 3), np.float32),
+        "v": np.zeros((1, 2), np.float16),
+        "last": np.zeros(1, np.float32),
+    },
+    output=None,
+)
+MIXED_MASK = Mask.from_bool(
+    MIXED,
+    {
+        "w": np.array([[False, True], [True, False]]),
+        "u": np.array([[True, False, False]]),
+        "v": np.array([[False, True]]),
+    },
+)
+MIXED_PACKED = {
+    "first": np.array([1, 2], np.float32),
+    "w": np.array([10, 20], np.float32),
+    "half": np.array([5], np.float16),
+    "scale": np.array(3, np.float32),
+    "n": np.array([9]),
+    "u": np.array([30], np.float32),
+    "v": np.array([50], np.float16),
+    "last": np.array([4], np.float32),
+}
+
+
+def test_kept_values_of_pruned_arrays_come_first_then_the_other_arrays_each_in_the_order_of_the_model():
+    assert {dtype: [spec.name for spec in specs] for dtype, specs in wire.order(MIXED_MASK).items()} == {
+        "float32": ["w", "u", "first", "scale", "last"],
+        "float16": ["v", "half"],
+        "int64": ["n"],
+    }
+    record = wire.pack(MIXED_MASK, MIXED_PACKED)
+    assert {name: array.numpy().tolist() for name, array in record.items()} == {
+        "float32": [10, 20, 30, 1, 2, 3, 4],
+        "float16": [50, 5],
+        "int64": [9],
+    }
+    same(wire.unpack(MIXED_MASK, record), MIXED_PACKED)
+    counted = {dtype: wire.kept_and_size(MIXED_MASK, specs) for dtype, specs in wire.order(MIXED_MASK).items()}
+    assert counted == {"float32": (3, 7), "float16": (1, 2), "int64": (0, 1)}
+
+
+def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
+    flat = wire.flatten(MIXED_MASK, MIXED_PACKED)
+    assert flat["float32"].tolist() == [10, 20, 30, 1, 2, 3, 4]
+    parts = wire.split(MIXED_MASK, flat)
+    same(parts, MIXED_PACKED)
+    assert all(np.shares_memory(array, flat[MIXED[name].dtype]) for name, array in parts.items())
+
+
+@quick
+@given(message=messages())
+def test_any_flat_vectors_are_those_of_the_record(message: tuple[Mask, Arrays]):
+    mask, packed = message
+    flat = wire.flatten(mask, packed)
+    same(flat, {dtype: vector.whole() for dtype, vector in wire.vectors(mask, wire.pack(mask, packed)).items()})
+    same(wire.split(mask, flat), packed)
+
+
+@pytest.mark.parametrize("shape", [None, (5,), (5, 1)])
+def test_parts_become_the_array_that_flower_makes_of_them_together(shape: tuple[int, ...] | None):
+    joined = GOOD if shape is None else GOOD.reshape(shape)
+    assert wire.array([GOOD[:2], GOOD[2:2], GOOD[2:]], shape) == Array(joined)
 
 
 @quick
@@ -221,190 +277,184 @@ def test_damaged_values_give_a_wire_error_or_values_of_the_right_shape_and_dtype
     }
 
 
-# Masks
+# Coded values
+
+
+KINDS = ("bfloat16", "float16", "int8")
+# 3 kept and 2 other values: halves; or one scale, two halves and three codes
+CODED_SIZES = {"bfloat16": 10, "float16": 10, "int8": 4 + 4 + 3}
+
+
+def coded(kind: str, mask: Mask = MASK, packed: Arrays = PACKED) -> ArrayRecord:
+    return wire.pack(mask, packed, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
+    record = coded(kind)
+    assert {key: (array.dtype, array.shape) for key, array in record.items()} == {
+        "float32": ("uint8", (CODED_SIZES[kind],)),
+        "int64": ("int64", (2,)),
+    }
+    unpacked = wire.unpack(MASK, sent(RecordDict({"x": record}))["x"], kind)
+    assert {name: (array.dtype, array.shape) for name, array in unpacked.items()} == {
+        name: (array.dtype, array.shape) for name, array in PACKED.items()
+    }
+    assert unpacked["n"].tolist() == [7, 8]
+    assert unpacked["b"].tolist() == [4, 5]
+    np.testing.assert_allclose(unpacked["w"], PACKED["w"], rtol=0, atol=3 / 254)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
+    record = coded(kind, MIXED_MASK, MIXED_PACKED)
+    assert record["float16"].dtype == ("uint8" if kind == "int8" else "float16")
+    for name, array in wire.unpack(MIXED_MASK, record, kind).items():
+        assert (array.dtype, array.shape) == (MIXED_PACKED[name].dtype, MIXED_PACKED[name].shape)
+        np.testing.assert_allclose(array, MIXED_PACKED[name], rtol=0, atol=30 / 254 if kind == "int8" else 0)
 
 
 @quick
-@given(message=messages())
-def test_any_mask_arrives_as_it_was_sent(message: tuple[Mask, Arrays]):
-    mask, _ = message
-    arrived = wire.decode_mask(sent(RecordDict({"m": wire.encode_mask(mask)}))["m"])
-    assert arrived == mask
-    assert (arrived.digest, arrived.version) == (mask.digest, 3)
+@given(message=messages(), kind=st.sampled_from(KINDS))
+def test_any_coded_model_arrives(message: tuple[Mask, Arrays], kind: str):
+    mask, packed = message  # of zeros and ones, which every coding has
+    same(wire.unpack(mask, sent(RecordDict({"x": wire.pack(mask, packed, kind)}))["x"], kind), packed)
 
 
+@pytest.mark.parametrize("kind", ["float32", *KINDS])
+def test_vectors_add_what_the_values_are_added_to_and_leave_integers(kind: str):
+    base = {"float32": np.array([100, 200, 300, 400, 500], np.float32)}
+    found = wire.vectors(MASK, coded(kind), kind, base)
+    np.testing.assert_allclose(found["float32"].whole(), [101, 202, 303, 404, 505], rtol=0, atol=3 / 254)
+    np.testing.assert_array_equal(found["float32"].read(1, 4), found["float32"].whole()[1:4])
+    assert found["int64"].whole().tolist() == [7, 8]
+    assert {dtype: (vector.dtype, vector.size) for dtype, vector in found.items()} == {
+        "float32": ("float32", 5),
+        "int64": ("int64", 2),
+    }
+
+
+def test_vectors_without_coding_or_base_are_views_of_the_message():
+    record = wire.pack(MASK, PACKED)
+    for dtype, vector in wire.vectors(MASK, record).items():
+        part = vector.read(0, 2)
+        assert np.shares_memory(part, np.frombuffer(record[dtype].data, np.uint8))
+        assert not part.flags.writeable
+
+
+def forged_coding(data: np.ndarray) -> ArrayRecord:
+    return ArrayRecord({"float32": Array(data), "int64": Array(np.array([7, 8]))})
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("encoding", "size"), [("full", 0), ("raw", 8), ("zlib", 20)], ids=["all kept", "no pattern", "a pattern"]
-)
-def test_the_shortest_encoding_is_used(encoding: str, size: int):
-    layout = Layout.of({"w": np.zeros((64, 1 if encoding == "raw" else 64), np.float32)})
-    keep = {
-        "full": np.ones(layout["w"].shape, bool),
-        "raw": np.random.default_rng(1).random(layout["w"].shape) < 0.5,
-        "zlib": np.zeros(layout["w"].shape, bool),
-    }[encoding]
-    mask = Mask.from_bool(layout, {"w": keep})
-    record = wire.encode_mask(mask)
-    assert record["encoding"] == encoding
-    assert len(record.get("bits", b"")) <= size
-    assert wire.decode_mask(record).bits == mask.bits
-
-
-def test_names_may_be_any_text():
-    mask = Mask.full(Layout.of({"конв/0\n\"'": np.zeros((2, 2)), "": np.zeros(1)}, output=None))
-    assert wire.decode_mask(wire.encode_mask(mask)) == mask
-
-
-PACKED_LAYOUT = wire.encode_mask(MASK)["layout"]
-
-
-@pytest.mark.parametrize(
-    "record",
+    "change",
     [
-        pytest.param(None, id="no record"),
-        pytest.param(MetricRecord({"layout": 1}), id="other record"),
-        pytest.param(ConfigRecord(), id="empty"),
-        pytest.param(mask_record(layout="text"), id="layout not bytes"),
-        pytest.param(mask_record(bits=[1, 2]), id="bits not bytes"),
-        pytest.param(mask_record(encoding=b"raw"), id="encoding not text"),
-        pytest.param(mask_record(version=True), id="version not an int"),
-        pytest.param(mask_record(version=1.0), id="version a float"),
-        pytest.param(mask_record(encoding="lzma"), id="unknown encoding"),
-        pytest.param(mask_record(encoding="raw", bits=b""), id="no bits"),
-        pytest.param(mask_record(encoding="raw", bits=b"\xb0\0"), id="a byte too many"),
-        pytest.param(mask_record(encoding="raw", bits=b"\xb8"), id="unused bits set"),
-        pytest.param(mask_record(encoding="zlib", bits=b"\xb0"), id="not compressed"),
-        pytest.param(mask_record(encoding="zlib", bits=b""), id="nothing compressed"),
-        pytest.param(mask_record(encoding="zlib", bits=zlib.compress(b"")), id="compressed nothing"),
-        pytest.param(mask_record(encoding="zlib", bits=zlib.compress(b"\xb0\0")), id="compressed too many"),
-        pytest.param(mask_record(encoding="zlib", bits=zlib.compress(b"\xb0")[:-1]), id="compressed, cut off"),
-        pytest.param(mask_record(encoding="zlib", bits=zlib.compress(b"\xb0") + b"x"), id="compressed, longer"),
-        pytest.param(mask_record(encoding="full", bits=b"\xb0"), id="full, but with bits"),
-        pytest.param(mask_record(layout=b""), id="no layout"),
-        pytest.param(mask_record(layout=PACKED_LAYOUT[:-1]), id="layout cut off"),
-        pytest.param(mask_record(layout=PACKED_LAYOUT + b"x"), id="layout longer"),
-        pytest.param(mask_record(layout=b"[]"), id="layout not compressed"),
+        pytest.param(lambda data: data[:-1], id="a byte short"),
+        pytest.param(lambda data: np.append(data, np.uint8(0)), id="a byte too long"),
+        pytest.param(lambda data: data[:0], id="nothing"),
+        pytest.param(lambda data: data.view(np.int8), id="another dtype"),
+        pytest.param(lambda data: data.reshape(1, -1), id="2-D"),
+        pytest.param(lambda data: GOOD, id="not coded"),
     ],
 )
-def test_a_malformed_mask_record_gives_a_wire_error(record: object):
-    with pytest.raises(WireError):
-        wire.decode_mask(record)
+def test_coded_values_of_another_size_or_dtype_give_a_wire_error(kind: str, change: Callable[[np.ndarray], np.ndarray]):
+    with pytest.raises(WireError, match="uint8 values are"):
+        wire.unpack(MASK, forged_coding(change(coded(kind)["float32"].numpy())), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coded_values_that_are_not_finite_give_a_wire_error_that_names_the_dtype(kind: str):
+    data = coded(kind)["float32"].numpy()
+    data[:4] = 0xFF
+    with pytest.raises(WireError, match=r"the float32 values: (it holds NaN or infinity|a scale is not a number)"):
+        wire.unpack(MASK, forged_coding(data), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: str):
+    with pytest.raises(WireError, match="expected"):
+        wire.unpack(MASK, coded(kind))
+    with pytest.raises(WireError, match="expected"):
+        wire.unpack(MASK, wire.pack(MASK, PACKED), kind)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_damaged_coded_values_give_a_wire_error_or_finite_values_of_the_right_shape(data: st.DataObject, kind: str):
+    damaged = data.draw(mutations(coded(kind)["float32"].data))
+    try:
+        unpacked = wire.unpack(MASK, values(damaged), kind)
+    except WireError:
+        return
+    for name, array in unpacked.items():
+        assert (array.shape, array.dtype) == (PACKED[name].shape, PACKED[name].dtype)
+        assert np.isfinite(array).all()
+
+
+def test_the_fingerprint_tells_any_change_of_a_small_record_and_of_all_values_of_a_large_one():
+    small = wire.pack(MASK, PACKED)
+    found = wire.fingerprint(small)
+    assert wire.fingerprint(sent(RecordDict({"x": small}))["x"]) == found
+    for name, entry in (("w", 0), ("n", 1), ("b", 1)):
+        changed = {key: array.copy() for key, array in PACKED.items()}
+        changed[name][entry] += 1
+        assert wire.fingerprint(wire.pack(MASK, changed)) != found
+    large = Array(np.ones(200_000, np.float32))
+    assert wire.fingerprint(ArrayRecord({"x": large})) != wire.fingerprint(
+        ArrayRecord({"x": Array(large.numpy() * 1.01)})
+    )
+
+
+# Moves of an explorer
+
+EVERYTHING = Mask.full(MIXED)
+MOVES = {
+    spec.name: np.full(spec.shape, -0.5 * (i + 1), spec.dtype) for i, spec in enumerate(MIXED.specs) if spec.floating
+}
+
+
+def test_moves_have_the_keys_of_the_message_and_come_back_by_name_in_their_shapes():
+    record = wire.pack_moves(EVERYTHING, MOVES)
+    assert {key: array.dtype for key, array in record.items()} == dict.fromkeys(wire.order(EVERYTHING), "uint8")
+    moves = wire.unpack_moves(EVERYTHING, sent(RecordDict({"x": record}))["x"])
+    assert set(moves) == set(MOVES)
+    for name, array in moves.items():
+        np.testing.assert_array_equal(array, MOVES[name].astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e37])
+def test_moves_that_are_not_finite_or_too_large_give_a_wire_error_that_names_the_array(value: float):
+    with pytest.raises(WireError, match=r"array 'w' has moved by NaN, infinity or more than 1e\+36"):
+        wire.pack_moves(EVERYTHING, {**MOVES, "w": np.full((2, 2), value, np.float32)})
+
+
+def moves_record(**changes: np.ndarray | None) -> ArrayRecord:
+    record = {**wire.pack_moves(EVERYTHING, MOVES)}
+    for key, data in changes.items():
+        record.pop(key, None)
+        if data is not None:
+            record[key] = Array(data)
+    return ArrayRecord(record)
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("record", "message"),
     [
-        pytest.param(b"", id="nothing"),
-        pytest.param(b"{", id="broken JSON"),
-        pytest.param(b"\xff\xfe\xff", id="not UTF-8"),
-        pytest.param(b"[" * 100_000, id="deep nesting, open"),
-        pytest.param(b"[" * 990 + b"]" * 990, id="nesting near the limit"),
-        pytest.param(b'[["w",' + b"[" * 980 + b"]" * 980 + b',"float32",1]]', id="deep shape"),
-        pytest.param(None, id="null"),
-        pytest.param(7, id="a number"),
-        pytest.param("text", id="text"),
-        pytest.param({"abcd": 1}, id="an object"),
-        pytest.param([7], id="row not a list"),
-        pytest.param([["w", [2], "float32"]], id="row too short"),
-        pytest.param([["w", [2], "float32", 1, 1]], id="row too long"),
-        pytest.param([[7, [2], "float32", 1]], id="name not text"),
-        pytest.param([[["w"], [2], "float32", 1]], id="name a list"),
-        pytest.param([["w", 2, "float32", 1]], id="shape a number"),
-        pytest.param([["w", None, "float32", 1]], id="shape null"),
-        pytest.param([["w", "22", "float32", 1]], id="shape text"),
-        pytest.param([["w", [2.0], "float32", 1]], id="size a float"),
-        pytest.param([["w", [True], "float32", 1]], id="size a bool"),
-        pytest.param(b'[["w",[NaN],"float32",1]]', id="size NaN"),
-        pytest.param(b'[["w",[1e999],"float32",1]]', id="size infinite"),
-        pytest.param([["w", [-1], "float32", 1]], id="negative size"),
-        pytest.param([["w", [-2, -2], "float32", 1]], id="negative sizes, positive product"),
-        pytest.param([["w", [2], "float128", 1]], id="unknown dtype"),
-        pytest.param([["w", [2], "object", 0]], id="object dtype"),
-        pytest.param([["w", [2], ">f4", 1]], id="dtype code"),
-        pytest.param([["w", [2], {"a": 1}, 1]], id="dtype an object"),
-        pytest.param([["w", [2], "int64", 1]], id="prunable integers"),
-        pytest.param([["w", [2], "float32", 1]] * 2, id="twice the same name"),
-        pytest.param([["w", [2**33, 2], "float32", 1]], id="too many entries"),
-        pytest.param([["w", [2**32], "int8", 0], ["x", [2**32 + 1], "int8", 0]], id="too many entries together"),
-        pytest.param([["w", [10**4000] * 2, "float32", 0]], id="sizes of 4000 digits"),
-        pytest.param(b'[["w",[' + b"9" * 5000 + b'],"float32",0]]', id="a size of 5000 digits"),
-        pytest.param([["w", [0, 2**70], "float32", 0]], id="empty, but with a size beyond 64 bits"),
-        pytest.param([["w", [0, 2**33, 2**33], "float32", 0]], id="empty, but with sizes NumPy refuses"),
-        pytest.param([["w", [1] * 65, "float32", 0]], id="more dimensions than NumPy has"),
-        pytest.param([["w", [9] * 50_000, "float32", 0]], id="50000 dimensions"),
+        (moves_record(int64=None), "moves have the keys"),
+        (moves_record(bool=np.zeros(1, np.uint8)), "moves have the keys"),
+        (moves_record(float32=np.zeros(9, np.float32)), "uint8 values are 9 of type <f4"),
+        (moves_record(float32=np.zeros((1, 9), np.uint8)), "not a one-dimensional"),
+        (moves_record(float32=np.zeros(0, np.uint8)), "0 bytes of moves do not hold the ranges"),
+        (moves_record(float32=np.zeros(60, np.uint8)), "the moves"),
+        (moves_record(int64=np.zeros(3, np.uint8)), "the moves"),
+        (moves_record(float16=np.full(60, 0xFF, np.uint8)), "the range of an array's moves"),
     ],
+    ids=["missing dtype", "extra dtype", "floats", "2-D", "no bytes", "zeros", "integers' zeros", "NaN ranges"],
 )
-def test_a_layout_that_is_not_what_is_expected_gives_a_wire_error(layout: object):
-    with pytest.raises(WireError):
-        wire.decode_mask(layout_record(layout))
-
-
-json_values = st.recursive(
-    st.sampled_from([None, True, False, 0, 1, 3, -1, 2**40, 10**30, 0.5, "", "w", "float32", "int64", "bool"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["a", "abcd"]), inner, max_size=2),
-    max_leaves=8,
-)
-rows = st.tuples(
-    st.sampled_from(["a", "b", "c"]) | json_values,
-    st.lists(st.sampled_from([0, 1, 3]), max_size=3) | json_values,
-    st.sampled_from(["float16", "float32", "int64", "bool"]) | json_values,
-    st.sampled_from([0, 1]) | json_values,
-)
-
-
-@settings(deadline=None, max_examples=200)
-@given(layout=json_values | st.lists(rows, max_size=3))
-def test_any_json_as_layout_gives_a_wire_error_or_a_usable_mask(layout: object):
-    try:
-        mask = wire.decode_mask(layout_record(layout))
-    except WireError:
-        return
-    use(mask)
-
-
-JSON = zlib.decompress(PACKED_LAYOUT)
-
-
-@settings(deadline=None, max_examples=200)
-@given(text=mutations(JSON))
-def test_a_damaged_layout_gives_a_wire_error_or_a_usable_mask(text: bytes):
-    try:
-        mask = wire.decode_mask(layout_record(text))
-    except WireError:
-        return
-    use(mask)
-
-
-@settings(deadline=None, max_examples=200)
-@given(data=st.data(), encoding=st.sampled_from(["raw", "zlib"]))
-def test_a_damaged_mask_record_gives_a_wire_error_or_a_usable_mask(data: st.DataObject, encoding: str):
-    bits = MASK.bits if encoding == "raw" else zlib.compress(MASK.bits)
-    damaged = data.draw(st.sampled_from(["layout", "bits"]))
-    fields = {"layout": PACKED_LAYOUT, "bits": bits}
-    fields[damaged] = data.draw(mutations(fields[damaged]))
-    try:
-        mask = wire.decode_mask(mask_record(**fields, encoding=encoding))
-    except WireError:
-        return
-    use(mask)
-
-
-@pytest.mark.parametrize("field", ["bits", "layout"])
-def test_a_zlib_bomb_is_not_inflated(field: str):
-    bomb = zlib.compress(bytes(4 * wire.MAX_LAYOUT_BYTES), 9)
-    record = mask_record(**{field: bomb}, encoding="zlib")
-    tracemalloc.start()
-    try:
-        with pytest.raises(WireError, match="do not hold what is expected"):
-            wire.decode_mask(record)
-        assert tracemalloc.get_traced_memory()[1] < (2**18 if field == "bits" else 2.5 * wire.MAX_LAYOUT_BYTES)
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_layout_at_the_limit_of_entries_is_read_without_allocating_them():
-    layout = Layout((ArraySpec("w", (wire.MAX_ENTRIES,), "float32", False),))
-    assert wire.decode_mask(wire.encode_mask(Mask(layout, b""))).layout == layout
+def test_moves_that_are_not_what_is_expected_give_a_wire_error(record: ArrayRecord, message: str):
+    with pytest.raises(WireError, match=message):
+        wire.unpack_moves(EVERYTHING, record)
 
 
 # Headers
@@ -413,7 +463,7 @@ def test_a_layout_at_the_limit_of_entries_is_read_without_allocating_them():
 def test_a_header_arrives_as_it_was_sent():
     content = sent(RecordDict({wire.HEADER: wire.header(wire.TRAIN, 4, MASK, status="ok")}))
     assert dict(wire.read_header(content) or {}) == {
-        "format": 1,
+        "format": 2,
         "phase": "train",
         "round": 4,
         "digest": MASK.digest,
@@ -426,21 +476,37 @@ def test_a_header_without_a_mask_has_no_digest():
     assert set(wire.header(wire.HELLO, 0)) == {"format", "phase", "round"}
 
 
+def test_a_header_says_how_values_are_coded_where_they_are():
+    assert wire.kinds(values="int8", reply="bfloat16") == {"values": "int8", "reply": "bfloat16"}
+    assert wire.kinds(values="float32", reply="log8") == {"reply": "log8"}
+    head = wire.header(wire.TRAIN, 1, MASK, **wire.kinds(values="int8", reply="float16"))
+    found = wire.read_header(sent(RecordDict({wire.HEADER: head})))
+    assert found is not None
+    assert (found["values"], found["reply"]) == ("int8", "float16")
+    assert not {"values", "reply"} & set(wire.header(wire.TRAIN, 1, MASK, **wire.kinds(values="float32")))
+
+
 def test_a_message_without_a_header_is_not_one_of_ours():
-    assert wire.read_header(RecordDict({"config": ConfigRecord({"format": 1})})) is None
+    assert wire.read_header(RecordDict({"config": ConfigRecord({"format": 2})})) is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "wire format 2, this side speaks 1: install the same"),
-        ({"format": "1"}, "wire format '1'"),
-        ({"format": [1]}, "wire format"),
+        ({"format": 1}, "wire format 1, this side speaks 2: install the same"),
+        ({"format": 3}, "wire format 3, this side speaks 2"),
+        ({"format": "2"}, "wire format '2'"),
+        ({"format": [2]}, "wire format"),
         ({"phase": "fit"}, "phase 'fit'"),
         ({"phase": ["train"]}, "phase"),
         ({"round": "1"}, "round"),
         ({"round": 1.0}, "round"),
         ({"round": True}, "round"),
+        ({"values": "int4"}, "values 'int4': must be one of float32, bfloat16, float16, int8, log8"),
+        ({"reply": "int4"}, "reply 'int4': must be one of float32, bfloat16, float16, int8, log8"),
+        ({"values": ["int8"]}, "values"),
+        ({"reply": 8}, "reply 8"),
+        ({"reply": ""}, "reply ''"),
     ],
 )
 def test_a_header_that_is_wrong_gives_a_wire_error(change: dict[str, Any], message: str):
@@ -458,4 +524,4 @@ def test_a_header_that_lacks_a_key_gives_a_wire_error(key: str):
 
 def test_a_header_of_another_kind_gives_a_wire_error():
     with pytest.raises(WireError, match="must be a ConfigRecord"):
-        wire.read_header(RecordDict({wire.HEADER: MetricRecord({"format": 1})}))
+        wire.read_header(RecordDict({wire.HEADER: MetricRecord({"format": 2})}))

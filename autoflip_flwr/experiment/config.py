@@ -21,6 +21,7 @@ _DATA_FILES = (
     "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
     "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
 )
+VALUES = ("float32", "bfloat16", "float16", "int8")
 MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
 
 
@@ -55,6 +56,7 @@ _NAME = _Rule(
     "at most 64 letters, digits, '.', '_' or '-'",
     lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
 )
+_WAY = _Rule(str, f"empty or one of {', '.join(VALUES)}", ("", *VALUES).__contains__)
 _FOLDER_NAME = _Rule(str, "the path of a folder", lambda v: v != "")
 
 
@@ -145,8 +147,16 @@ class Config:
         Epochs without a better loss after which an explorer stops, >= 1.
     exploration_weighting : str ("uniform")
         Weights of the explorers: uniform or examples.
+    exploration_values : str ("log8")
+        How explorers' moves travel: log8 (a byte a parameter or less) or float32.
     min_explorers : int (2)
         Fewest explorers whose results make a mask, >= 1 and not more than `nodes`.
+    values : str ("float32")
+        How values travel in the rounds: float32, bfloat16, float16 or int8.
+    values_up : str ("")
+        The same for replies alone. Empty: as `values`.
+    values_down : str ("")
+        The same for messages to the nodes alone. Empty: as `values`.
     exploration : str ("")
         Existing file with the exploration of an earlier run, to be used instead of exploring.
     """
@@ -192,7 +202,11 @@ class Config:
     exploration_epochs: int = _setting(5, _COUNT)
     exploration_patience: int = _setting(2, _COUNT)
     exploration_weighting: str = _setting("uniform", _choice("uniform", "examples"))
+    exploration_values: str = _setting("log8", _choice("log8", "float32"))
     min_explorers: int = _setting(2, _COUNT)
+    values: str = _setting("float32", _choice(*VALUES))
+    values_up: str = _setting("", _WAY)
+    values_down: str = _setting("", _WAY)
     exploration: str = _setting("", _TEXT)
 
     def __post_init__(self) -> None:

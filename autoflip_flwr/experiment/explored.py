@@ -28,14 +28,19 @@ def start_digest(initial: Mapping[str, NDArray[np.generic]]) -> str:
     return digest.hexdigest()
 
 
-def write_exploration(path: Path, found: Exploration, start: str, cost: dict[str, int], seconds: float) -> None:
-    """Write an exploration (safetensors), with the digest of its W0, the bytes and examples it cost and its time."""
+def write_exploration(path: Path, found: Exploration, start: str, cost: Mapping[str, float], seconds: float) -> None:
+    """Write an exploration (safetensors), with the digest of its W0, what it cost (see `Ledger`) and its time."""
     tensors = {f"{field}/{name}": array for field in _FIELDS for name, array in getattr(found, field).items()}
-    about = {"start": start, "explorers": str(found.explorers), "cost": json.dumps(cost), "seconds": repr(seconds)}
+    about = {
+        "start": start,
+        "explorers": str(found.explorers),
+        "cost": json.dumps(dict(cost)),
+        "seconds": repr(seconds),
+    }
     write_atomic(path, save(tensors, metadata=about))
 
 
-def read_exploration(path: Path, start: str) -> tuple[Exploration, dict[str, int], float]:
+def read_exploration(path: Path, start: str) -> tuple[Exploration, dict[str, float], float]:
     """Read an exploration, its cost and its seconds.
 
     Raises
@@ -50,7 +55,7 @@ def read_exploration(path: Path, start: str) -> tuple[Exploration, dict[str, int
             for key in file.keys():  # noqa: SIM118 - not a dict
                 field, _, name = key.partition("/")
                 fields[field][name] = file.get_tensor(key)
-        cost = {str(key): int(value) for key, value in json.loads(about["cost"]).items()}
+        cost = {str(key): float(value) for key, value in json.loads(about["cost"]).items()}
         found, seconds = Exploration(**fields, explorers=int(about["explorers"])), float(about["seconds"])
     except Exception as error:  # safetensors raises its own type, json and the metadata others
         raise ConfigError(f"exploration = '{path}': not an exploration of an earlier run ({error})") from error

@@ -121,7 +121,8 @@ def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     known = {key: value for key, value in jsonable(summary).items() if value is not None}
     sent: Mapping[str, int] = known.get("bytes", {})
     total, dense = sent.get("total"), known.get("dense_bytes")
-    parts = ", ".join(f"{part} {value:,.1f} s" for part, value in known.get("seconds", {}).items())
+    seconds, exchanges = (_by_part(known.get(key, {}), "{:,.1f} s") for key in ("seconds", "exchange_seconds"))
+    flops = _by_part({phase: value / 1e9 for phase, value in known.get("flops", {}).items()}, "{:,.3f}")
     rows = [
         ("Method", _shown(known.get("method"), "{}")),
         ("Data set", _shown(known.get("dataset"), "{}")),
@@ -141,8 +142,12 @@ def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
             else "",
         ),
         ("Upload per client and round", _megabytes(known.get("train_up_per_client_round"))),
-        ("Computation", _shown(_scaled(known.get("flops_total"), 1e9), "{:,.3f} GFLOP")),
-        ("Time", _shown(known.get("seconds_total"), "{:,.1f} s") + (f" ({parts})" if parts else "")),
+        (
+            "Computation",
+            _shown(_scaled(known.get("flops_total"), 1e9), "{:,.3f} GFLOP") + (f" ({flops})" if flops else ""),
+        ),
+        ("Time", _shown(known.get("seconds_total"), "{:,.1f} s") + (f" ({seconds})" if seconds else "")),
+        ("Time in exchanges", exchanges),
         ("Failures", ", ".join(f"{number:,} {kind}" for kind, number in known.get("failures", {}).items())),
     ]
     return [(title, value) for title, value in rows if value]
@@ -244,6 +249,10 @@ def _write_tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 
 def _shown(value: object, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _by_part(values: Mapping[str, float], form: str) -> str:
+    return ", ".join(f"{part} {form.format(value)}" for part, value in values.items())
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

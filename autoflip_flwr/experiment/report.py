@@ -280,12 +280,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _summary_so_far(about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     config, last = about.get("config") or {}, metrics[-1] if metrics else {}
     accuracies = [line["accuracy"] for line in metrics if line["accuracy"] is not None]
+    flops = last.get("flops") or {}
     return {
         **{key: config.get(key) for key in ("method", "dataset", "model")},
         "rounds": max((line["round"] for line in metrics if line["phase"] == "train"), default=0),
         "final_accuracy": accuracies[-1] if accuracies else None,
         "best_accuracy": max(accuracies, default=None),
         **{key: last.get(key) for key in ("density", "bytes", "failures")},
+        "flops": flops,
+        "flops_total": sum(flops.values()) if flops else None,
         "seconds_total": last.get("seconds"),
     }
 

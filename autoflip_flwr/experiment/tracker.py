@@ -18,8 +18,9 @@ from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record import RunRecord, summary_table
 from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import EXAMPLES_PROCESSED, Ledger, message_bytes
+from autoflip_flwr.ledger import EXAMPLES_PROCESSED, Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.traffic import message_traffic, reply_traffic
 from autoflip_flwr.translate import to_arrays, to_record
 
 
@@ -37,7 +38,7 @@ class Tracker:
     x, y : torch.Tensor
         The test set.
     ledger : Ledger
-        What the run has cost so far.
+        What the run has cost so far; it is told what an example costs.
     mask : Callable[[], Mask | None]
         The mask in force.
     exploration_seconds : float
@@ -63,6 +64,7 @@ class Tracker:
         self._accuracies: dict[int, float] = {}
         self._nodes, self._train_loss = 0, float("nan")
         self._dense = _dense_sizes(training.get_arrays(model))
+        ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
 
     def observe(self, phase: str, replies: list[Message]) -> None:
         """Take note of an exchange's replies; a batch of explorers gets its line in the record."""
@@ -101,9 +103,9 @@ class Tracker:
         final, mask, ledger = to_arrays(arrays), self._mask(), self._ledger
         table = ledger.bytes_by_phase()
         replies = ledger.replies["train"]
-        down, up = self._dense
+        message, reply = self._dense
         trained = {round_: value for round_, value in self._accuracies.items() if round_}
-        flops = flops_per_example(self._model, tuple(self._x.shape[1:]))  # type: ignore[arg-type]
+        flops = ledger.flops()
         summary: dict[str, object] = {
             "method": self._config.method,
             "dataset": self._config.dataset,
@@ -116,11 +118,14 @@ class Tracker:
             "density_all": 1.0 if mask is None else mask.density_all,
             "parameters": sum(array.size for array in final.values()),
             "bytes": table,
-            "dense_bytes": ledger.messages["train"] * down + replies * up,
+            "bytes_by_node": ledger.bytes_by_node(),
+            "dense_bytes": ledger.messages["train"] * message + replies * reply,
             "train_up_per_client_round": table["train_up"] / replies if replies else 0.0,
-            "flops_total": float(flops) * (ledger.examples["train"] + ledger.examples["exploration"]),
+            "flops": flops,
+            "flops_total": sum(flops.values()),
             "seconds_total": self._seconds(),
             "seconds": {"exploration": self.exploration_seconds, "train": time.monotonic() - self._rounds_began},
+            "exchange_seconds": {phase: seconds for phase, seconds in ledger.seconds.items() if phase != "other"},
             "failures": ledger.failure_counts(),
             "mask": None if mask is None else {"version": mask.version, "digest": mask.digest},
             "density_by_layer": {}
@@ -144,6 +149,7 @@ class Tracker:
                 "loss": loss,
                 "train_loss": self._train_loss,
                 "bytes": self._ledger.bytes_by_phase(),
+                "flops": self._ledger.flops(),
                 "seconds": self._seconds(),
                 "density": 1.0 if mask is None else mask.density,
                 "nodes": self._nodes if round_ or phase == "exploration" else 0,
@@ -159,9 +165,10 @@ class Tracker:
 
 
 def _dense_sizes(arrays: Arrays) -> tuple[int, int]:
-    """Bytes of one dense FedAvg message and of its reply for this model."""
+    """Bytes, both ways, of one dense FedAvg message and of its reply for this model."""
     record = to_record(arrays)
     metrics = MetricRecord({"train-loss": 1.0, "epochs": 1, EXAMPLES_PROCESSED: 1, "num-examples": 1})
     down = RecordDict({"arrays": record, "config": ConfigRecord({"server-round": 1})})
-    up = RecordDict({"arrays": record, "metrics": metrics})
-    return message_bytes(Message(down, 1, MessageType.TRAIN)), message_bytes(Message(up, 1, MessageType.TRAIN))
+    message = Message(down, 1, MessageType.TRAIN)
+    reply = Message(RecordDict({"arrays": record, "metrics": metrics}), reply_to=message)
+    return sum(message_traffic(message)), sum(reply_traffic(reply))

@@ -1,0 +1,226 @@
+"""How a mask's bits are coded on the wire (NumPy and zlib only).
+
+The encodings of a mask, before zlib:
+
+- ``full``: everything is kept. No data at all, not even zlib's.
+- ``bitmap``: the mask's bits as they are.
+- ``gaps``: a byte for each kept entry, how many pruned entries lie between it and the kept one before it; 255 stands
+  for 255 pruned entries without a kept one after them. The pruned entries at the end are not told.
+- ``units``: for each prunable array that has entries, a bit for each index of axis 0, then one for each index of axis 1
+  if there is more than one; both most significant bit first and filled up with 0 to whole bytes. An entry is kept if
+  the bits of its two indices are 1: the mask of a model whose units and channels are kept or pruned whole.
+
+A ``difference`` of two masks is the entries in which they differ, as gaps.
+
+The data is one zlib stream; how it was compressed is the encoder's choice. The decoders take bytes from strangers: they
+trust the layout's size only, allocate a few bytes for each prunable entry at most, and raise nothing but
+``ValueError``.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.layout import ArraySpec, Layout
+from autoflip_flwr.mask import Mask
+
+ENCODINGS = ("full", "bitmap", "gaps", "units")
+
+_SKIP = 255
+_BATCH = 2**20
+
+Flags = NDArray[np.bool_]
+
+
+def encode(mask: Mask) -> tuple[str, bytes]:
+    """Code a mask in the encoding that suits it: units if that is smaller, else gaps or the bitmap by its density.
+
+    Random masks come to within 5 % of their entropy at densities from 0.02 to 0.9.
+
+    Returns
+    -------
+    tuple[str, bytes]
+        One of ``ENCODINGS``, and the data.
+
+    Examples
+    --------
+    >>> layout = Layout.of({"w": np.zeros((800, 400), np.float32)})
+    >>> rows = np.arange(800)[:, None] % 2 == 0
+    >>> encoding, data = encode(Mask.from_bool(layout, {"w": np.broadcast_to(rows, (800, 400))}))
+    >>> encoding, len(data) < 30
+    ('units', True)
+    """
+    if mask.is_full:
+        return "full", b""
+    if mask.density <= 1 / 8:  # where the one becomes smaller than the other; zlib is too slow to try both
+        found = {"gaps": _compress(_to_gaps(_unpack(mask.bits, mask.layout.prunable_size)))}
+    else:
+        found = {"bitmap": _compress(mask.bits)}
+    if (units := _to_units(mask)) is not None:
+        found["units"] = _compress(units)
+    encoding = min(found, key=lambda name: len(found[name]))
+    return encoding, found[encoding]
+
+
+def encode_difference(mask: Mask, base: Mask) -> bytes:
+    """Code a mask by the entries in which it differs from ``base``; small where these are few.
+
+    Raises
+    ------
+    ValueError
+        If the masks are not of the same layout.
+    """
+    if mask.layout.specs != base.layout.specs:
+        raise ValueError("the difference of two masks takes two masks of the same layout")
+    return _compress(_to_gaps(_unpack(_xor(mask.bits, base.bits), mask.layout.prunable_size)))
+
+
+def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
+    """The bits of a mask of this layout, as :class:`Mask` takes them, of what ``encode`` returned.
+
+    Raises
+    ------
+    ValueError
+        If the encoding is not one of ``encode``'s, or the data does not hold such a mask.
+    """
+    count = layout.prunable_size
+    match encoding:
+        case "full":
+            if data:
+                raise ValueError(f"a full mask comes with {len(data)} bytes, expected none")
+            return b"\xff" * (count // 8) + bytes([0xFF00 >> count % 8 & 0xFF] * (count % 8 > 0))
+        case "bitmap":
+            bits = inflate(data, (count + 7) // 8, "the mask's bits", exact=True)
+            _check_unused(bits, count)
+            return bits
+        case "gaps":
+            return np.packbits(_from_gaps(data, count)).tobytes()
+        case "units":
+            return np.packbits(_from_units(data, layout)).tobytes()
+    raise ValueError(f"mask encoding {encoding[:20]!r}: must be one of {', '.join(ENCODINGS)}")
+
+
+def decode_difference(base: Mask, data: bytes) -> bytes:
+    """The bits of the mask that ``encode_difference`` coded against ``base``.
+
+    Raises
+    ------
+    ValueError
+        If the data does not hold a difference of masks of ``base``'s layout.
+    """
+    return _xor(np.packbits(_from_gaps(data, base.layout.prunable_size)).tobytes(), base.bits)
+
+
+def inflate(data: bytes, limit: int, what: str, *, exact: bool) -> bytes:
+    """Decompress one zlib stream that holds at most ``limit`` bytes, or (``exact``) just as many; never beyond them.
+
+    Raises
+    ------
+    ValueError
+        If it holds more or, with ``exact``, fewer, is damaged, does not end where ``data`` ends or needs a preset
+        dictionary. The text begins with ``what``.
+    """
+    stream = zlib.decompressobj()
+    try:
+        result = stream.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"{what}: {error}") from error
+    if not stream.eof or stream.unused_data or len(result) > limit or (exact and len(result) != limit):
+        raise ValueError(f"{what}: {len(data)} compressed bytes do not hold what is expected")
+    return result
+
+
+def _compress(data: bytes) -> bytes:
+    """The smallest of three zlib streams."""
+    # The search for repeats finds short ones in random bits, which cost more than they save: Huffman codes alone come
+    # near the entropy there. Runs of zeros help where units are pruned, the search where a mask has another structure.
+    streams = []
+    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+        stream = zlib.compressobj(6, strategy=strategy)
+        streams.append(stream.compress(data) + stream.flush())
+    return min(streams, key=len)
+
+
+def _to_gaps(keep: Flags) -> bytes:
+    """Code flags ``(n,)`` as gaps."""
+    gaps = np.diff(np.flatnonzero(keep), prepend=-1) - 1
+    skips = gaps // _SKIP
+    stream = np.full(gaps.size + int(skips.sum()), _SKIP, np.uint8)
+    stream[np.cumsum(skips + 1) - 1] = gaps % _SKIP
+    return stream.tobytes()
+
+
+def _from_gaps(data: bytes, count: int) -> Flags:
+    """Decode compressed gaps to flags ``(count,)``."""
+    # every byte stands for at least one entry, so more bytes than entries cannot be right
+    stream = np.frombuffer(inflate(data, count, "the mask's gaps", exact=False), np.uint8)
+    keep, start = np.zeros(count, dtype=bool), 0
+    for first in range(0, stream.size, _BATCH):  # in batches: positions take eight times the memory of the gaps
+        gaps = stream[first : first + _BATCH]
+        ends = start + np.cumsum(gaps + (gaps != _SKIP).astype(np.int64))
+        start = int(ends[-1])
+        if start > count:
+            raise ValueError(f"the mask's gaps lead beyond the {count} prunable entries")
+        keep[ends[gaps != _SKIP] - 1] = True
+    return keep
+
+
+def _to_units(mask: Mask) -> bytes | None:
+    """Code a mask as units, or return ``None`` if an array is not made of whole ones."""
+    parts = []
+    for spec in mask.layout.prunable:
+        if not spec.size:
+            continue
+        keep = mask.keep[spec.name].reshape(_unit_shape(spec))
+        rows, columns = keep.any(axis=(1, 2)), keep.any(axis=(0, 2))
+        # nothing is kept outside of these rows and columns: if as many entries are kept, these are all of them
+        if np.count_nonzero(rows) * np.count_nonzero(columns) * keep.shape[2] != mask.kept_by_name[spec.name]:
+            return None
+        parts += [rows, columns][: len(_told(keep.shape))]
+    return b"".join(np.packbits(part).tobytes() for part in parts)
+
+
+def _from_units(data: bytes, layout: Layout) -> Flags:
+    """Decode compressed units to the flags of all prunable entries, ``(n,)``."""
+    shapes = [_unit_shape(spec) for spec in layout.prunable if spec.size]
+    size = sum((count + 7) // 8 for shape in shapes for count in _told(shape))
+    bits = inflate(data, size, "the mask's units", exact=True)
+    keep, at, start = np.zeros(layout.prunable_size, dtype=bool), 0, 0
+    for shape in shapes:
+        entries = keep[start : start + math.prod(shape)].reshape(shape)
+        entries[...] = True
+        for axis, count in enumerate(_told(shape)):
+            part = bits[at : at + (count + 7) // 8]
+            _check_unused(part, count)
+            entries &= np.expand_dims(_unpack(part, count), (1 - axis, 2))
+            at += len(part)
+        start += entries.size
+    return keep
+
+
+def _unit_shape(spec: ArraySpec) -> tuple[int, int, int]:
+    """An array's shape as units (axis 0), their inputs (axis 1) and the entries of each pair (all other axes)."""
+    rows, columns = (*spec.shape, 1, 1)[:2]
+    return rows, columns, spec.size // (rows * columns)
+
+
+def _told(shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """The axes whose flags travel."""
+    return shape[:2] if shape[1] > 1 else shape[:1]
+
+
+def _unpack(bits: bytes, count: int) -> Flags:
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool)
+
+
+def _check_unused(bits: bytes, count: int) -> None:
+    if count % 8 and bits[-1] & (0xFF >> count % 8):
+        raise ValueError("unused bits of the mask's last byte are set")
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return (np.frombuffer(one, np.uint8) ^ np.frombuffer(other, np.uint8)).tobytes()

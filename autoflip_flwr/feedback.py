@@ -1,0 +1,73 @@
+"""What a client's reply holds where values are coded: its update, and what the coding has lost of earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from numpy.typing import NDArray
+
+from autoflip_flwr import wire
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.values import Coded, coded_size, encode, is_coded
+
+RESIDUAL = "autoflip.residual"
+
+
+def pack_reply(
+    context: Context, mask: Mask, kind: str, packed: Mapping[str, NDArray[Any]], start: Mapping[str, NDArray[Any]]
+) -> ArrayRecord:
+    """Pack a client's reply; with 8-bit values, with error feedback in the node's state.
+
+    Where values are coded, those of the update are (what the client returns less what it was sent), since an error of
+    rounding is relative to what is coded. What int8 loses of it is kept in ``context.state``, itself in int8, and
+    added to the node's next update under the same mask. A node that has lost its state has lost that remainder, and
+    nothing else.
+
+    Parameters
+    ----------
+    context : Context
+        Of the Flower client.
+    mask : Mask
+        The mask under which the reply is packed.
+    kind : str
+        How its values are coded, one of :data:`~autoflip_flwr.values.KINDS`.
+    packed : Mapping[str, ndarray]
+        The packed arrays that the client returns.
+    start : Mapping[str, ndarray]
+        The flat vectors that it was sent, by dtype.
+
+    Raises
+    ------
+    WireError
+        If an update that is to be coded is not finite.
+    """
+    vectors = wire.flatten(mask, packed)
+    lost = ConfigRecord({"digest": mask.digest})
+    before = context.state.get(RESIDUAL, ConfigRecord())
+    for dtype, specs in wire.order(mask).items():
+        if not is_coded(kind, dtype):
+            continue
+        kept, size = wire.kept_and_size(mask, specs)
+        update = np.subtract(vectors[dtype], start[dtype], dtype=np.promote_types(dtype, np.float32))
+        if not np.isfinite(update).all():
+            raise wire.WireError(f"the client returned {dtype} values with NaN or infinity")
+        if kind == "int8":
+            update += _remainder(before, mask, dtype, kept, size)
+        vectors[dtype] = coded = encode(kind, update, kept)
+        if kind == "int8":
+            update -= Coded(coded, kind, kept, size).read(0, size)
+            lost[dtype] = encode(kind, update, kept).tobytes()
+    if kind == "int8":
+        context.state[RESIDUAL] = lost
+    return ArrayRecord({dtype: wire.array([vector]) for dtype, vector in vectors.items()})
+
+
+def _remainder(before: Any, mask: Mask, dtype: str, kept: int, size: int) -> NDArray[np.float32] | float:
+    """What the last coding under this mask has lost; 0 if there was none."""
+    data = before.get(dtype, b"")
+    if before.get("digest") != mask.digest or len(data) != coded_size("int8", kept, size):
+        return 0.0
+    return Coded(np.frombuffer(data, np.uint8), "int8", kept, size).read(0, size)

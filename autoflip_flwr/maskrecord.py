@@ -1,0 +1,95 @@
+"""The record of a mask: the model's layout and the mask's bits, or the difference from a mask that the node has."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from functools import lru_cache
+
+from flwr.app import ConfigRecord
+
+from autoflip_flwr import bits
+from autoflip_flwr.layout import ArraySpec, Layout
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.wire import MASK, WireError
+
+DIFFERENCE = "difference"
+
+MAX_LAYOUT_BYTES = 16 * 2**20
+MAX_ENTRIES = 2**33
+MAX_DIMENSIONS = 32
+
+_DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "bool")
+
+
+def encode_mask(mask: Mask, base: Mask | None = None) -> ConfigRecord:
+    """The record of a mask: the model's layout and the bits; or its difference from ``base``, of the same layout."""
+    if base is not None:
+        difference = bits.encode_difference(mask, base)
+        return ConfigRecord({"encoding": DIFFERENCE, "base": base.digest, "bits": difference, "version": mask.version})
+    encoding, data = bits.encode(mask)
+    record = ConfigRecord({"layout": _encode_layout(mask.layout), "encoding": encoding, "version": mask.version})
+    if data:  # Flower's message_size_mod fails on empty values
+        record["bits"] = data
+    return record
+
+
+def base_of(record: object) -> str:
+    """Digest of the mask from which a mask record is the difference; "" where it stands alone."""
+    return str(record.get("base", "")) if isinstance(record, ConfigRecord) else ""
+
+
+def decode_mask(record: object, base: Mask | None = None) -> Mask:
+    """The mask of an ``encode_mask`` record (the last few are cached by content)."""
+    if not isinstance(record, ConfigRecord):
+        raise WireError(f"record {MASK!r} must be a ConfigRecord")
+    layout, encoding, version = (record.get(key) for key in ("layout", "encoding", "version"))
+    data = record.get("bits", b"")
+    if encoding == DIFFERENCE:
+        if base is None or base.digest != base_of(record):
+            raise WireError("the mask is the difference from one that is not here")
+        layout = b""  # that of the base
+    if not (
+        isinstance(layout, bytes) and isinstance(data, bytes) and isinstance(encoding, str) and type(version) is int
+    ):
+        raise WireError("the mask record must hold layout and bits (bytes), encoding (str) and version (int)")
+    try:
+        if encoding == DIFFERENCE and base is not None:
+            return Mask(base.layout, bits.decode_difference(base, data), version)
+        return _decode_mask(layout, encoding, data, version)
+    except ValueError as error:
+        raise WireError(str(error)) from error
+
+
+@lru_cache(maxsize=4)
+def _decode_mask(layout_bytes: bytes, encoding: str, data: bytes, version: int) -> Mask:
+    layout = _decode_layout(layout_bytes)
+    return Mask(layout, bits.decode(layout, encoding, data), version)
+
+
+def _encode_layout(layout: Layout) -> bytes:
+    specs = [[s.name, list(s.shape), s.dtype, int(s.prunable)] for s in layout.specs]
+    return zlib.compress(json.dumps(specs, separators=(",", ":")).encode(), 9)
+
+
+def _decode_layout(data: bytes) -> Layout:
+    try:
+        rows = json.loads(bits.inflate(data, MAX_LAYOUT_BYTES, "the layout", exact=False))
+        specs = tuple(ArraySpec(name, tuple(shape), dtype, bool(prunable)) for name, shape, dtype, prunable in rows)
+    except WireError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WireError(f"the layout cannot be read: {error}") from error
+    for spec in specs:
+        sound = isinstance(spec.name, str) and spec.dtype in _DTYPES and (spec.floating or not spec.prunable)
+        sizes = all(type(n) is int and 0 <= n <= MAX_ENTRIES for n in spec.shape) and len(spec.shape) <= MAX_DIMENSIONS
+        if not sound or not sizes or math.prod(n or 1 for n in spec.shape) > MAX_ENTRIES:
+            raise WireError(f"the layout holds an impossible array: {str(spec)[:200]}")
+    try:
+        layout = Layout(specs)
+    except ValueError as error:
+        raise WireError(f"the layout cannot be read: {error}") from error
+    if layout.size > MAX_ENTRIES:
+        raise WireError(f"a model of {layout.size} entries is more than the {MAX_ENTRIES} allowed")
+    return layout

@@ -1,0 +1,203 @@
+"""How values are coded on the wire: as the model has them, in 16 bits, or in 8 bits with a scale for each block.
+
+A coded vector is a string of bytes, little-endian. Its first ``kept`` values are those of arrays that are pruned, the
+others (biases, normalisation: few, and of any magnitude) are always coded in bfloat16:
+
+- ``bfloat16``: 2 bytes a value, the upper half of its float32, rounded to nearest, ties to even.
+- ``float16``: 2 bytes a value, IEEE half precision.
+- ``int8``: a float32 scale for each block of 256 kept values, then the bfloat16 values, then 1 byte a kept value:
+  value = scale * code, codes from -127 to 127, rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KINDS = ("float32", "bfloat16", "float16", "int8")
+"""``float32`` is the model's own dtype, whatever it is: nothing is coded."""
+
+BLOCK = 256
+CHUNK = 2**17
+"""Values worked on at once: few enough to stay in a core's cache."""
+
+LARGEST = {"bfloat16": 3.0e38, "float16": 65504.0, "int8": 3.0e38}
+_SMALLEST_PEAK = 1e-30  # of a block: below it 1 / scale may overflow, and the values matter to nobody
+
+Floats = NDArray[np.float32]
+
+
+def is_coded(kind: str, dtype: str) -> bool:
+    """Whether values of this dtype travel coded: floating ones, if that makes them smaller."""
+    found = np.dtype(dtype)
+    return kind != "float32" and found.kind == "f" and (kind == "int8" or found.itemsize > 2)
+
+
+def coded_size(kind: str, kept: int, size: int) -> int:
+    """Bytes of a coded vector of ``size`` values, the first ``kept`` of them of pruned arrays."""
+    if kind == "int8":
+        return 4 * _blocks(kept) + 2 * (size - kept) + kept
+    return 2 * size
+
+
+def encode(kind: str, values: NDArray[np.floating[Any]], kept: int) -> NDArray[np.uint8]:
+    """Code a 1-D vector; what is beyond the kind's largest value is cut to it.
+
+    Returns
+    -------
+    ndarray
+        uint8, :func:`coded_size` bytes.
+
+    Raises
+    ------
+    ValueError
+        If a value is NaN or infinity.
+    """
+    coded = np.empty(coded_size(kind, kept, values.size), np.uint8)
+    scales, rest, codes = _sections(coded, kind, kept, values.size)
+    for start, stop in _chunks(kept):
+        part = _cut(values[start:stop], kind)
+        if kind == "int8":
+            blocks = slice(start // BLOCK, _blocks(stop))
+            codes[start:stop], scales[blocks] = _to_blocks(part)
+        elif kind == "float16":
+            codes[start:stop] = part
+        else:
+            codes[start:stop] = _to_bfloat16(part)
+    rest[:] = _to_bfloat16(_cut(values[kept:], "bfloat16"))
+    return coded
+
+
+class Coded:
+    """A coded vector, read in parts.
+
+    Raises
+    ------
+    ValueError
+        If it holds something that is not finite, or a scale that makes it so.
+    """
+
+    def __init__(self, data: NDArray[np.uint8], kind: str, kept: int, size: int) -> None:
+        self._kind, self._kept, self._size = kind, kept, size
+        self._scales, self._rest, self._codes = _sections(data, kind, kept, size)
+        halves = [(self._rest, 0x7F80)]
+        if kind == "int8":
+            if not ((self._scales >= 0) & (self._scales <= LARGEST["int8"] / 127)).all():
+                raise ValueError("a scale is not a number in [0, 2.4e36]")
+        else:
+            halves.append((self._codes.view(np.uint16), 0x7F80 if kind == "bfloat16" else 0x7C00))
+        for values, exponent in halves:
+            for start, stop in _chunks(values.size):
+                if ((values[start:stop] & exponent) == exponent).any():
+                    raise ValueError("it holds NaN or infinity")
+
+    def read(self, start: int, stop: int) -> Floats:
+        """Values ``start`` to ``stop``, float32 (a new array)."""
+        result = np.empty(stop - start, np.float32)
+        middle = min(max(self._kept, start), stop)
+        if start < middle:
+            kept = result[: middle - start]
+            if self._kind == "int8":
+                kept[:] = self._codes[start:middle]
+                first = start // BLOCK
+                scales = np.repeat(self._scales[first : _blocks(middle)], BLOCK)
+                kept *= scales[start - first * BLOCK : middle - first * BLOCK]
+            elif self._kind == "float16":
+                kept[:] = self._codes[start:middle]
+            else:
+                kept[:] = _from_bfloat16(self._codes[start:middle])
+        if middle < stop:
+            result[middle - start :] = _from_bfloat16(self._rest[middle - self._kept : stop - self._kept])
+        return result
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A flat vector of a message, which is read in parts and never copied whole unless it is asked for.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the model's values.
+    size : int
+        Number of values.
+    source : Callable[[int, int], ndarray]
+        Values from start to stop: a view of the message, or decoded.
+    base : ndarray | None
+        1-D, of the model's dtype: what the source's values are added to.
+    """
+
+    dtype: str
+    size: int
+    source: Callable[[int, int], NDArray[Any]]
+    base: NDArray[Any] | None = None
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Values ``start`` to ``stop`` in the model's dtype; a read-only view where nothing is coded or added."""
+        part = self.source(start, stop)
+        if self.base is not None:
+            with np.errstate(over="ignore", invalid="ignore"):  # a reply that overflows is found by `is_finite`
+                part = self.base[start:stop] + part
+        return part.astype(self.dtype, copy=False)
+
+    def whole(self) -> NDArray[Any]:
+        """All values."""
+        return self.read(0, self.size)
+
+    def is_finite(self) -> bool:
+        """Whether every value is a finite number."""
+        with np.errstate(over="ignore"):
+            return all(np.isfinite(self.read(start, stop)).all() for start, stop in _chunks(self.size))
+
+
+def _sections(data: NDArray[np.uint8], kind: str, kept: int, size: int) -> tuple[Floats, NDArray[Any], NDArray[Any]]:
+    """Views of a coded vector: block scales, values that are never pruned, kept values."""
+    if kind == "int8":
+        first, second = 4 * _blocks(kept), 4 * _blocks(kept) + 2 * (size - kept)
+        return data[:first].view("<f4"), data[first:second].view("<u2"), data[second:].view(np.int8)
+    codes = data[: 2 * kept].view("<f2" if kind == "float16" else "<u2")
+    return np.empty(0, np.float32), data[2 * kept :].view("<u2"), codes
+
+
+def _cut(values: NDArray[np.floating[Any]], kind: str) -> Floats:
+    if not np.isfinite(values).all():
+        raise ValueError(f"NaN or infinity cannot be coded as {kind}")
+    wide = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+    cut: NDArray[np.floating[Any]] = np.clip(wide, -LARGEST[kind], LARGEST[kind])
+    return cut.astype(np.float32, copy=False)
+
+
+def _blocks(count: int) -> int:
+    return -(-count // BLOCK)
+
+
+def _chunks(size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
+
+
+def _to_blocks(values: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes and block scales; ``values`` begins at a block's start."""
+    padded = np.zeros(_blocks(values.size) * BLOCK, np.float32)
+    padded[: values.size] = values
+    rows = padded.reshape(-1, BLOCK)
+    peak = np.abs(rows).max(axis=1)
+    peak[peak < _SMALLEST_PEAK] = 0
+    scales = peak / np.float32(127)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    rows *= inverse[:, None]
+    np.rint(rows, out=rows)
+    np.clip(rows, -127, 127, out=rows)
+    return padded[: values.size].astype(np.int8), scales
+
+
+def _to_bfloat16(values: Floats) -> NDArray[np.uint16]:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _from_bfloat16(halves: NDArray[np.uint16]) -> Floats:
+    return (halves.astype(np.uint32) << 16).view(np.float32)

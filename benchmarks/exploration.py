@@ -1,0 +1,91 @@
+"""Explorers' moves in 8 bits beside float32: bytes, and how far the masks agree.
+
+    python -m benchmarks.exploration --datasets mnist cifar10 --data-dir DIR
+
+The shipped app explores twice with the same seed, in this process, once for each coding. ``upload_share`` is the
+explorers' upload as a share of dense float32 replies; ``agreement`` the share of the kept coordinates that both masks
+keep, by sparsity and power of the client agreement (``gamma``). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoflip_flwr import Layout, Mask
+from autoflip_flwr.experiment import training
+from autoflip_flwr.experiment.cli import flatten, parse_pairs, read_toml
+from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.explored import read_exploration, start_digest
+from autoflip_flwr.experiment.models import build
+from autoflip_flwr.guidance import choose_mask, scores
+from benchmarks.sparsity import ROOT, run
+from benchmarks.values import cut
+
+SPARSITIES = (0.3, 0.5, 0.7, 0.9)
+
+
+def agreement(mask: Mask, other: Mask) -> float:
+    """Share of the kept coordinates of a mask that another one keeps too."""
+    ours, theirs = (np.unpackbits(np.frombuffer(each.bits, np.uint8)) for each in (mask, other))
+    return float((ours & theirs).sum() / ours.sum())
+
+
+def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
+    """One data set's row."""
+    data = load(dataset, str(base["data-dir"]))
+    initial = training.get_arrays(build(str(base["model"]), data.input_shape, data.classes, int(base["seed"])))
+    layout = Layout.of(initial)
+    found, uploads = {}, {}
+    with tempfile.TemporaryDirectory() as output:
+        for values in ("float32", "log8"):
+            settings = {**base, "dataset": dataset, "exploration-values": values, "output-dir": output}
+            folder, _, told = run({**settings, "num-server-rounds": 1}, int(base["nodes"]))
+            found[values] = read_exploration(folder / "exploration.safetensors", start_digest(initial))[0]
+            uploads[values] = told["bytes"]["exploration_up"]
+    agreements = {}
+    for gamma in (1.0, 0.0):
+        score = {values: scores(exploration, "none", gamma) for values, exploration in found.items()}
+        for sparsity in SPARSITIES:
+            masks = [choose_mask(layout, score[values], sparsity) for values in ("float32", "log8")]
+            agreements[f"gamma {gamma:g}, sparsity {sparsity:g}"] = round(agreement(*masks), 4)
+    return {
+        "dataset": dataset,
+        "model": base["model"],
+        "parameters": layout.size,
+        "upload_share": round(uploads["log8"] / uploads["float32"], 4),
+        "agreement": agreements,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", default=["mnist", "cifar10"])
+    parser.add_argument("--data-dir", default="", help="folder of the data; default: $AUTOFLIP_DATA")
+    parser.add_argument("--examples", type=int, default=20_000, help="training examples")
+    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for dataset in options.datasets:
+        base = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+        base |= flatten(read_toml(ROOT / "configs" / f"{dataset}.toml"))
+        base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, **parse_pairs(options.pairs)}
+        with tempfile.TemporaryDirectory() as folder:
+            cut(load(dataset, options.data_dir or os.environ.get("AUTOFLIP_DATA", "")), options.examples, folder)
+            rows.append(measure(dataset, {**base, "data-dir": folder}))
+        print(rows[-1], file=sys.stderr)
+    print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Accuracy and bytes by the coding of values: float32, bfloat16, float16 and int8, both ways.
+
+The shipped app on one data set, in this process, one client after another. For each seed one exploration and one run
+with float32 are shared by all; accuracy is the mean of the last five rounds. ``loss`` is float32's accuracy less the
+coding's, over the same seeds; ``standard_error`` is that of their mean difference. A coding is ``within`` its limit if
+the loss is at most 0.3 points or two standard errors. ``times_smaller`` compares the train messages, up and down, with
+float32's. The last line is JSON.
+
+    python -m benchmarks.values --dataset mnist --data-dir DIR --seeds 3 --rounds 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoflip_flwr.experiment.cli import flatten, parse_pairs, read_toml
+from autoflip_flwr.experiment.config import VALUES, Value
+from autoflip_flwr.experiment.data import ImageData, load
+from benchmarks.sparsity import ROOT, run
+
+LIMIT = 0.3
+
+
+def cut(data: ImageData, examples: int, folder: str) -> None:
+    """Write the first examples of a data set, which come in no order, as the app reads them."""
+    for part, count in (("train", examples), ("test", examples // 4)):
+        np.save(Path(folder, f"x_{part}.npy"), getattr(data, f"x_{part}")[:count])
+        np.save(Path(folder, f"y_{part}.npy"), getattr(data, f"y_{part}")[:count])
+
+
+def measure(base: dict[str, Value], nodes: int, seeds: int) -> list[dict[str, Any]]:
+    """A row for each coding."""
+    found: dict[str, list[tuple[float, dict[str, Any]]]] = {kind: [] for kind in VALUES}
+    with tempfile.TemporaryDirectory() as output:
+        for seed in range(1, seeds + 1):
+            exploration = ""
+            for kind in VALUES:
+                settings = {**base, "seed": seed, "output-dir": output, "values": kind, "exploration": exploration}
+                folder, accuracy, told = run(settings, nodes)
+                exploration = exploration or str(folder / "exploration.safetensors")
+                found[kind].append((accuracy, told["bytes"]))
+                print(f"seed {seed}, {kind}: {accuracy:.2f} %, {told['seconds_total']:.0f} s", file=sys.stderr)
+    return [_row(kind, found[kind], found["float32"]) for kind in VALUES]
+
+
+def _row(
+    kind: str, runs: list[tuple[float, dict[str, Any]]], plain: list[tuple[float, dict[str, Any]]]
+) -> dict[str, Any]:
+    losses = [before - after for (before, _), (after, _) in zip(plain, runs, strict=True)]
+    loss = statistics.mean(losses)
+    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+    return {
+        "values": kind,
+        "accuracy": round(statistics.mean(accuracy for accuracy, _ in runs), 2),
+        "accuracies": [round(accuracy, 2) for accuracy, _ in runs],
+        "loss": round(loss, 2),
+        "standard_error": round(error, 2),
+        "within": loss <= max(LIMIT, 2 * error),
+        **{
+            f"{way}_times_smaller": round(
+                sum(moved[f"train_{way}"] for _, moved in plain) / sum(moved[f"train_{way}"] for _, moved in runs), 3
+            )
+            for way in ("up", "down")
+        },
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist", choices=["mnist", "cifar10"])
+    parser.add_argument("--data-dir", default="", help="folder of the data; default: $AUTOFLIP_DATA")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--examples", type=int, default=20_000, help="training examples; a quarter of it tests")
+    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    base = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+    base |= flatten(read_toml(ROOT / "configs" / f"{options.dataset}.toml"))
+    base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, "num-server-rounds": options.rounds}
+    base |= {"exploration-epochs": 2, "lr": 0.001, **parse_pairs(options.pairs)}
+    with tempfile.TemporaryDirectory() as folder:
+        cut(load(options.dataset, options.data_dir or os.environ.get("AUTOFLIP_DATA", "")), options.examples, folder)
+        rows = measure({**base, "data-dir": folder}, int(base["nodes"]), options.seeds)
+    print("| values | accuracy % | loss against float32 | standard error | up, times smaller | down, times smaller |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['values']} | {row['accuracy']} | {row['loss']} | {row['standard_error']} "
+            f"| {row['up_times_smaller']} | {row['down_times_smaller']} |"
+        )
+    print(json.dumps({"rows": rows, "settings": {key: value for key, value in base.items() if value != ""}}))
+
+
+if __name__ == "__main__":
+    main()
