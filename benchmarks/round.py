@@ -46,10 +46,12 @@ RUN_LIMIT = 3600.0  # seconds of one run
 Settings = dict[str, Value]
 Row = dict[str, Any]
 
-SIMULATION: Settings = {"batch-size": 350, "local-epochs": 1, "explorers": 0.25, "exploration-epochs": 1}
+_SHORT: Settings = {"seed": SEED, "local-epochs": 1, "exploration-epochs": 1, "node-timeout": 300}
+
+SIMULATION: Settings = {**_SHORT, "batch-size": 350, "explorers": 0.25}
 """On top of configs/mnist.toml."""
 
-_FEW_STEPS: Settings = {"nodes": 2, "split": "iid", "local-epochs": 1, "exploration-epochs": 1, "fraction-evaluate": 0}
+_FEW_STEPS: Settings = {**_SHORT, "nodes": 2, "split": "iid", "fraction-evaluate": 0}
 DEPLOYMENT: dict[str, Settings] = {
     "cnn": {**_FEW_STEPS, "dataset": "digits", "batch-size": 64},
     "resnet18": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 32},
@@ -84,12 +86,15 @@ class Timing:
 def read_timing(record: Path, began: float, traffic: int = 0) -> Timing:
     """Read the record of a run whose command was given at `began` (seconds since the epoch).
 
-    `traffic` is the bytes that Flower counted. Raises ValueError for a record without two rounds.
+    `traffic` is the bytes that Flower counted. Raises ValueError for a record without two rounds, or with
+    failures: such rounds are not to be compared.
     """
     lines = [json.loads(line) for line in (record / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["phase"] == "train"]
     if [line["round"] for line in trained] != list(range(len(trained))) or len(trained) < 3:
         raise ValueError(f"{record}: expected rounds 0, 1, 2, ..., found {[line['round'] for line in trained]}")
+    if any(trained[-1]["failures"].values()):
+        raise ValueError(f"{record}: replies are missing: {trained[-1]['failures']}")
     explored = [line["seconds"] for line in lines if line["phase"] == "exploration"]
     return Timing(
         # the server app writes its settings down right before its clock starts
@@ -114,7 +119,7 @@ def row(part: str, model: str, found: Mapping[str, Sequence[Timing]]) -> Row:
         "fedavg_s": fedavg,
         "ratio": ratio,
         "limit": limit,
-        "kept": ratio <= limit,
+        "within_limit": ratio <= limit,
         "ratio_spread": [min(pairs), max(pairs)],
         "autoflip_spread_s": _spread(each.round for each in found["autoflip"]),
         "fedavg_spread_s": _spread(each.round for each in found["fedavg"]),
@@ -159,7 +164,7 @@ def compare(part: str, model: str, repeats: int, run: Callable[[str, Path], int]
 def simulate(rounds: int, repeats: int) -> Row:
     """The simulation part, by the app's own command."""
     data = os.environ.get("AUTOFLIP_DATA") or str(ROOT.parent / "shared" / "data")
-    common: Settings = {**SIMULATION, "seed": SEED, "num-server-rounds": rounds, "data-dir": data}
+    common: Settings = {**SIMULATION, "num-server-rounds": rounds, "data-dir": data}
 
     def run(method: str, folder: Path) -> int:
         settings: Settings = {**common, "method": method, "output-dir": str(folder)}
@@ -177,7 +182,7 @@ def deploy(rounds: int, repeats: int, models: Sequence[str]) -> Iterator[Row]:
     """The deployment part: one SuperLink for all runs."""
     with tempfile.TemporaryDirectory() as data, Loopback(nodes=2) as loopback:
         make_images(Path(data))
-        common: Settings = {"seed": SEED, "num-server-rounds": rounds, "data-dir": data}
+        common: Settings = {"num-server-rounds": rounds, "data-dir": data}
         for model in models:
 
             def run(method: str, folder: Path, model: str = model) -> int:

@@ -30,7 +30,7 @@ def processes_of(home: Path) -> list[str]:
     return found
 
 
-def write_record(folder: Path, seconds: list[float], explored: float | None) -> Path:
+def write_record(folder: Path, seconds: list[float], explored: float | None, absent: int = 0) -> Path:
     """A record whose server app was ready 12 s after the command; `seconds` at the ends of rounds 0, 1, ..."""
     lines: list[dict[str, object]] = []
     if explored is not None:
@@ -39,7 +39,8 @@ def write_record(folder: Path, seconds: list[float], explored: float | None) -> 
             {"phase": "exploration", "round": 0, "seconds": at, "accuracy": None} for at in (explored / 2, explored)
         ]
     lines += [
-        {"phase": "train", "round": number, "seconds": at, "accuracy": number / 10} for number, at in enumerate(seconds)
+        {"phase": "train", "round": number, "seconds": at, "accuracy": number / 10, "failures": {"absent": absent}}
+        for number, at in enumerate(seconds)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.json").write_text("{}")
@@ -63,6 +64,11 @@ def test_a_record_of_too_few_rounds_is_refused(tmp_path, seconds):
         benchmark.read_timing(write_record(tmp_path, seconds, None), BEGAN)
 
 
+def test_a_record_with_failures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="replies are missing"):
+        benchmark.read_timing(write_record(tmp_path, [1.0, 2.0, 3.0], None, absent=1), BEGAN)
+
+
 def test_the_methods_take_turns_and_the_ratio_is_that_of_the_medians(capsys):
     calls = []
     paces = {"autoflip": iter([1.0, 9.0, 1.2]), "fedavg": iter([1.0, 2.0, 4.0])}
@@ -79,7 +85,7 @@ def test_the_methods_take_turns_and_the_ratio_is_that_of_the_medians(capsys):
     assert (row["autoflip_s"], row["fedavg_s"], row["ratio"]) == pytest.approx((1.2, 2.0, 0.6))
     assert row["ratio_spread"] == pytest.approx([0.3, 4.5])
     assert row["autoflip_spread_s"] == pytest.approx([1, 9])
-    assert (row["limit"], row["kept"], row["exploration_s"]) == (1.1, True, 5)
+    assert (row["limit"], row["within_limit"], row["exploration_s"]) == (1.1, True, 5)
     assert row["network_bytes"] == {"autoflip": 1000, "fedavg": 1000}
     assert capsys.readouterr().err.count("deployment, cnn") == 6
 
