@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -40,21 +40,28 @@ def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> NDArra
     result = np.empty(size, vectors[0].dtype)
 
     def work(begin: int, end: int) -> None:
-        product = np.empty(min(CHUNK, end - begin), result.dtype)
-        for start in range(begin, end, CHUNK):
-            stop = min(start + CHUNK, end)
+        count = -(-(end - begin) // CHUNK)
+        chunk = -(-(end - begin) // max(count, 1))
+        product = np.empty(chunk, result.dtype)
+        weighted = list(zip(vectors[1:], factors[1:], strict=True))
+        for start in range(begin, end, max(chunk, 1)):
+            stop = min(start + chunk, end)
             partial, term = result[start:stop], product[: stop - start]
-            np.multiply(vectors[0].read(start, stop), factors[0], out=partial)
-            for vector, factor in zip(vectors[1:], factors[1:], strict=True):
-                np.multiply(vector.read(start, stop), factor, out=term)
-                np.add(partial, term, out=partial)
+            np.multiply(vectors[0].read(start, stop), factors[0], partial)
+            for vector, factor in weighted:
+                np.multiply(vector.read(start, stop), factor, term)
+                np.add(partial, term, partial)
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads == 1 or size < _WORTH_THREADS:
         work(0, size)
         return result
-    share = -(-size // (threads * CHUNK)) * CHUNK
-    with ThreadPoolExecutor(threads) as pool:
-        begins = range(0, size, share)
-        list(pool.map(work, begins, (min(begin + share, size) for begin in begins)))
+    share = -(-size // threads)
+    begins = range(share, size, share)  # this thread takes the first share
+    others = [Thread(target=work, args=(begin, min(begin + share, size))) for begin in begins]
+    for other in others:
+        other.start()
+    work(0, share)
+    for other in others:
+        other.join()
     return result

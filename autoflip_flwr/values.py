@@ -22,7 +22,7 @@ KINDS = ("float32", "bfloat16", "float16", "int8")
 """``float32`` is the model's own dtype, whatever it is: nothing is coded."""
 
 BLOCK = 256
-CHUNK = 2**17
+CHUNK = 2**18
 """Values worked on at once: few enough to stay in a core's cache."""
 
 LARGEST = {"bfloat16": 3.0e38, "float16": 65504.0, "int8": 3.0e38}
@@ -125,24 +125,24 @@ class Vector:
         Of the model's values.
     size : int
         Number of values.
-    source : Callable[[int, int], ndarray]
-        Values from start to stop: a view of the message, or decoded.
+    source : ndarray | Callable[[int, int], ndarray]
+        A view of the message, or what decodes its values from start to stop.
     base : ndarray | None
         1-D, of the model's dtype: what the source's values are added to.
     """
 
     dtype: str
     size: int
-    source: Callable[[int, int], NDArray[Any]]
+    source: NDArray[Any] | Callable[[int, int], NDArray[Any]]
     base: NDArray[Any] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Values ``start`` to ``stop`` in the model's dtype; a read-only view where nothing is coded or added."""
-        part = self.source(start, stop)
+        part = self.source[start:stop] if isinstance(self.source, np.ndarray) else self.source(start, stop)
         if self.base is not None:
             with np.errstate(over="ignore", invalid="ignore"):  # a reply that overflows is found by `is_finite`
                 part = self.base[start:stop] + part
-        return part.astype(self.dtype, copy=False)
+        return part if part.dtype == self.dtype else part.astype(self.dtype)
 
     def whole(self) -> NDArray[Any]:
         """All values."""

@@ -174,7 +174,7 @@ def vectors(
     found = {}
     for dtype, specs in expected.items():
         kept, size = kept_and_size(mask, specs)
-        source: Callable[[int, int], NDArray[Any]]
+        source: NDArray[Any] | Callable[[int, int], NDArray[Any]]
         if is_coded(kind, dtype):
             data = _view(record[dtype], "uint8", coded_size(kind, kept, size))
             try:
@@ -182,7 +182,7 @@ def vectors(
             except ValueError as error:
                 raise WireError(f"the {dtype} values: {error}") from error
         else:
-            source = _reader(_view(record[dtype], dtype, size))
+            source = _view(record[dtype], dtype, size)
         found[dtype] = Vector(dtype, size, source, None if base is None else base.get(dtype))
     return found
 
@@ -251,10 +251,6 @@ def _parts(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> dict[str, list[NDA
                 )
             parts[dtype].append(np.ascontiguousarray(values, dtype).reshape(-1))
     return parts
-
-
-def _reader(values: NDArray[Any]) -> Callable[[int, int], NDArray[Any]]:
-    return lambda start, stop: values[start:stop]
 
 
 def _view(array: Array, dtype: str, size: int | None = None) -> NDArray[Any]:
