@@ -57,11 +57,20 @@ def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> NDArra
         work(0, size)
         return result
     share = -(-size // threads)
-    begins = range(share, size, share)  # this thread takes the first share
-    others = [Thread(target=work, args=(begin, min(begin + share, size))) for begin in begins]
+    failed: list[BaseException] = []
+
+    def aside(begin: int) -> None:
+        try:
+            work(begin, min(begin + share, size))
+        except BaseException as error:  # a thread's own errors end with it
+            failed.append(error)
+
+    others = [Thread(target=aside, args=(begin,)) for begin in range(share, size, share)]
     for other in others:
         other.start()
-    work(0, share)
+    work(0, share)  # this thread takes the first share
     for other in others:
         other.join()
+    if failed:
+        raise failed[0]
     return result

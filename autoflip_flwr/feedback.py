@@ -47,7 +47,7 @@ def pack_reply(
     vectors = wire.flatten(mask, packed)
     lost = ConfigRecord({"digest": mask.digest})
     before = context.state.get(RESIDUAL, ConfigRecord())
-    for dtype, specs in wire.order(mask).items():
+    for dtype, specs in mask.layout.by_dtype.items():
         if not is_coded(kind, dtype):
             continue
         kept, size = wire.kept_and_size(mask, specs)

@@ -128,6 +128,14 @@ class Layout:
         """The prunable arrays, in order."""
         return tuple(spec for spec in self.specs if spec.prunable)
 
+    @cached_property
+    def by_dtype(self) -> dict[str, list[ArraySpec]]:
+        """The arrays of each dtype in the order of its flat vector on the wire: those that are pruned first."""
+        specs: dict[str, list[ArraySpec]] = {}
+        for spec in sorted(self.specs, key=lambda spec: not spec.prunable):
+            specs.setdefault(spec.dtype, []).append(spec)
+        return specs
+
     @property
     def prunable_names(self) -> list[str]:
         """Names of the prunable arrays, in order."""

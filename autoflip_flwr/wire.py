@@ -96,14 +96,6 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
     return record
 
 
-def order(mask: Mask) -> dict[str, list[ArraySpec]]:
-    """The arrays of each dtype's flat vector, in their order there: those that are pruned first."""
-    specs: dict[str, list[ArraySpec]] = {}
-    for spec in sorted(mask.layout.specs, key=lambda spec: not spec.prunable):
-        specs.setdefault(spec.dtype, []).append(spec)
-    return specs
-
-
 def kept_and_size(mask: Mask, specs: list[ArraySpec]) -> tuple[int, int]:
     """Of a flat vector of these arrays: how many values are kept ones of pruned arrays, and how many there are."""
     kept = sum(mask.kept_by_name[spec.name] for spec in specs if spec.prunable)
@@ -118,7 +110,7 @@ def flatten(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> Arrays:
 def split(mask: Mask, flat: Mapping[str, NDArray[Any]]) -> Arrays:
     """Flat vectors -> packed arrays (views), in the model's order."""
     packed: Arrays = {}
-    for dtype, specs in order(mask).items():
+    for dtype, specs in mask.layout.by_dtype.items():
         start = 0
         for spec in specs:
             shape = mask.packed_shape(spec.name)
@@ -133,7 +125,7 @@ def pack(mask: Mask, packed: Mapping[str, NDArray[Any]], kind: str = "float32") 
     record = {}
     for dtype, parts in _parts(mask, packed).items():
         if is_coded(kind, dtype):
-            kept, _ = kept_and_size(mask, order(mask)[dtype])
+            kept, _ = kept_and_size(mask, mask.layout.by_dtype[dtype])
             parts = [encode(kind, np.concatenate(parts), kept)]
         record[dtype] = array(parts)
     return ArrayRecord(record)
@@ -168,7 +160,7 @@ def vectors(
     """
     if not isinstance(record, ArrayRecord):
         raise WireError("the packed values must be an ArrayRecord")
-    expected = order(mask)
+    expected = mask.layout.by_dtype
     if set(record) != set(expected):
         raise WireError(f"packed values have the keys {sorted(record)[:5]}, expected {sorted(expected)}")
     found = {}
@@ -195,7 +187,7 @@ def pack_moves(mask: Mask, moves: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     try:
         coded = {
             dtype: encode_moves([spec for spec in specs if spec.floating], moves)
-            for dtype, specs in order(mask).items()
+            for dtype, specs in mask.layout.by_dtype.items()
         }
     except ValueError as error:
         raise WireError(str(error)) from error
@@ -204,7 +196,7 @@ def pack_moves(mask: Mask, moves: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 def unpack_moves(mask: Mask, record: ArrayRecord) -> Arrays:
     """The moves of an explorer's reply: of each floating array, float32, in its shape."""
-    expected = order(mask)
+    expected = mask.layout.by_dtype
     if set(record) != set(expected):
         raise WireError(f"an explorer's moves have the keys {sorted(record)[:5]}, expected {sorted(expected)}")
     moves: Arrays = {}
@@ -241,7 +233,7 @@ def fingerprint(record: ArrayRecord) -> int:
 
 def _parts(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> dict[str, list[NDArray[Any]]]:
     parts: dict[str, list[NDArray[Any]]] = {}
-    for dtype, specs in order(mask).items():
+    for dtype, specs in mask.layout.by_dtype.items():
         parts[dtype] = []
         for spec in specs:
             values = np.asarray(packed[spec.name])

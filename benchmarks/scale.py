@@ -25,8 +25,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +38,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.data import ImageData, load
+from autoflip_flwr.experiment.data import load
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, TEST_EXAMPLES = 60, 1_000
@@ -130,8 +132,9 @@ def _memory(pid: int) -> tuple[int, int]:
     return table.get("Pss", 0), table.get("Pss_Shmem", 0)
 
 
-def cut(data: ImageData, nodes: int, folder: Path) -> None:
+def cut(data_dir: str, nodes: int, folder: Path) -> None:
     """Write so much of the data set into a folder that each node gets ``EXAMPLES`` examples."""
+    data = load("mnist", data_dir)
     if nodes * EXAMPLES > len(data.y_train):
         raise ValueError(f"--nodes {nodes}: at most {len(data.y_train) // EXAMPLES} get {EXAMPLES} examples each")
     for part, count in (("train", nodes * EXAMPLES), ("test", TEST_EXAMPLES)):
@@ -155,25 +158,25 @@ def settings(nodes: int, rounds: int, data: Path, runs: Path) -> dict[str, Value
     }
 
 
-def measure(data: ImageData, nodes: int, rounds: int) -> Row:
+def measure(data_dir: str, nodes: int, rounds: int) -> Row:
     """Run the app once, and watch it.
 
-    Raises
-    ------
-    RuntimeError
-        If the run fails, or a reply was missing or did not count.
+    Raises ``RuntimeError`` if the run fails, or a reply was missing or did not count.
     """
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
         own = Path(name)
-        cut(data, nodes, own)
+        # in a process that ends: PyTorch's pages are not to be shared with this one, which is not counted
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(cut, data_dir, nodes, own).result()
         pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in settings(nodes, rounds, own, own).items())
         command = [sys.executable, "-m", "autoflip_flwr.experiment.cli", "run", "--nodes", str(nodes), "-c", pairs]
         token = uuid4().hex
         # the one way to limit it: no setting of Flower's simulation reaches `object_store_memory` of ray.init
-        own_environment = {MARKER: token, "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE)}
+        limit = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE)}
+        environment = {**os.environ, **limit, MARKER: token}
         began = time.time()
         with (own / "log").open("wb") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **own_environment})
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
             with MemoryWatch(process.pid, f"{MARKER}={token}") as watch:
                 code = process.wait()
         if code:
@@ -230,11 +233,11 @@ def main() -> None:
     parser.add_argument("--data-dir", default="", help="folder with MNIST (default: $AUTOFLIP_DATA, else download)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it")
     options = parser.parse_args()
-    data = load("mnist", options.data_dir or os.environ.get("AUTOFLIP_DATA", ""))
+    data_dir = options.data_dir or os.environ.get("AUTOFLIP_DATA", "")
     print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS), flush=True)
     rows: list[Row] = []
     for nodes in options.nodes:
-        rows.append({key: round(value, 4) for key, value in measure(data, nodes, options.rounds).items()})
+        rows.append({key: round(value, 4) for key, value in measure(data_dir, nodes, options.rounds).items()})
         print("| " + " | ".join(f"{rows[-1][key]:,g}" for key in COLUMNS) + " |", flush=True)
     if options.plot:
         plot(rows, options.plot)

@@ -385,7 +385,7 @@ def leap(name: str, array: np.ndarray, context: Context, round_: int) -> np.ndar
 
 
 def residual(grid: LocalGrid, node: int, mask: Mask, dtype: str = "float32") -> np.ndarray:
-    kept, size = wire.kept_and_size(mask, wire.order(mask)[dtype])
+    kept, size = wire.kept_and_size(mask, mask.layout.by_dtype[dtype])
     data = grid.contexts[node].state[RESIDUAL][dtype]
     return Coded(np.frombuffer(data, np.uint8), "int8", kept, size).read(0, size)
 

@@ -109,7 +109,7 @@ MIXED_PACKED = {
 
 
 def test_kept_values_of_pruned_arrays_come_first_then_the_other_arrays_each_in_the_order_of_the_model():
-    assert {dtype: [spec.name for spec in specs] for dtype, specs in wire.order(MIXED_MASK).items()} == {
+    assert {dtype: [spec.name for spec in specs] for dtype, specs in MIXED_MASK.layout.by_dtype.items()} == {
         "float32": ["w", "u", "first", "scale", "last"],
         "float16": ["v", "half"],
         "int64": ["n"],
@@ -121,7 +121,7 @@ def test_kept_values_of_pruned_arrays_come_first_then_the_other_arrays_each_in_t
         "int64": [9],
     }
     same(wire.unpack(MIXED_MASK, record), MIXED_PACKED)
-    counted = {dtype: wire.kept_and_size(MIXED_MASK, specs) for dtype, specs in wire.order(MIXED_MASK).items()}
+    counted = {dtype: wire.kept_and_size(MIXED_MASK, specs) for dtype, specs in MIXED_MASK.layout.by_dtype.items()}
     assert counted == {"float32": (3, 7), "float16": (1, 2), "int64": (0, 1)}
 
 
@@ -416,7 +416,7 @@ MOVES = {
 
 def test_moves_have_the_keys_of_the_message_and_come_back_by_name_in_their_shapes():
     record = wire.pack_moves(EVERYTHING, MOVES)
-    assert {key: array.dtype for key, array in record.items()} == dict.fromkeys(wire.order(EVERYTHING), "uint8")
+    assert {key: array.dtype for key, array in record.items()} == dict.fromkeys(EVERYTHING.layout.by_dtype, "uint8")
     moves = wire.unpack_moves(EVERYTHING, sent(RecordDict({"x": record}))["x"])
     assert set(moves) == set(MOVES)
     for name, array in moves.items():
