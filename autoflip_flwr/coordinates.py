@@ -27,6 +27,7 @@ COORDINATES = ("auto", "packed", "dense")
 METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
 _BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or AutoFlip's full ones
+_NOT_OF_THE_MEAN = ("__", "summary", "configure_", "aggregate_evaluate")
 _FLOATS_ONLY = (
     QFedAvg,
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -101,7 +102,9 @@ def clips_at_clients(strategy: Strategy) -> bool:
 
 def averages_plainly(strategy: Strategy) -> bool:
     """Whether FedAvg's own weighted mean is in force, of arrays and metrics alike."""
-    own = type(strategy).aggregate_train is FedAvg.aggregate_train and "aggregate_train" not in vars(strategy)
+    used = [name for name, thing in vars(FedAvg).items() if callable(thing) and not name.startswith(_NOT_OF_THE_MEAN)]
+    own = all(getattr(type(strategy), name, None) is vars(FedAvg)[name] for name in used)
+    own = own and not vars(strategy).keys() & set(used)
     return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
 
 

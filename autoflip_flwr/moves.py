@@ -51,7 +51,8 @@ def encode_moves(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) 
     codes = []
     for number, spec in enumerate(specs):
         values = moves[spec.name].reshape(-1)
-        size = np.abs(values).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # found below
+            size = np.abs(values).astype(np.float32, copy=False)
         if not (size <= LARGEST).all():
             raise ValueError(f"array {spec.name!r} has moved by NaN, infinity or more than {LARGEST:g}")
         moved = size[size > 0]
@@ -59,7 +60,7 @@ def encode_moves(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) 
         if moved.size:
             top = moved.max()
             low = np.partition(moved, int(_BLURRED * moved.size))[int(_BLURRED * moved.size)]
-            step = np.float32(np.log(top / low) / (LEVELS - 1))
+            step = (np.log(top) - np.log(low)) / np.float32(LEVELS - 1)
             with np.errstate(divide="ignore"):
                 levels = LEVELS + (np.log(size) - np.log(top)) / (step if step > 0 else np.float32(1))
             code[:] = np.where(size > low / 2, np.clip(np.rint(levels), 1, LEVELS), 0)

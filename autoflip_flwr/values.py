@@ -190,7 +190,6 @@ def _to_blocks(values: Floats) -> tuple[NDArray[np.int8], Floats]:
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
     rows *= inverse[:, None]
     np.rint(rows, out=rows)
-    np.clip(rows, -127, 127, out=rows)
     return padded[: values.size].astype(np.int8), scales
 
 

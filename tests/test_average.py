@@ -55,7 +55,7 @@ def fedavg(replies: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarra
 
 
 def plain(values: np.ndarray) -> Vector:
-    return Vector(values.dtype.name, values.size, lambda start, stop: values[start:stop])
+    return Vector(values.dtype.name, values.size, values)
 
 
 def drawn(count: int, size: int, dtype: str, seed: int = 0) -> list[np.ndarray]:
@@ -164,6 +164,19 @@ def test_coded_replies_are_decoded_chunk_by_chunk(monkeypatch: pytest.MonkeyPatc
     data = [encode("int8", one, size) for one in drawn(5, size, "float32")]
     vectors = [Vector("float32", size, Coded(one, "int8", size, size).read, base) for one in data]
     assert peak_of(lambda: weighted_mean(vectors, [1, 2, 3, 4, 5])) < 4 * (size + 6 * CHUNK) + 2**16
+
+
+@pytest.mark.parametrize("at", [0, 2**20 - 1], ids=["this thread", "another one"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_an_error_in_any_thread_reaches_the_caller(count: int, at: int, monkeypatch: pytest.MonkeyPatch):
+    def source(start: int, stop: int) -> np.ndarray:
+        if start <= at < stop:
+            raise MemoryError("no room")
+        return np.zeros(stop - start, np.float32)
+
+    cores(monkeypatch, count)
+    with pytest.raises(MemoryError, match="no room"):
+        weighted_mean([Vector("float32", 2**20, source)], [1])
 
 
 def test_the_replies_and_the_base_are_left_as_they_are():

@@ -383,10 +383,10 @@ def vector_of(numbers: np.ndarray, dtype: str, base: np.ndarray | None = None) -
 
 def test_a_vector_without_coding_or_base_is_read_without_a_copy():
     numbers = np.arange(6, dtype=np.float64)
-    found = vector_of(numbers, "float64")
-    assert np.shares_memory(found.read(1, 3), numbers)
-    assert found.whole().tolist() == [0, 1, 2, 3, 4, 5]
-    assert (found.read(2, 2).shape, found.read(4, 6).tolist()) == ((0,), [4, 5])
+    for found in (Vector("float64", 6, numbers), vector_of(numbers, "float64")):
+        assert np.shares_memory(found.read(1, 3), numbers)
+        assert found.whole().tolist() == [0, 1, 2, 3, 4, 5]
+        assert (found.read(2, 2).shape, found.read(4, 6).tolist()) == ((0,), [4, 5])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
