@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.mask import Mask, check_unused, unpack_bits
 
 ENCODINGS = ("full", "bitmap", "gaps", "units")
 
@@ -57,7 +57,7 @@ def encode(mask: Mask) -> tuple[str, bytes]:
     if mask.is_full:
         return "full", b""
     if mask.density <= 1 / 8:  # where the one becomes smaller than the other; zlib is too slow to try both
-        found = {"gaps": _compress(_to_gaps(_unpack(mask.bits, mask.layout.prunable_size)))}
+        found = {"gaps": _compress(_to_gaps(unpack_bits(mask.bits, mask.layout.prunable_size)))}
     else:
         found = {"bitmap": _compress(mask.bits)}
     if (units := _to_units(mask)) is not None:
@@ -76,7 +76,7 @@ def encode_difference(mask: Mask, base: Mask) -> bytes:
     """
     if mask.layout.specs != base.layout.specs:
         raise ValueError("the difference of two masks takes two masks of the same layout")
-    return _compress(_to_gaps(_unpack(_xor(mask.bits, base.bits), mask.layout.prunable_size)))
+    return _compress(_to_gaps(unpack_bits(_xor(mask.bits, base.bits), mask.layout.prunable_size)))
 
 
 def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
@@ -95,7 +95,7 @@ def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
             return b"\xff" * (count // 8) + bytes([0xFF00 >> count % 8 & 0xFF] * (count % 8 > 0))
         case "bitmap":
             bits = inflate(data, (count + 7) // 8, "the mask's bits", exact=True)
-            _check_unused(bits, count)
+            check_unused(bits, count)
             return bits
         case "gaps":
             return np.packbits(_from_gaps(data, count)).tobytes()
@@ -195,8 +195,8 @@ def _from_units(data: bytes, layout: Layout) -> Flags:
         entries[...] = True
         for axis, count in enumerate(_told(shape)):
             part = bits[at : at + (count + 7) // 8]
-            _check_unused(part, count)
-            entries &= np.expand_dims(_unpack(part, count), (1 - axis, 2))
+            check_unused(part, count)
+            entries &= np.expand_dims(unpack_bits(part, count), (1 - axis, 2))
             at += len(part)
         start += entries.size
     return keep
@@ -211,15 +211,6 @@ def _unit_shape(spec: ArraySpec) -> tuple[int, int, int]:
 def _told(shape: tuple[int, int, int]) -> tuple[int, ...]:
     """The axes whose flags travel."""
     return shape[:2] if shape[1] > 1 else shape[:1]
-
-
-def _unpack(bits: bytes, count: int) -> Flags:
-    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool)
-
-
-def _check_unused(bits: bytes, count: int) -> None:
-    if count % 8 and bits[-1] & (0xFF >> count % 8):
-        raise ValueError("unused bits of the mask's last byte are set")
 
 
 def _xor(one: bytes, other: bytes) -> bytes:

@@ -44,6 +44,8 @@ def pack_reply(
     WireError
         If an update that is to be coded is not finite.
     """
+    if kind == "float32":
+        return wire.pack(mask, packed)
     vectors = wire.flatten(mask, packed)
     lost = ConfigRecord({"digest": mask.digest})
     before = context.state.get(RESIDUAL, ConfigRecord())

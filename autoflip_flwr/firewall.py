@@ -88,7 +88,7 @@ def judge_moves(reply: Message, *, mask: Mask, weight_key: str, kind: str) -> tu
         _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind)
         return weight, wire.unpack_moves(mask, record)
     judged = judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
-    moves = mask.scatter(wire.split(mask, {dtype: vector.whole() for dtype, vector in judged.vectors.items()}))
+    moves = mask.scatter(wire.arrays_of(mask, judged.vectors))
     for name, values in moves.items():
         if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
             raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
@@ -113,8 +113,7 @@ def _judge_record(
 
 
 def _first_not_finite(mask: Mask, vectors: Mapping[str, Vector]) -> str:
-    packed = wire.split(mask, {dtype: vector.whole() for dtype, vector in vectors.items()})
-    return next(name for name, values in packed.items() if not np.isfinite(values).all())
+    return next(name for name, values in wire.arrays_of(mask, vectors).items() if not np.isfinite(values).all())
 
 
 def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None:

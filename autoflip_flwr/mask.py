@@ -14,6 +14,17 @@ from numpy.typing import NDArray
 from autoflip_flwr.layout import Arrays, Layout
 
 
+def unpack_bits(bits: bytes, count: int) -> NDArray[np.bool_]:
+    """The flags ``(count,)`` that bits hold, most significant bit of a byte first."""
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool)
+
+
+def check_unused(bits: bytes, count: int) -> None:
+    """Raise ``ValueError`` unless the bits of the last byte beyond ``count`` are 0."""
+    if count % 8 and bits[-1] & (0xFF >> count % 8):
+        raise ValueError("unused bits of the mask's last byte are set")
+
+
 @dataclass(frozen=True)
 class Mask:
     """The kept coordinates of a model.
@@ -51,8 +62,7 @@ class Mask:
         count = self.layout.prunable_size
         if len(self.bits) != (count + 7) // 8:
             raise ValueError(f"{len(self.bits)} mask bytes for {count} prunable entries, expected {(count + 7) // 8}")
-        if count % 8 and self.bits[-1] & (0xFF >> count % 8):
-            raise ValueError("unused bits of the mask's last byte are set")
+        check_unused(self.bits, count)
 
     @classmethod
     def from_bool(cls, layout: Layout, keep: Mapping[str, NDArray[np.bool_]], version: int = 0) -> Mask:
@@ -71,7 +81,7 @@ class Mask:
     @cached_property
     def keep(self) -> dict[str, NDArray[np.bool_]]:
         """Boolean arrays in the shapes of the prunable arrays; read-only."""
-        flat = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.layout.prunable_size).view(bool)
+        flat = unpack_bits(self.bits, self.layout.prunable_size)
         flat.flags.writeable = False
         keep, start = {}, 0
         for spec in self.layout.prunable:

@@ -55,7 +55,7 @@ def decode_mask(record: object, base: Mask | None = None) -> Mask:
     ):
         raise WireError("the mask record must hold layout and bits (bytes), encoding (str) and version (int)")
     try:
-        if encoding == DIFFERENCE and base is not None:
+        if base is not None and encoding == DIFFERENCE:
             return Mask(base.layout, bits.decode_difference(base, data), version)
         return _decode_mask(layout, encoding, data, version)
     except ValueError as error:
@@ -77,8 +77,6 @@ def _decode_layout(data: bytes) -> Layout:
     try:
         rows = json.loads(bits.inflate(data, MAX_LAYOUT_BYTES, "the layout", exact=False))
         specs = tuple(ArraySpec(name, tuple(shape), dtype, bool(prunable)) for name, shape, dtype, prunable in rows)
-    except WireError:
-        raise
     except (ValueError, TypeError, RecursionError) as error:
         raise WireError(f"the layout cannot be read: {error}") from error
     for spec in specs:

@@ -139,7 +139,7 @@ class Translator:
         """The train replies that count, as the strategy expects them, then the error replies."""
         admitted, judged = self._judge(replies, round_)
         for reply, found in zip(admitted, judged, strict=False):  # errors come last
-            reply.content[found.key] = self.to_strategy(self._packed_of(found))
+            reply.content[found.key] = self.to_strategy(wire.arrays_of(self.mask, found.vectors))
         return admitted
 
     def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
@@ -150,9 +150,8 @@ class Translator:
         weights = [found.weight for found in judged]
         mean = {
             dtype: weighted_mean([found.vectors[dtype] for found in judged], weights)
+            for dtype in judged[0].vectors
             if np.dtype(dtype).kind == "f"
-            else vector.whole()
-            for dtype, vector in judged[0].vectors.items()
         }
         return admitted, self.mask.scatter(wire.split(self.mask, mean) | self._integers)
 
@@ -179,12 +178,10 @@ class Translator:
         admitted = self._admit(replies, round_, accept)
         judged = [seen[id(reply)] for reply in admitted if not reply.has_error()]
         if judged and self._integers:
-            packed = self._packed_of(max(judged, key=lambda found: found.weight))
-            self._integers = {name: np.array(packed[name]) for name in self._integers}
+            largest = max(judged, key=lambda found: found.weight).vectors
+            counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
+            self._integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}
         return admitted, judged
-
-    def _packed_of(self, judged: Judged) -> Arrays:
-        return wire.split(self.mask, {dtype: vector.whole() for dtype, vector in judged.vectors.items()})
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The evaluate replies that count, without our header, then the error replies."""

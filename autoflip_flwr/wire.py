@@ -108,16 +108,21 @@ def flatten(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> Arrays:
 
 
 def split(mask: Mask, flat: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Flat vectors -> packed arrays (views), in the model's order."""
+    """Flat vectors -> the packed arrays of their dtypes (views), in the model's order."""
     packed: Arrays = {}
-    for dtype, specs in mask.layout.by_dtype.items():
+    for dtype, values in flat.items():
         start = 0
-        for spec in specs:
+        for spec in mask.layout.by_dtype[dtype]:
             shape = mask.packed_shape(spec.name)
             stop = start + math.prod(shape)
-            packed[spec.name] = flat[dtype][start:stop].reshape(shape)
+            packed[spec.name] = values[start:stop].reshape(shape)
             start = stop
-    return {spec.name: packed[spec.name] for spec in mask.layout.specs}
+    return {spec.name: packed[spec.name] for spec in mask.layout.specs if spec.name in packed}
+
+
+def arrays_of(mask: Mask, found: Mapping[str, Vector]) -> Arrays:
+    """Flat vectors as a message holds them -> the packed arrays of their dtypes, read whole."""
+    return split(mask, {dtype: vector.whole() for dtype, vector in found.items()})
 
 
 def pack(mask: Mask, packed: Mapping[str, NDArray[Any]], kind: str = "float32") -> ArrayRecord:
@@ -133,7 +138,7 @@ def pack(mask: Mask, packed: Mapping[str, NDArray[Any]], kind: str = "float32") 
 
 def unpack(mask: Mask, record: object, kind: str = "float32") -> Arrays:
     """The packed arrays of a record; where nothing is coded, read-only views of the message's own bytes."""
-    return split(mask, {dtype: vector.whole() for dtype, vector in vectors(mask, record, kind).items()})
+    return arrays_of(mask, vectors(mask, record, kind))
 
 
 def vectors(
