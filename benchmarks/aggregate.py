@@ -42,6 +42,9 @@ from autoflip_flwr.translate import to_arrays, to_record
 DISTINCT = 10
 """Dense replies that differ; more of them are these again, which is as far from the cache."""
 
+WARM = 0.2
+"""Seconds of each work before it is timed."""
+
 
 def model(width: int = 64) -> Arrays:
     """Arrays of a ResNet-18 with 10 classes (without the counters of batch normalisation), its width scaled."""
@@ -82,8 +85,11 @@ def client_app() -> ClientApp:
 
 
 def timed(work: Callable[[], object], repeats: int = 15) -> float:
-    """Median milliseconds."""
+    """Median milliseconds, after a while of the same work."""
     time.sleep(0.3)  # the threads of a BLAS product spin for a while after it
+    warm = time.perf_counter() + WARM
+    while time.perf_counter() < warm:  # the system needs some time to spread threads over the processors
+        work()
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
