@@ -4,7 +4,7 @@
 
 simulation: `autoflip run` on MNIST, 20 nodes, 5 a round, batches of 350, one local epoch, the small CNN. deployment: a
 SuperLink with two SuperNodes on 127.0.0.1, few optimisation steps, the same in both methods: the small CNN on digits,
-ResNet-18 with BatchNorm and with GroupNorm on 64 made images of CIFAR-10's shape.
+ResNet-18 with BatchNorm and with GroupNorm on 16 made images of CIFAR-10's shape.
 
 The methods take turns, AutoFLIP first, `--repeats` times each. Seconds come from the run's record: the median of the
 rounds after the first (in which the mask travels and clients load their data), central evaluation included; then the
@@ -54,10 +54,10 @@ SIMULATION: Settings = {**_SHORT, "batch-size": 350, "explorers": 0.25}
 _FEW_STEPS: Settings = {**_SHORT, "nodes": 2, "split": "iid", "fraction-evaluate": 0}
 DEPLOYMENT: dict[str, Settings] = {
     "cnn": {**_FEW_STEPS, "dataset": "digits", "batch-size": 64},
-    "resnet18": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 32},
-    "resnet18-gn": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 32},
+    "resnet18": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 8},
+    "resnet18-gn": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 8},
 }
-"""By model. ResNet-18: 32 examples a node, hence one step a round."""
+"""By model. ResNet-18: 8 examples a node, hence one step a round."""
 
 LIMITS = {
     ("simulation", "cnn"): 1.10,
@@ -192,7 +192,7 @@ def deploy(rounds: int, repeats: int, models: Sequence[str]) -> Iterator[Row]:
             yield compare("deployment", model, repeats, run)
 
 
-def make_images(folder: Path, examples: int = 64, test_examples: int = 20) -> None:
+def make_images(folder: Path, examples: int = 16, test_examples: int = 20) -> None:
     """Write a data folder of CIFAR-10's format: noise, and labels in turn."""
     random = np.random.default_rng(SEED)
     for part, count in (("train", examples), ("test", test_examples)):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.startup import light_imports
 
 _TWOCNN_WIDTH = 32
 
@@ -125,8 +126,8 @@ def _resnet18_gn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
 def _cifar_resnet18(
     input_shape: tuple[int, int, int], classes: int, norm: type[nn.BatchNorm2d] | partial[nn.GroupNorm]
 ) -> nn.Module:
-    # Here, not above: torchvision is slow to import, and the other models do without it.
-    from torchvision.models import resnet18
+    with light_imports():  # here, not above: torchvision is slow to import, and the other models do without it
+        from torchvision.models import resnet18
 
     net: nn.Module = resnet18(num_classes=classes, norm_layer=norm)
     stem = nn.Conv2d(input_shape[0], 64, 3, padding=1, bias=False)

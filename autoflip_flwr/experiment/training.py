@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.startup import light_imports
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.torch import masked_training
 
@@ -81,7 +82,8 @@ def train(
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    optimizer = _optimizer(model, config, lr)
+    with light_imports():  # torch.optim loads torch's compiler
+        optimizer = _optimizer(model, config, lr)
     loss_of = nn.CrossEntropyLoss()
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
