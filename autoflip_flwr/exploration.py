@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from logging import INFO, WARNING
+from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
@@ -17,8 +19,12 @@ from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
 from autoflip_flwr.layout import Arrays
+from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
+
+if TYPE_CHECKING:
+    from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")
@@ -76,6 +82,7 @@ def explore(
     kind: str,
     seed: int | None,
     timeout: float | None,
+    checkpoints: Checkpoints | None = None,
 ) -> Exploration:
     """Run the exploration.
 
@@ -99,6 +106,8 @@ def explore(
         Makes the choice of explorers reproducible.
     timeout : float | None
         Seconds for each batch.
+    checkpoints : Checkpoints | None
+        Where answers are kept as they come; those that are there already are not asked for again.
 
     Raises
     ------
@@ -111,6 +120,29 @@ def explore(
     count = min(len(nodes), max(plan.min_explorers, round(plan.explorers * len(nodes))))
     chosen = nodes if count == len(nodes) else _sample(nodes, count, seed)
     problems: dict[str, list[int]] = {}  # reason -> nodes
+    kept = {} if checkpoints is None else checkpoints.explorers()
+    if kept:
+        log(INFO, "exploration: %d answers have come before the interruption", len(kept))
+    for about, _ in kept.values():
+        grid.ledger.charge_exploration(about["cost"])
+
+    def explorer(node: int) -> int:
+        return grid.partitions.get(node, node)  # a node may come back under another id, with the same partition
+
+    def judge(reply: Message) -> tuple[float, Arrays]:
+        return firewall.judge_moves(reply, mask=mask, weight_key=weight_key, kind=plan.values)
+
+    def arrived(message: Message, reply: Message) -> None:
+        if checkpoints is None or reply.has_error():
+            return
+        with suppress(wire.WireError):
+            weight, _ = judge(reply)
+            cost = Ledger()
+            cost.sent(message)
+            cost.received(message, reply)
+            (moves,) = reply.content.array_records.values()
+            about = {"weight": weight, "cost": cost.exploration_only()}
+            checkpoints.add_explorer(explorer(message.metadata.dst_node_id), about, moves)
 
     def answers() -> Iterator[tuple[float, Arrays]]:
         packed = wire.pack(mask, mask.gather(initial), kind)
@@ -129,20 +161,28 @@ def explore(
         batches = [chosen[start :: plan.rounds] for start in range(min(plan.rounds, count))]
         for number, batch in enumerate(batches, 1):
             log(INFO, "[EXPLORATION %d/%d] %d explorers", number, len(batches), len(batch))
-            messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in batch]
-            for reply in grid.exchange(messages, timeout):
-                node = reply.metadata.src_node_id
-                if reply.has_error():
+            missing = [node for node in batch if explorer(node) not in kept]
+            messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in missing]
+            replies = {reply.metadata.reply_to_message_id: reply for reply in grid.exchange(messages, timeout, arrived)}
+            came = {message.metadata.dst_node_id: replies.get(message.metadata.message_id) for message in messages}
+            for node in batch:
+                if (answer := kept.get(explorer(node))) is not None:
+                    about, moves = answer
+                    weight, found = about["weight"], firewall.read_moves(moves, mask=mask, kind=plan.values)
+                elif (reply := came[node]) is None:
+                    continue
+                elif reply.has_error():
                     problems.setdefault(firewall.explain(reply.error), []).append(node)
                     continue
-                try:
-                    weight, moves = firewall.judge_moves(reply, mask=mask, weight_key=weight_key, kind=plan.values)
-                except wire.WireError as error:
-                    grid.ledger.failures["quarantined"] += 1
-                    problems.setdefault(str(error), []).append(node)
-                    log(WARNING, "exploration: left out node %d: %s", node, error)
-                    continue
-                yield weight if plan.weighting == "examples" else 1.0, moves
+                else:
+                    try:
+                        weight, found = judge(reply)
+                    except wire.WireError as error:
+                        grid.ledger.failures["quarantined"] += 1
+                        problems.setdefault(str(error), []).append(node)
+                        log(WARNING, "exploration: left out node %d: %s", node, error)
+                        continue
+                yield weight if plan.weighting == "examples" else 1.0, found
 
     try:
         found = combine(mask.layout, answers())

@@ -75,24 +75,24 @@ def judge(
         another mask, phase or round, a value or metric that is not finite, a weight that is not positive.
     """
     key, record, weight = _judge_record(reply, mask, phase, round_, weight_key, kind)
-    vectors = wire.vectors(mask, record, kind, base)
-    for vector in vectors.values():
-        if not vector.is_finite():
-            raise wire.WireError(f"array {_first_not_finite(mask, vectors)!r} holds NaN or infinity")
-    return Judged(key, vectors, weight)
+    return Judged(key, _finite(mask, wire.vectors(mask, record, kind, base)), weight)
 
 
 def judge_moves(reply: Message, *, mask: Mask, weight_key: str, kind: str) -> tuple[float, Arrays]:
     """Check an explorer's reply; its weight, and how far it moved each floating array. Raises as :func:`judge` does."""
+    _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind)
+    return weight, read_moves(record, mask=mask, kind=kind)
+
+
+def read_moves(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
+    """How far an explorer moved each floating array, from its reply's record. Raises as :func:`judge` does."""
     if kind == wire.LOG8:
-        _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind)
-        return weight, wire.unpack_moves(mask, record)
-    judged = judge(reply, mask=mask, phase=wire.EXPLORE, round_=0, weight_key=weight_key)
-    moves = mask.scatter(wire.arrays_of(mask, judged.vectors))
+        return wire.unpack_moves(mask, record)
+    moves = mask.scatter(wire.arrays_of(mask, _finite(mask, wire.vectors(mask, record, kind))))
     for name, values in moves.items():
         if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
             raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
-    return judged.weight, moves
+    return moves
 
 
 def _judge_record(
@@ -112,8 +112,12 @@ def _judge_record(
     return *arrays[0], weight
 
 
-def _first_not_finite(mask: Mask, vectors: Mapping[str, Vector]) -> str:
-    return next(name for name, values in wire.arrays_of(mask, vectors).items() if not np.isfinite(values).all())
+def _finite(mask: Mask, vectors: dict[str, Vector]) -> dict[str, Vector]:
+    if all(vector.is_finite() for vector in vectors.values()):
+        return vectors
+    arrays = wire.arrays_of(mask, vectors)
+    first = next(name for name, values in arrays.items() if not np.isfinite(values).all())
+    raise wire.WireError(f"array {first!r} holds NaN or infinity")
 
 
 def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None:

@@ -111,8 +111,16 @@ class OrderedGrid(Grid):
         ]
         return [reply for reply in healed if reply is not None]
 
-    def exchange(self, messages: list[Message], timeout: float | None) -> list[Message]:
-        """``send_and_receive`` that does not count as a round's exchange (explorations, repeats)."""
+    def exchange(
+        self,
+        messages: list[Message],
+        timeout: float | None,
+        arrived: Callable[[Message, Message], None] | None = None,
+    ) -> list[Message]:
+        """``send_and_receive`` that does not count as a round's exchange (explorations, repeats).
+
+        ``arrived`` is called with a message and its reply as soon as that is there.
+        """
         if not messages:
             return []
         for message in messages:
@@ -127,6 +135,9 @@ class OrderedGrid(Grid):
         while waiting:
             new = [reply for reply in self.pull_messages(waiting) if reply.metadata.reply_to_message_id in order]
             replies += new
+            if arrived is not None:
+                for reply in new:
+                    arrived(messages[order[reply.metadata.reply_to_message_id]], reply)
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break

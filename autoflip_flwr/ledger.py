@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import Message, MetricRecord
 
@@ -85,6 +86,17 @@ class Ledger:
         for record in reply.content.values():
             if isinstance(record, MetricRecord) and isinstance(count := record.get(EXAMPLES_PROCESSED), int | float):
                 self.examples[phase] += int(count)
+
+    def absorb(self, earlier: Mapping[str, Any]) -> None:
+        """Add what an interrupted run has cost, given by its ledger's attributes."""
+        for name in ("up", "down", "failures", "examples", "messages", "replies"):
+            getattr(self, name).update(earlier[name])
+        self.mask_down += earlier["mask_down"]
+        for node, own in earlier["by_node"].items():
+            self.by_node.setdefault(node, Counter()).update(own)
+        self.partitions = earlier["partitions"] | self.partitions
+        for phase, seconds in earlier["seconds"].items():
+            self.seconds[phase] += seconds
 
     def _charge(self, phase: str, node: int, moved: Traffic, mask: int) -> None:
         down = moved.down - mask

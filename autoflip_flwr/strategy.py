@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterable
 from logging import INFO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -17,12 +19,17 @@ from autoflip_flwr import guidance, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
+from autoflip_flwr.progress import Progress
+from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.translate import Translator, to_arrays, to_record
 from autoflip_flwr.values import KINDS
+
+if TYPE_CHECKING:
+    from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 INITIALS = ("scratch", "scouts")
 
@@ -82,6 +89,10 @@ exploration_values
         Makes the choice of nodes reproducible; costs one small message to each node before the start.
     ledger : Ledger or None
         Where bytes and failures are counted.
+    checkpoints : Checkpoints or None
+        Where all state is kept after each finished round (:class:`~autoflip_flwr.checkpoint.Checkpoints`), so that a
+        run which was interrupted goes on from there and ends bit for bit like one that was not. With int8 replies what
+        rounding has lost (see ``values``) is forgotten there.
 
     Attributes
     ----------
@@ -134,6 +145,7 @@ exploration_values
         values_down: str | None = None,
         seed: int | None = None,
         ledger: Ledger | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         if initial not in INITIALS:
             raise ValueError(f"initial = {initial!r}: must be one of {', '.join(INITIALS)}")
@@ -168,6 +180,8 @@ exploration_values
             )
         self.seed = seed
         self.ledger = ledger if ledger is not None else Ledger()
+        self.checkpoints = checkpoints
+        self._progress = Progress()
         self._coordinates = coordinates
         self._packed = coords.resolve(coordinates, self.strategy) == "packed"
         self._integers = False
@@ -221,6 +235,8 @@ exploration_values
         ------
         ValueError
             If the model cannot be pruned as asked, before any client works.
+        CheckpointError
+            If a checkpoint is in the way, damaged or of another run.
         RuntimeError
             If too few nodes are connected or too few explorers answer.
         """
@@ -231,12 +247,16 @@ exploration_values
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
+        progress = self._progress = Progress(self.checkpoints)
+        resumed = progress.open(self._settings(layout, initial))
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
-        if self.seed is not None and not facade.partitions:
+        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
             minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
             facade.roll_call(minimum=minimum, timeout=timeout)
         everything = Mask.full(layout)
+        if self.mask is None and self.mask_plan.sparsity > 0 and self.exploration is None:
+            self.exploration = progress.exploration()
         if self.mask is None and self.mask_plan.sparsity > 0 and self.exploration is None:
             seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
             template = template_of(self.strategy, seen, train_config or ConfigRecord(), facade)
@@ -250,35 +270,80 @@ exploration_values
                 kind=self._down,
                 seed=self.seed,
                 timeout=timeout,
+                checkpoints=self.checkpoints,
             )
-        if self.mask is None and self.exploration is not None:
+            progress.explored(self.exploration)
+        if resumed:
+            self.mask = progress.mask(layout)
+        elif self.mask is None and self.exploration is not None:
             self.mask = self.mask_plan.choose(layout, initial, self.exploration)
         self.mask = everything if self.mask is None else self.mask
         if self.initial == "scouts" and self.exploration is not None and self._translator is None:
             initial = guidance.start_arrays(initial, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
         self._shadow = initial
-        self._translator = self._translate(self.mask, initial)
-        facade.repeat = self._translator.repeat
+        self._translator = translator = self._translate(self.mask, initial)
+        facade.repeat = translator.repeat
+        first = to_record(self.mask.apply(initial))
+        if resumed:
+            first, self._shadow, translator.integers = progress.model()
+            progress.restore(self.strategy, self.ledger, facade)
+            log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", progress.before)
+
+        def finished(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            """Called by Flower's loop before the first round and at the end of each."""
+            if flowers_round == 0 and progress.before:
+                return None
+            round_ = flowers_round + progress.before
+            keep = (round_, arrays, self._shadow, translator, self.strategy, self.ledger, facade)
+            if round_ == 0:  # the exploration is over
+                progress.keep(*keep)
+            found = None if evaluate_fn is None else evaluate_fn(round_, arrays)
+            if found is not None:
+                progress.central[round_] = found
+            if round_:
+                progress.keep(*keep)
+            return found
+
         arguments = {
-            "num_rounds": num_rounds,
+            "num_rounds": max(num_rounds - progress.before, 0),
             "timeout": timeout,
             "train_config": train_config,
             "evaluate_config": evaluate_config,
-            "evaluate_fn": evaluate_fn,
+            "evaluate_fn": evaluate_fn if self.checkpoints is None else finished,
         }
-        pruned = to_record(self.mask.apply(initial))
         if type(self.strategy).start is Strategy.start:
-            return super().start(facade, pruned, **arguments, **own)  # type: ignore[arg-type]
+            return progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
         # a strategy with a loop of its own keeps it
         start = coords.twin(self.strategy, methods_of=self).start
-        return start(facade, pruned, **coords.accepted(start, arguments), **own)
+        return start(facade, first, **coords.accepted(start, arguments), **own)
+
+    def _settings(self, layout: Layout, initial: Arrays) -> dict[str, object]:
+        """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
+        if self.checkpoints is None:
+            return {}
+        if type(self.strategy).start is not Strategy.start:
+            raise ValueError(
+                f"checkpoints: {type(self.strategy).__name__} has a start of its own, whose variables cannot be kept"
+            )
+        strategy_state(self.strategy, {})
+        start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
+        return {
+            "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
+            "prunable": [spec.name for spec in layout.prunable],
+            "initial values": start,
+            "mask": {**dataclasses.asdict(self.mask_plan), "ready": None if self.mask is None else self.mask.digest},
+            "exploration": dataclasses.asdict(self.exploration_plan),
+            "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
+            "strategy": settings_of(self.strategy),
+        }
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
         translator = self._started
+        server_round += self._progress.before
         full = self._follow_schedule(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
@@ -289,26 +354,36 @@ exploration_values
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
         translator = self._started
+        server_round += self._progress.before
         if coords.averages_plainly(self.strategy):
             counted, mean = translator.average(replies, server_round)
             _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
-            return None if mean is None else to_record(mean), metrics
-        counted = translator.incoming(replies, server_round)
-        record, metrics = self.strategy.aggregate_train(server_round, counted)
-        return None if record is None else to_record(translator.from_strategy(record)), metrics
+        else:
+            counted = translator.incoming(replies, server_round)
+            record, metrics = self.strategy.aggregate_train(server_round, counted)
+            mean = None if record is None else translator.from_strategy(record)
+        if metrics is not None:
+            self._progress.train[server_round] = metrics
+        return None if mean is None else to_record(mean), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the evaluation, and pack its messages."""
         translator = self._started
+        server_round += self._progress.before
         record = translator.to_strategy(translator.mask.gather(to_arrays(arrays)))
         messages = self.strategy.configure_evaluate(server_round, record, config, grid)
         return translator.outgoing(messages, wire.EVALUATE, server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Judge the replies and let the wrapped strategy aggregate those that count."""
-        return self.strategy.aggregate_evaluate(server_round, self._started.incoming_evaluate(replies, server_round))
+        server_round += self._progress.before
+        counted = self._started.incoming_evaluate(replies, server_round)
+        metrics = self.strategy.aggregate_evaluate(server_round, counted)
+        if metrics is not None:
+            self._progress.evaluate[server_round] = metrics
+        return metrics
 
     @property
     def _started(self) -> Translator:

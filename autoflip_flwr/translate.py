@@ -74,7 +74,7 @@ class Translator:
         self._weight_key = weight_key
         self._ledger = ledger
         self._down, self._up = down, up
-        self._integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
+        self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
         self._bases: dict[int, dict[str, NDArray[Any]]] = {}  # node -> what its reply's values are added to
         self._confirmed: dict[int, str] = {}  # node -> digest
         self._older: dict[str, Mask] = {}  # by digest
@@ -99,7 +99,7 @@ class Translator:
 
     def from_strategy(self, record: ArrayRecord) -> Arrays:
         """What the strategy holds -> full arrays, pruned, in the strategy's dtypes and the model's order."""
-        arrays = to_arrays(record) | self._integers
+        arrays = to_arrays(record) | self.integers
         return self.mask.scatter(arrays) if self._packed else self.mask.apply(arrays)
 
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
@@ -153,7 +153,7 @@ class Translator:
             for dtype in judged[0].vectors
             if np.dtype(dtype).kind == "f"
         }
-        return admitted, self.mask.scatter(wire.split(self.mask, mean) | self._integers)
+        return admitted, self.mask.scatter(wire.split(self.mask, mean) | self.integers)
 
     def _judge(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], list[Judged]]:
         """The replies that count, with an empty record for their arrays, then the errors; what the former hold."""
@@ -177,10 +177,10 @@ class Translator:
 
         admitted = self._admit(replies, round_, accept)
         judged = [seen[id(reply)] for reply in admitted if not reply.has_error()]
-        if judged and self._integers:
+        if judged and self.integers:
             largest = max(judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
-            self._integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}
+            self.integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}
         return admitted, judged
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
@@ -210,7 +210,7 @@ class Translator:
         A reply in full is corrected by what the coding of the message has changed, so that rounding the values on
         their way down shifts where a client starts, but never adds up in the model.
         """
-        arrays = to_arrays(record) | self._integers
+        arrays = to_arrays(record) | self.integers
         packed = arrays if self._packed else self.mask.gather(arrays)
         sent = wire.pack(self.mask, packed, self._down)
         if self._down == self._up == "float32":

@@ -15,7 +15,7 @@ from autoflip_flwr.experiment.superlink import Resources, run_app
 
 APP_NAME = "autoflip-flwr"
 DEFAULT_NODES = 10
-PATH_SETTINGS = ("data-dir", "output-dir", "exploration")
+PATH_SETTINGS = ("data-dir", "output-dir", "exploration", "resume")
 
 # What `flwr run -c` takes for a pair; it passes over everything else in silence, which we do not.
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")

@@ -43,6 +43,7 @@ def _choice(*choices: str) -> _Rule:
 _FLAG = _Rule(bool, "true or false")
 _TEXT = _Rule(str, "a string")
 _COUNT = _Rule(int, "an integer >= 1", lambda v: v >= 1)
+_NOT_BELOW_ZERO = _Rule(int, "an integer >= 0", lambda v: v >= 0)
 _POSITIVE = _Rule(float, "a number > 0", lambda v: v > 0)
 _NOT_NEGATIVE = _Rule(float, "a number >= 0", lambda v: v >= 0)
 _BELOW_ONE = _Rule(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
@@ -159,6 +160,12 @@ class Config:
         The same for messages to the nodes alone. Empty: as `values`.
     exploration : str ("")
         Existing file with the exploration of an earlier run, to be used instead of exploring.
+
+    checkpoints : int (2)
+        Rounds whose whole state is kept in the run's folder (method autoflip), >= 0; 0 keeps none.
+    resume : str ("")
+        Existing folder of an interrupted run's record: go on after its last finished round. All else must be as it
+        was, but for `num_server_rounds`, which may grow, and what changes no result.
     """
 
     name: str = _setting("", _NAME)
@@ -209,6 +216,9 @@ class Config:
     values_down: str = _setting("", _WAY)
     exploration: str = _setting("", _TEXT)
 
+    checkpoints: int = _setting(2, _NOT_BELOW_ZERO)
+    resume: str = _setting("", _TEXT)
+
     def __post_init__(self) -> None:
         for each in fields(self):
             rule: _Rule = each.metadata["rule"]
@@ -222,6 +232,8 @@ class Config:
                 raise ConfigError(f"{_key(each)} = {shown(value)}: must be {rule.allowed}")
         if 0 < self.nodes < self.min_explorers:
             raise ConfigError(f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}")
+        if self.resume and (self.method != "autoflip" or not self.checkpoints):
+            raise ConfigError(f"resume = {shown(self.resume)}: needs method = 'autoflip' and checkpoints > 0")
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":
@@ -232,7 +244,8 @@ class Config:
         values : Mapping[str, bool | int | float | str]
             Settings by their kebab-case keys; a missing one takes its default.
         check_paths : bool (True)
-            Whether `data-dir` and `exploration` must exist. A client on another machine than the server passes False.
+            Whether `data-dir`, `exploration` and `resume` must exist. A client on another machine than the server
+            passes False.
 
         Raises
         ------
@@ -251,16 +264,35 @@ class Config:
                 raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder with {_DATA_FILES}")
             if config.exploration and not Path(config.exploration).is_file():
                 raise ConfigError(f"exploration = {shown(config.exploration)}: must be an existing file")
+            if config.resume and not (Path(config.resume) / "config.json").is_file():
+                raise ConfigError(f"resume = {shown(config.resume)}: must be the folder of an earlier run's record")
         return config
 
     def as_dict(self) -> dict[str, Value]:
         """All settings by their kebab-case keys, in the order of their declaration."""
         return {_key(each): getattr(self, each.name) for each in fields(self)}
 
+    def decisive(self) -> dict[str, Value]:
+        """Those that decide what a run computes, and hence what must not change when it goes on."""
+        return {key: value for key, value in self.as_dict().items() if key not in _FREE}
+
     @property
     def resolved_data_dir(self) -> str:
         """Folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
         return self.data_dir or os.environ.get("AUTOFLIP_DATA", "")
+
+
+_FREE = (
+    "name",
+    "output-dir",
+    "data-dir",
+    "nodes",
+    "node-timeout",
+    "round-timeout",
+    "num-server-rounds",
+    "checkpoints",
+    "resume",
+)
 
 
 def shown(value: object) -> str:

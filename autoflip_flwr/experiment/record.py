@@ -88,6 +88,16 @@ class RunRecord:
         _write_json(record.path / "config.json", about)
         return record
 
+    def shorten(self, size: int) -> None:
+        """Cut ``metrics.jsonl`` back to its first ``size`` bytes: what came after them was not finished."""
+        if self.size() > size:
+            os.truncate(self.path / "metrics.jsonl", size)
+
+    def size(self) -> int:
+        """Bytes of ``metrics.jsonl``."""
+        lines = self.path / "metrics.jsonl"
+        return lines.stat().st_size if lines.exists() else 0
+
     def append(self, line: Mapping[str, object]) -> None:
         """Add one line to ``metrics.jsonl``; it is on the disk when this returns. NaN and infinities become null."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:

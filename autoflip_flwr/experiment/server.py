@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from autoflip_flwr import AutoFlip, Ledger
+from autoflip_flwr.checkpoint import Checkpoints
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
@@ -21,6 +22,7 @@ from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.translate import to_record
 
 app = ServerApp()
@@ -56,8 +58,13 @@ def run(grid: Grid, config: Config) -> Path:
     # refuses an impossible split now, and leaves the split in the cache for the clients
     partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
     start = start_digest(initial)
-    strategy, explored_seconds = _strategy(config, ledger, start)
-    record = RunRecord.create(config.output_dir, config.name or f"{config.method}-{config.dataset}", config.as_dict())
+    exploration, cost, explored_seconds = _earlier_exploration(config, start)
+    if config.resume:
+        record = RunRecord(Path(config.resume).resolve())
+    else:
+        name = config.name or f"{config.method}-{config.dataset}"
+        record = RunRecord.create(config.output_dir, name, config.as_dict())
+    strategy = _strategy(config, ledger, exploration, record.path / "checkpoint")
     tracker = Tracker(
         record,
         config,
@@ -69,9 +76,13 @@ def run(grid: Grid, config: Config) -> Path:
         explored_seconds,
     )
     ordered.observe = tracker.observe
+    if isinstance(strategy, AutoFlip) and strategy.checkpoints is not None:
+        strategy.checkpoints.extra, strategy.checkpoints.restore = tracker.state, tracker.restore
 
     def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
-        if server_round == 0 and isinstance(strategy, AutoFlip) and strategy.exploration and not config.exploration:
+        if server_round == 0 and cost:
+            ledger.charge_exploration(cost)
+        elif server_round == 0 and isinstance(strategy, AutoFlip) and strategy.exploration:
             write_exploration(
                 record.path / "exploration.safetensors",
                 strategy.exploration,
@@ -102,8 +113,12 @@ def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
         ) from error
 
 
-def _strategy(config: Config, ledger: Ledger, start: str) -> tuple[Strategy, float]:
-    """The strategy, and the seconds of an earlier exploration that it reuses (its bytes are charged to the ledger)."""
+def _earlier_exploration(config: Config, start: str) -> tuple[Exploration | None, dict[str, float], float]:
+    """The exploration of an earlier run that is to be used, what it cost and its seconds."""
+    return read_exploration(Path(config.exploration), start) if config.exploration else (None, {}, 0.0)
+
+
+def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, checkpoints: Path) -> Strategy:
     common = {
         "fraction_train": config.fraction_train,
         "fraction_evaluate": config.fraction_evaluate,
@@ -121,12 +136,11 @@ def _strategy(config: Config, ledger: Ledger, start: str) -> tuple[Strategy, flo
     else:
         inner = FedAvg(**common)  # type: ignore[arg-type]
     if config.method == "fedavg":
-        return inner, 0.0
-    exploration, seconds = None, 0.0
-    if config.exploration:
-        exploration, cost, seconds = read_exploration(Path(config.exploration), start)
-        ledger.charge_exploration(cost)
-    strategy = AutoFlip(
+        return inner
+    kept = None
+    if config.checkpoints:
+        kept = Checkpoints(checkpoints, resume=bool(config.resume), keep=config.checkpoints, settings=config.decisive())
+    return AutoFlip(
         inner,
         sparsity=config.sparsity,
         scope=config.scope,
@@ -147,5 +161,5 @@ def _strategy(config: Config, ledger: Ledger, start: str) -> tuple[Strategy, flo
         exploration=exploration,
         seed=config.seed,
         ledger=ledger,
+        checkpoints=kept,
     )
-    return strategy, seconds

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import INFO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +63,34 @@ class Tracker:
         self.exploration_seconds = exploration_seconds
         self._explored_before = exploration_seconds
         self._accuracies: dict[int, float] = {}
+        self._resumed: list[int] = []
         self._nodes, self._train_loss = 0, float("nan")
         self._dense = _dense_sizes(training.get_arrays(model))
         ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps of the run's record, as JSON can hold it."""
+        return {
+            "size": self.record.size(),
+            "seconds": self._seconds(),
+            "rounds": time.monotonic() - self._rounds_began,
+            "exploration": self.exploration_seconds,
+            "accuracies": list(self._accuracies.items()),
+            "resumed": self._resumed,
+        }
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on with the record of an interrupted run; ``None`` if none of its rounds was finished."""
+        if state is None:
+            self.record.shorten(0)
+            return
+        self.record.shorten(state["size"])
+        now = time.monotonic()
+        self._began = now - state["seconds"] + self._explored_before
+        self._rounds_began = now - state["rounds"]
+        self.exploration_seconds = state["exploration"]
+        self._accuracies = dict(state["accuracies"])
+        self._resumed = [*state["resumed"], max(self._accuracies, default=0)]
 
     def observe(self, phase: str, replies: list[Message]) -> None:
         """Take note of an exchange's replies; a batch of explorers gets its line in the record."""
@@ -127,6 +153,8 @@ class Tracker:
             "seconds": {"exploration": self.exploration_seconds, "train": time.monotonic() - self._rounds_began},
             "exchange_seconds": {phase: seconds for phase, seconds in ledger.seconds.items() if phase != "other"},
             "failures": ledger.failure_counts(),
+            "resumed_after": self._resumed,
+            "residuals_restarted": bool(self._resumed) and (self._config.values_up or self._config.values) == "int8",
             "mask": None if mask is None else {"version": mask.version, "digest": mask.digest},
             "density_by_layer": {}
             if mask is None

@@ -1,0 +1,228 @@
+"""Checkpoints on disk: all of a run's state after each finished round, written so that no crash can lose one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord
+from flwr.common.logger import log
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from autoflip_flwr.translate import to_arrays, to_record
+
+FORMAT = 1
+EXPLORATION = "exploration.safetensors"
+EXPLORERS = "explorers"
+
+Arrays = dict[str, NDArray[Any]]
+
+_ROUND = re.compile(r"round-(\d{6,})\.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, of another run, or in the way; the message says which file, and what to do."""
+
+
+@dataclass
+class Checkpoints:
+    """Where ``AutoFlip(checkpoints=...)`` keeps what it takes to go on after a crash, bit for bit.
+
+    Parameters
+    ----------
+    folder : Path or str
+        One folder for each run; made if it is not there. It must be as safe from others as the model itself.
+    resume : bool
+        Go on after the last finished round in the folder, or within the exploration if none is there. False: the
+        folder must hold no checkpoint.
+    keep : int
+        So many rounds are kept, at least 1.
+    settings : Mapping[str, object]
+        More that must be the same when the run goes on, as JSON can hold it: what the run's own code depends on.
+    extra : Callable[[], object] or None
+        Called for each checkpoint; what it returns, as JSON can hold it, is kept in it.
+    restore : Callable[[Any], None] or None
+        Called with what ``extra`` returned for the checkpoint from which the run goes on, before it does; with
+        ``None`` if the run was interrupted before the first.
+
+    Raises
+    ------
+    ValueError
+        If ``keep`` is less than 1.
+    """
+
+    folder: Path | str
+    resume: bool = False
+    keep: int = 2
+    settings: Mapping[str, object] = field(default_factory=dict)
+    extra: Callable[[], object] | None = None
+    restore: Callable[[Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder).resolve()
+        if self.keep < 1:
+            raise ValueError(f"keep = {self.keep}: must be at least 1")
+        self._settings: dict[str, Any] = {}
+
+    def open(self, settings: Mapping[str, object]) -> tuple[dict[str, Any], Arrays] | None:
+        """State and arrays of the last finished round, or ``None`` if the run begins.
+
+        Parameters
+        ----------
+        settings : Mapping[str, object]
+            All that must be the same when the run goes on, as JSON can hold it.
+
+        Raises
+        ------
+        CheckpointError
+            If there are checkpoints but nothing is to be resumed; if the last one is damaged, or of other settings.
+        OSError
+            If the folder cannot be made.
+        """
+        folder = self._folder
+        (folder / EXPLORERS).mkdir(parents=True, exist_ok=True)
+        self._settings = json.loads(json.dumps({**settings, "own": dict(self.settings)}, default=_name))
+        rounds = self._rounds()
+        if not self.resume:
+            if rounds or (folder / EXPLORATION).exists() or any((folder / EXPLORERS).glob("*.safetensors")):
+                raise CheckpointError(
+                    f"{folder} holds checkpoints of an earlier run: resume it, or choose another folder"
+                )
+            return None
+        for left in [*folder.glob(".*.tmp"), *(folder / EXPLORERS).glob(".*.tmp")]:
+            left.unlink()  # what was being written when the run ended
+        if not rounds:
+            self._restore(None)
+            return None
+        last = rounds[-1]
+        try:
+            state, arrays = _read(last, self._settings)
+        except CheckpointError as error:
+            before = f"; without it the run goes on from {rounds[-2].name}" if len(rounds) > 1 else ""
+            raise CheckpointError(f"{error}{before}") from error
+        self._restore(state.pop("extra"))
+        return state, arrays
+
+    def write(self, round_: int, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep the state after a round, then let go of the oldest; a failure is logged, and the run goes on."""
+        extra = None if self.extra is None else self.extra()
+        try:
+            _write(self._folder / f"round-{round_:06d}.safetensors", {**state, "extra": extra}, arrays, self._settings)
+            for old in self._rounds()[: -self.keep]:
+                old.unlink()
+        except OSError as error:
+            log(ERROR, "the checkpoint of round %d could not be written: %s; the one before it stays", round_, error)
+
+    def write_exploration(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a finished exploration, in place of its explorers' answers. Raises ``OSError`` if that fails."""
+        _write(self._folder / EXPLORATION, state, arrays, self._settings)
+        for answer in (self._folder / EXPLORERS).glob("*.safetensors"):
+            answer.unlink()
+
+    def read_exploration(self) -> tuple[dict[str, Any], Arrays] | None:
+        """The finished exploration, or ``None``; raises :class:`CheckpointError` as :meth:`open` does."""
+        path = self._folder / EXPLORATION
+        return _read(path, self._settings) if path.exists() else None
+
+    def add_explorer(self, explorer: int, about: Mapping[str, Any], moves: ArrayRecord) -> None:
+        """Keep an explorer's answer as it came; a failure is logged, and the run goes on."""
+        try:
+            _write(self._folder / EXPLORERS / f"{explorer}.safetensors", about, to_arrays(moves), self._settings)
+        except OSError as error:
+            log(ERROR, "the answer of explorer %d could not be written: %s", explorer, error)
+
+    def explorers(self) -> dict[int, tuple[dict[str, Any], ArrayRecord]]:
+        """The answers that came before the run was interrupted; raises :class:`CheckpointError` as :meth:`open`."""
+        answers = {}
+        for path in sorted((self._folder / EXPLORERS).glob("*.safetensors")):
+            about, arrays = _read(path, self._settings)
+            answers[int(path.stem)] = about, to_record(arrays)
+        return answers
+
+    def _restore(self, extra: object) -> None:
+        if self.restore is not None:
+            self.restore(extra)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.folder)
+
+    def _rounds(self) -> list[Path]:
+        found = [(int(match[1]), path) for path in self._folder.iterdir() if (match := _ROUND.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
+
+
+def _write(
+    path: Path, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]
+) -> None:
+    """Write a file so that it is there whole or not at all, whatever interrupts."""
+    tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    text = json.dumps({"format": FORMAT, "settings": settings, "state": state})
+    data = save(tensors, metadata={"autoflip": text, "digest": _digest(text, tensors)})
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # where folders cannot be synchronised
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        text = about["autoflip"]
+        whole = _digest(text, tensors) == about["digest"]
+        found = json.loads(text)
+    except Exception as error:  # safetensors raises its own type, json and the metadata others
+        raise CheckpointError(f"{path} is damaged ({error}): remove it") from error
+    if not whole:
+        raise CheckpointError(f"{path} is damaged (its digest is another): remove it")
+    if found["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {found['format']}, this version reads {FORMAT}")
+    if found["settings"] != settings:
+        raise CheckpointError(f"{path} belongs to another run: {_difference(found['settings'], settings)}")
+    return found["state"], tensors
+
+
+def _digest(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _name(thing: object) -> str:
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+
+
+def _difference(before: Any, now: Any, at: str = "") -> str:
+    """The first settings that differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if keys:
+            return _difference(before.get(keys[0]), now.get(keys[0]), f"{at}.{keys[0]}".lstrip("."))
+    return f"{at} was {before!r}, and is now {now!r}"

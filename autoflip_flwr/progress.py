@@ -1,0 +1,134 @@
+"""How far a run has come: its rounds' history, and all of its state as a checkpoint keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
+
+from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.guidance import Exploration
+from autoflip_flwr.layout import Arrays, Layout
+from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state
+from autoflip_flwr.translate import Translator
+
+if TYPE_CHECKING:
+    from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+
+
+@dataclasses.dataclass
+class Progress:
+    """A run's finished rounds.
+
+    Attributes
+    ----------
+    checkpoints : Checkpoints or None
+        Where they are kept.
+    before : int
+        Rounds that were finished before this process; Flower counts those that follow from 1.
+    train, evaluate, central : dict[int, MetricRecord]
+        What Flower's Result holds of each round.
+    """
+
+    checkpoints: Checkpoints | None = None
+    before: int = 0
+    train: dict[int, MetricRecord] = dataclasses.field(default_factory=dict)
+    evaluate: dict[int, MetricRecord] = dataclasses.field(default_factory=dict)
+    central: dict[int, MetricRecord] = dataclasses.field(default_factory=dict)
+    _saved: dict[str, Any] | None = None
+    _arrays: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+
+    def open(self, settings: Mapping[str, object]) -> bool:
+        """Look for an interrupted run of these settings; whether one of its rounds is finished (0 is the start)."""
+        if self.checkpoints is None:
+            return False
+        found = self.checkpoints.open(settings)
+        if found is not None:
+            self._saved, self._arrays = found
+            self.before = self._saved["round"]
+            for name in ("train", "evaluate", "central"):
+                setattr(self, name, self._read(name))
+        return found is not None
+
+    def exploration(self) -> Exploration | None:
+        """The finished exploration of the interrupted run."""
+        found = None if self.checkpoints is None else self.checkpoints.read_exploration()
+        return None if found is None else Exploration(**decode(*found))
+
+    def explored(self, exploration: Exploration) -> None:
+        """Keep a finished exploration."""
+        if self.checkpoints is not None:
+            arrays: dict[str, NDArray[Any]] = {}
+            fields = {each.name: getattr(exploration, each.name) for each in dataclasses.fields(exploration)}
+            self.checkpoints.write_exploration(encode(fields, arrays, "exploration"), arrays)
+
+    def mask(self, layout: Layout) -> Mask:
+        """The mask in force when the run was interrupted."""
+        return Mask(layout, self._read("mask"), self._read("version"))
+
+    def model(self) -> tuple[ArrayRecord, Arrays, Arrays]:
+        """The model as the loop carries it, its dense shadow, and its integer arrays."""
+        return self._read("model"), self._read("shadow"), self._read("integers")
+
+    def restore(self, strategy: Strategy, ledger: Ledger, grid: OrderedGrid) -> None:
+        """Set the wrapped strategy, the ledger, the sampler and the random states as they were."""
+        assert self._saved is not None
+        load_strategy_state(strategy, self._saved["strategy"], self._arrays)
+        ledger.absorb(self._read("ledger"))
+        grid.exchanges = self._read("exchanges")
+        random.setstate(self._read("random"))
+        np.random.set_state(self._read("numpy"))
+
+    def keep(
+        self,
+        round_: int,
+        model: ArrayRecord,
+        shadow: Arrays,
+        translator: Translator,
+        strategy: Strategy,
+        ledger: Ledger,
+        grid: OrderedGrid,
+    ) -> None:
+        """Keep all state after a round."""
+        if self.checkpoints is None:
+            return
+        arrays: dict[str, NDArray[Any]] = {}
+        parts: dict[str, object] = {
+            "model": model,
+            "shadow": shadow,
+            "integers": translator.integers,
+            "mask": translator.mask.bits,
+            "version": translator.mask.version,
+            "ledger": vars(ledger),
+            "exchanges": grid.exchanges,
+            "partitions": sorted(grid.partitions.values()),
+            "random": random.getstate(),
+            "numpy": np.random.get_state(),
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "central": self.central,
+        }
+        state = {name: encode(value, arrays, name) for name, value in parts.items()}
+        self.checkpoints.write(round_, {**state, "round": round_, "strategy": strategy_state(strategy, arrays)}, arrays)
+
+    def complete(self, result: Result, model: ArrayRecord) -> Result:
+        """Flower's result of the rounds that this process has run, with those before; ``model`` if there was none."""
+        if self.before:
+            result.train_metrics_clientapp = self.train
+            result.evaluate_metrics_clientapp = self.evaluate
+            result.evaluate_metrics_serverapp = self.central
+            if not result.arrays:
+                result.arrays = model
+        return result
+
+    def _read(self, name: str) -> Any:
+        assert self._saved is not None
+        return decode(self._saved[name], self._arrays)

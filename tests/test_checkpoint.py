@@ -1,0 +1,362 @@
+"""A run that was interrupted goes on from its last finished round, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+from apps import message_app, model, record
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import (
+    Bulyan,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+)
+
+from autoflip_flwr import AutoFlip
+from autoflip_flwr.checkpoint import CheckpointError, Checkpoints
+from autoflip_flwr.state import decode, encode
+from autoflip_flwr.testing import LocalGrid
+
+NODES = 6
+ROUNDS = 5
+
+
+class Killed(BaseException):
+    """As if the process had been killed."""
+
+
+def inner(kind=FedAvg, **options):
+    return kind(fraction_evaluate=0.5, fraction_train=0.5, **options)
+
+
+def evaluate(round_, arrays):
+    return MetricRecord({"sum": float(sum(np.abs(array.numpy()).sum() for array in arrays.values()))})
+
+
+def run(folder, make=inner, *, resume=False, dies_in=None, rounds=ROUNDS, app=message_app, **options):
+    """Start a new process, as it were: everything is made anew. It dies in the evaluation of round ``dies_in``."""
+    random.seed(1)
+    np.random.seed(1)
+
+    def evaluate_or_die(round_, arrays):
+        if round_ == dies_in:
+            raise Killed
+        return evaluate(round_, arrays)
+
+    checkpoints = None if folder is None else Checkpoints(folder, resume=resume)
+    strategy = AutoFlip(make(), seed=3, checkpoints=checkpoints, exploration_epochs=1, **options)
+    grid = LocalGrid(app(), NODES)
+    result = strategy.start(grid, record(model()), num_rounds=rounds, evaluate_fn=evaluate_or_die)
+    return result, strategy, grid
+
+
+def same(left, right):
+    assert list(left.arrays) == list(right.arrays)
+    for name in left.arrays:
+        assert left.arrays[name].numpy().tobytes() == right.arrays[name].numpy().tobytes(), name
+    for part in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
+        assert getattr(left, part) == getattr(right, part)
+    central = [{r: v for r, v in each.evaluate_metrics_serverapp.items() if r} for each in (left, right)]
+    assert central[0] == central[1]
+
+
+STRATEGIES = {
+    "FedAvg": inner,
+    "FedAvgM": lambda: inner(FedAvgM, server_momentum=0.9, server_learning_rate=0.1),
+    "FedAdam": lambda: inner(FedAdam),
+    "FedYogi": lambda: inner(FedYogi),
+    "FedAdagrad": lambda: inner(FedAdagrad),
+    "FedProx": lambda: inner(FedProx, proximal_mu=0.1),
+    "QFedAvg": lambda: inner(QFedAvg, client_learning_rate=0.1, train_loss_key="train-loss"),
+    "FedMedian": lambda: inner(FedMedian),
+    "FedTrimmedAvg": lambda: inner(FedTrimmedAvg),
+    "Krum": lambda: inner(Krum, num_malicious_nodes=1),
+    "MultiKrum": lambda: inner(MultiKrum, num_malicious_nodes=1, num_nodes_to_select=2),
+    "Bulyan": lambda: Bulyan(fraction_evaluate=0.5, num_malicious_nodes=0),
+    "DP, server, fixed": lambda: DifferentialPrivacyServerSideFixedClipping(inner(), 0.5, 1.0, 3),
+    "DP, server, adaptive": lambda: DifferentialPrivacyServerSideAdaptiveClipping(inner(), 0.1, 3),
+}
+
+
+@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_end_is_bit_identical(name, coordinates, tmp_path):
+    make = STRATEGIES[name]
+    whole, *_ = run(None, make, coordinates=coordinates)
+    with pytest.raises(Killed):
+        run(tmp_path, make, dies_in=3, coordinates=coordinates)
+    resumed, _, grid = run(tmp_path, make, resume=True, coordinates=coordinates)
+    same(resumed, whole)
+    sent = [message.content["config"].get("server-round") for message in grid.sent if "config" in message.content]
+    assert min(round_ for round_ in sent if round_) == 3  # rounds 1 and 2 were finished
+    assert not any(message.metadata.group_id == "exploration" for message in grid.sent)
+
+
+@pytest.mark.parametrize("dies_in", [0, 1, 2, ROUNDS])
+def test_wherever_it_was_interrupted(dies_in, tmp_path):
+    whole, *_ = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=dies_in)
+    same(run(tmp_path, resume=True)[0], whole)
+
+
+def test_again_and_again(tmp_path):
+    whole, *_ = run(None)
+    for dies_in in (1, 2, 2, 4):
+        with pytest.raises(Killed):
+            run(tmp_path, resume=dies_in > 1, dies_in=dies_in)
+    same(run(tmp_path, resume=True)[0], whole)
+
+
+def test_a_finished_run_can_be_given_more_rounds(tmp_path):
+    whole, *_ = run(None)
+    run(tmp_path, rounds=3)
+    same(run(tmp_path, resume=True)[0], whole)
+
+
+def test_a_finished_run_that_is_resumed_returns_what_it_had(tmp_path):
+    whole, *_ = run(tmp_path)
+    resumed, _, grid = run(tmp_path, resume=True)
+    same(resumed, whole)
+    assert all(message.metadata.message_type != "evaluate" for message in grid.sent)
+
+
+def test_nothing_to_resume_begins(tmp_path):
+    whole, *_ = run(None)
+    same(run(tmp_path, resume=True)[0], whole)
+
+
+def test_a_changed_mask_its_shadow_and_version_are_kept(tmp_path):
+    def schedule(round_):
+        keep = {spec.name: np.random.default_rng(round_).random(spec.shape) < 0.5 for spec in layout.prunable}
+        return mask_of(layout, keep)
+
+    from autoflip_flwr import Layout, Mask
+
+    layout, mask_of = Layout.of(model()), Mask.from_bool
+    whole, first, _ = run(None, mask_schedule=schedule)
+    with pytest.raises(Killed):
+        run(tmp_path, mask_schedule=schedule, dies_in=4)
+    resumed, second, _ = run(tmp_path, mask_schedule=schedule, resume=True)
+    same(resumed, whole)
+    assert second.mask == first.mask
+
+
+def test_the_ledger_goes_on(tmp_path):
+    _, whole, _ = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=3)
+    _, resumed, _ = run(tmp_path, resume=True)
+    for phase in ("exploration", "train"):
+        assert resumed.ledger.replies[phase] == whole.ledger.replies[phase]
+        assert resumed.ledger.up[phase] == whole.ledger.up[phase]
+
+
+def test_answers_of_explorers_outlive_a_crash(tmp_path, monkeypatch):
+    whole, first, _ = run(None)
+    came = []
+    add = Checkpoints.add_explorer
+
+    def add_some(self, explorer, about, moves):
+        if len(came) == 4:
+            raise Killed
+        came.append(explorer)
+        add(self, explorer, about, moves)
+
+    monkeypatch.setattr(Checkpoints, "add_explorer", add_some)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    monkeypatch.setattr(Checkpoints, "add_explorer", add)
+    resumed, second, grid = run(tmp_path, resume=True)
+    same(resumed, whole)
+    asked = [message.metadata.dst_node_id - 100 for message in grid.sent if message.metadata.group_id == "exploration"]
+    assert sorted(asked + came) == list(range(NODES))
+    assert second.exploration.explorers == NODES
+    assert second.ledger.replies["exploration"] == NODES
+    assert second.ledger.up["exploration"] == first.ledger.up["exploration"]
+    assert not list((tmp_path / "explorers").iterdir())
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    run(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("round-*")) == [f"round-{r:06d}.safetensors" for r in (4, 5)]
+
+
+def test_another_run_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=3)
+    with pytest.raises(CheckpointError, match="resume it, or choose another folder"):
+        run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"belongs to another run: mask.sparsity was 0.7, and is now 0.5"):
+        run(tmp_path, resume=True, sparsity=0.5)
+    with pytest.raises(CheckpointError, match=r"strategy.0.FedAvg was .* and is now None"):
+        run(tmp_path, lambda: inner(FedAdam), resume=True)
+    with pytest.raises(CheckpointError, match=r"strategy.0.FedAvg.fraction_train was 0.5, and is now 1.0"):
+        run(tmp_path, lambda: FedAvg(fraction_evaluate=0.5), resume=True)
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "empty", "text"])
+def test_a_damaged_one_is_named_and_the_one_before_it_offered(how, tmp_path):
+    whole, *_ = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=4)
+    last = tmp_path / "round-000003.safetensors"
+    data = bytearray(last.read_bytes())
+    if how == "flip":
+        data[-5] ^= 1
+    last.write_bytes({"cut": data[:-7], "flip": data, "empty": b"", "text": b"nothing of the kind"}[how])
+    with pytest.raises(CheckpointError, match=r"round-000003\.safetensors is damaged .*: remove it; without it the "):
+        run(tmp_path, resume=True)
+    last.unlink()
+    same(run(tmp_path, resume=True)[0], whole)
+
+
+def test_what_was_being_written_is_not_read(tmp_path):
+    whole, *_ = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=3)
+    half = (tmp_path / "round-000002.safetensors").read_bytes()[:1000]
+    (tmp_path / ".round-000003.safetensors.tmp").write_bytes(half)
+    same(run(tmp_path, resume=True)[0], whole)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, caplog):
+    whole, *_ = run(None)
+    import autoflip_flwr.checkpoint as checkpoint
+
+    save = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda *a, **k: save(*a, **k) if full["left"] > 0 else raise_(OSError(28, "No space left"))
+    )
+    full = {"left": 1}
+
+    def raise_(error):
+        raise error
+
+    class Filling(Checkpoints):
+        def write(self, round_, state, arrays):
+            full["left"] = 0 if round_ == 2 else 1
+            super().write(round_, state, arrays)
+
+    strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), exploration_epochs=1)
+    random.seed(1)
+    np.random.seed(1)
+    result = strategy.start(LocalGrid(message_app(), NODES), record(model()), num_rounds=ROUNDS, evaluate_fn=evaluate)
+    same(result, whole)
+    assert "the checkpoint of round 2 could not be written" in caplog.text
+
+
+def test_state_that_cannot_be_kept_is_named_at_the_start(tmp_path):
+    class Locked(FedAvg):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.guard = threading.Lock()
+
+    with pytest.raises(ValueError, match=r"the state of Locked cannot be kept: Locked.guard is a lock; give Locked"):
+        run(tmp_path, lambda: inner(Locked))
+
+
+class Counting(FedAvg):
+    """Has state that only it can tell."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.guard = threading.Lock()
+        self.seen = 0
+
+    def aggregate_train(self, server_round, replies):
+        self.seen += 1
+        return super().aggregate_train(server_round, replies)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_strategy_may_tell_its_own_state(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, lambda: inner(Counting), dies_in=3)
+    _, strategy, _ = run(tmp_path, lambda: inner(Counting), resume=True)
+    assert strategy.strategy.seen == ROUNDS
+
+
+class Budget:
+    """An attribute that tells its own state, as Flower's privacy accountant does."""
+
+    def __init__(self):
+        self.spent, self.guard = 0, threading.Lock()
+
+    def state_dict(self):
+        return {"spent": self.spent}
+
+    def load_state_dict(self, state):
+        self.spent = state["spent"]
+
+
+class Spending(FedAvg):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.budget = Budget()
+
+    def aggregate_train(self, server_round, replies):
+        self.budget.spent += 1
+        return super().aggregate_train(server_round, replies)
+
+
+def test_so_may_what_a_strategy_holds(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, lambda: inner(Spending), dies_in=3)
+    _, strategy, _ = run(tmp_path, lambda: inner(Spending), resume=True)
+    assert strategy.strategy.budget.spent == ROUNDS
+
+
+def test_a_strategy_with_a_loop_of_its_own_is_refused(tmp_path):
+    class Own(FedAvg):
+        def start(self, *args, **kwargs):
+            return super().start(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Own has a start of its own, whose variables cannot be kept"):
+        run(tmp_path, lambda: inner(Own))
+
+
+def test_values_come_back_as_they_were():
+    value = {
+        "a": [1, 2.5, None, True, "x", b"\x00\xff", (1, (2,)), {3}, float("inf")],
+        4: np.arange(6, dtype=np.float16).reshape(2, 3),
+        "s": np.float64(0.1),
+        "r": ArrayRecord({"w": record({"w": np.ones((2, 0), np.float32)})["w"]}),
+        "m": MetricRecord({"x": 1, "y": [0.1, 2.0]}),
+        "c": ConfigRecord({"x": "y", "z": b"1"}),
+        "e": {},
+    }
+    arrays = {}
+    back = decode(encode(value, arrays, "v"), arrays)
+    assert list(back) == list(value)
+    assert back["a"] == value["a"]
+    assert back[4].dtype == np.float16
+    assert (back[4] == value[4]).all()
+    assert back["s"] == 0.1
+    assert type(back["s"]) is np.float64
+    assert (back["m"], back["c"]) == (value["m"], value["c"])
+    assert back["r"]["w"].numpy().shape == (2, 0)
+    with pytest.raises(ValueError, match=r"v.x.1 is a object"):
+        encode({"x": [1, object()]}, {}, "v")
+    with pytest.raises(ValueError, match=r"v is an array of object"):
+        encode(np.array([None]), {}, "v")
