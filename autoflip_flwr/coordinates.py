@@ -100,6 +100,18 @@ def clips_at_clients(strategy: Strategy) -> bool:
     return any(isinstance(layer, kinds) for layer in layers(strategy))
 
 
+def divides_by_norm(strategy: Strategy) -> bool:
+    """Whether a differential-privacy wrapper scales each update by its norm, and fails on one of exactly zero."""
+    kinds = (DifferentialPrivacyServerSideAdaptiveClipping, DifferentialPrivacyServerSideFixedClipping)
+    return any(isinstance(layer, kinds) for layer in layers(strategy))
+
+
+def nodes_needed(strategy: Strategy) -> int:
+    """How many nodes the strategy waits for, or must have."""
+    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+    return max(int(getattr(layer, name, 1) or 1) for layer in layers(strategy) for name in names)
+
+
 def averages_plainly(strategy: Strategy) -> bool:
     """Whether FedAvg's own weighted mean is in force, of arrays and metrics alike."""
     used = [name for name, thing in vars(FedAvg).items() if callable(thing) and not name.startswith(_NOT_OF_THE_MEAN)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
@@ -22,6 +24,7 @@ from autoflip_flwr.layout import Arrays
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
+from autoflip_flwr.quarantine import Quarantine, outliers
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -82,6 +85,7 @@ def explore(
     kind: str,
     seed: int | None,
     timeout: float | None,
+    quarantine: Quarantine,
     checkpoints: Checkpoints | None = None,
 ) -> Exploration:
     """Run the exploration.
@@ -106,6 +110,8 @@ def explore(
         Makes the choice of explorers reproducible.
     timeout : float | None
         Seconds for each batch.
+    quarantine : Quarantine
+        Takes the replies that are left out.
     checkpoints : Checkpoints | None
         Where answers are kept as they come; those that are there already are not asked for again.
 
@@ -129,20 +135,26 @@ def explore(
     def explorer(node: int) -> int:
         return grid.partitions.get(node, node)  # a node may come back under another id, with the same partition
 
-    def judge(reply: Message) -> tuple[float, Arrays]:
-        return firewall.judge_moves(reply, mask=mask, weight_key=weight_key, kind=plan.values)
+    def judge(reply: Message) -> Answer:
+        weight, moves = firewall.judge_moves(
+            reply, mask=mask, weight_key=weight_key, kind=plan.values, max_weight=quarantine.rules.max_examples
+        )
+        (record,) = reply.content.array_records.values()
+        return Answer(weight, math.hypot(*(float(np.linalg.norm(values)) for values in moves.values())), record)
 
     def arrived(message: Message, reply: Message) -> None:
         if checkpoints is None or reply.has_error():
             return
         with suppress(wire.WireError):
-            weight, _ = judge(reply)
-            cost = Ledger()
+            answer, cost = judge(reply), Ledger()
             cost.sent(message)
             cost.received(message, reply)
-            (moves,) = reply.content.array_records.values()
-            about = {"weight": weight, "cost": cost.exploration_only()}
-            checkpoints.add_explorer(explorer(message.metadata.dst_node_id), about, moves)
+            about = {"weight": answer.weight, "norm": answer.norm, "cost": cost.exploration_only()}
+            checkpoints.add_explorer(explorer(message.metadata.dst_node_id), about, answer.moves)
+
+    def left_out(node: int, reason: str) -> None:
+        quarantine.strike(node, "exploration", 0, reason)
+        problems.setdefault(reason, []).append(node)
 
     def answers() -> Iterator[tuple[float, Arrays]]:
         packed = wire.pack(mask, mask.gather(initial), kind)
@@ -165,24 +177,26 @@ def explore(
             messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in missing]
             replies = {reply.metadata.reply_to_message_id: reply for reply in grid.exchange(messages, timeout, arrived)}
             came = {message.metadata.dst_node_id: replies.get(message.metadata.message_id) for message in messages}
+            good: dict[int, Answer] = {}
             for node in batch:
-                if (answer := kept.get(explorer(node))) is not None:
-                    about, moves = answer
-                    weight, found = about["weight"], firewall.read_moves(moves, mask=mask, kind=plan.values)
+                if (before := kept.get(explorer(node))) is not None:
+                    good[node] = Answer(before[0]["weight"], before[0]["norm"], before[1])
                 elif (reply := came[node]) is None:
                     continue
                 elif reply.has_error():
                     problems.setdefault(firewall.explain(reply.error), []).append(node)
-                    continue
                 else:
                     try:
-                        weight, found = judge(reply)
+                        good[node] = judge(reply)
                     except wire.WireError as error:
-                        grid.ledger.failures["quarantined"] += 1
-                        problems.setdefault(str(error), []).append(node)
-                        log(WARNING, "exploration: left out node %d: %s", node, error)
-                        continue
-                yield weight if plan.weighting == "examples" else 1.0, found
+                        left_out(node, str(error))
+            far = outliers({node: answer.norm for node, answer in good.items()}, quarantine.rules.norm_factor)
+            for node, answer in good.items():
+                if node in far:
+                    left_out(node, far[node])
+                    continue
+                weight = answer.weight if plan.weighting == "examples" else 1.0
+                yield weight, firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
 
     try:
         found = combine(mask.layout, answers())
@@ -202,6 +216,15 @@ def explore(
             "no explorer moved any prunable parameter: the mask says nothing; do the clients return their work?",
         )
     return found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An explorer's reply that may be counted: its weight, the L2 norm of its moves, and those as they came."""
+
+    weight: float
+    norm: float
+    moves: ArrayRecord
 
 
 @dataclass(frozen=True)

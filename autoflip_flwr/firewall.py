@@ -34,24 +34,28 @@ class Judged:
         Its flat vectors by dtype, finite.
     weight : float
         Its weight in the average, finite and > 0.
+    norm : float
+        L2 norm of its update.
     """
 
     key: str
     vectors: dict[str, Vector]
     weight: float
+    norm: float
 
 
 def judge(
     reply: Message,
     *,
     mask: Mask,
-    phase: str,
     round_: int,
     weight_key: str,
+    sent: Mapping[str, NDArray[Any]],
     kind: str = "float32",
     base: Mapping[str, NDArray[Any]] | None = None,
+    max_weight: float = math.inf,
 ) -> Judged:
-    """Check a reply that carries values against what was asked for.
+    """Check a train reply against what was asked for.
 
     Parameters
     ----------
@@ -59,28 +63,38 @@ def judge(
         A reply without an error.
     mask : Mask
         The mask under which its values must be packed.
-    phase, round_ : str, int
-        What the message that it answers asked for.
+    round_ : int
+        Of the message that it answers.
     weight_key : str
         Metric that holds the reply's weight (its number of examples); "" where there is none.
+    sent : Mapping[str, ndarray]
+        The flat vectors of the floating dtypes that the node was sent; its update is counted from there.
     kind : str
         How its values must be coded.
     base : Mapping[str, ndarray] | None
         Flat vectors that its values are added to.
+    max_weight : float
+        The largest weight that is believed.
 
     Raises
     ------
     WireError
         With the reason, if the reply must be left out: missing or extra records or keys, another dtype or length,
-        another mask, phase or round, a value or metric that is not finite, a weight that is not positive.
+        another mask, phase or round, a value or metric that is not finite, a weight that is not positive or too large.
     """
-    key, record, weight = _judge_record(reply, mask, phase, round_, weight_key, kind)
-    return Judged(key, _finite(mask, wire.vectors(mask, record, kind, base)), weight)
+    key, record, weight = _judge_record(reply, mask, wire.TRAIN, round_, weight_key, kind, max_weight)
+    vectors = wire.vectors(mask, record, kind, base)
+    norm = math.hypot(*(vectors[dtype].distance(values) for dtype, values in sent.items()))
+    if not math.isfinite(norm):  # not all values are, or the square of one is not
+        _finite(mask, vectors)
+    return Judged(key, vectors, weight, norm)
 
 
-def judge_moves(reply: Message, *, mask: Mask, weight_key: str, kind: str) -> tuple[float, Arrays]:
+def judge_moves(
+    reply: Message, *, mask: Mask, weight_key: str, kind: str, max_weight: float = math.inf
+) -> tuple[float, Arrays]:
     """Check an explorer's reply; its weight, and how far it moved each floating array. Raises as :func:`judge` does."""
-    _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind)
+    _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind, max_weight)
     return weight, read_moves(record, mask=mask, kind=kind)
 
 
@@ -96,7 +110,7 @@ def read_moves(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
 
 
 def _judge_record(
-    reply: Message, mask: Mask, phase: str, round_: int, weight_key: str, kind: str
+    reply: Message, mask: Mask, phase: str, round_: int, weight_key: str, kind: str, max_weight: float
 ) -> tuple[str, ArrayRecord, float]:
     """The one ArrayRecord of a reply that is what was asked for, and as the mod has packed it."""
     judge_header(reply, mask=mask, phase=phase, round_=round_)
@@ -104,6 +118,8 @@ def _judge_record(
     if len(arrays) != 1:
         raise wire.WireError(f"{len(arrays)} ArrayRecords, expected 1")
     weight = judge_metrics(reply, weight_key)
+    if weight_key and weight > max_weight:
+        raise wire.WireError(f"metric {weight_key!r} is {weight:g}, expected at most {max_weight:g}")
     head = reply.content[wire.HEADER]
     if head.get("values", "float32") != kind:
         raise wire.WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")

@@ -46,6 +46,8 @@ class OrderedGrid(Grid):
         self.observe: Callable[[str, list[Message]], None] | None = None
         """Called after each exchange with its phase (see :mod:`autoflip_flwr.ledger`) and its replies."""
         self.num_partitions = 0
+        self.choose: Callable[[list[int]], list[int]] | None = None
+        """From the connected nodes to those that may get messages."""
 
     def set_run(self, run: object) -> None:
         """Forward to the grid."""
@@ -67,6 +69,8 @@ class OrderedGrid(Grid):
         nodes = list(self._grid.get_node_ids())
         if self.partitions:
             nodes.sort(key=lambda node: (self.partitions.get(node, math.inf), node))
+        if self.choose is not None:
+            nodes = self.choose(nodes)
         if self._seed is not None:
             random.seed(f"{self._seed}/{self.exchanges}")
         return nodes
@@ -147,7 +151,10 @@ class OrderedGrid(Grid):
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
         for reply in replies:
             self.ledger.received(messages[order[reply.metadata.reply_to_message_id]], reply)
-        self.ledger.failures["absent"] += len(messages) - len(replies)
+        answered = {reply.metadata.reply_to_message_id for reply in replies}
+        for message in messages:
+            if message.metadata.message_id not in answered:
+                self.ledger.absent(message)
         if self.observe is not None:
             self.observe(phase, replies)
         return replies

@@ -161,7 +161,7 @@ class Layout:
         }
 
     def check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes."""
+        """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes, and real numbers."""
         missing = [spec.name for spec in self.specs if spec.name not in arrays]
         extra = [name for name in arrays if name not in self]
         if missing or extra:
@@ -171,6 +171,8 @@ class Layout:
                 raise ValueError(
                     f"array {spec.name!r} has shape {tuple(arrays[spec.name].shape)}, expected {spec.shape}"
                 )
+            if arrays[spec.name].dtype.kind not in "fiub":
+                raise ValueError(f"array {spec.name!r} has dtype {arrays[spec.name].dtype}, expected {spec.dtype}")
 
 
 def _predicate(rule: Rule, parameter: str, names: Sequence[str]) -> Callable[[str, tuple[int, ...]], bool]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, MetricRecord
+from flwr.app import ConfigRecord, Message, MetricRecord
 
 from autoflip_flwr import wire
 from autoflip_flwr.traffic import Traffic, message_traffic, record_bytes, reply_traffic
@@ -16,6 +16,9 @@ EXAMPLES_PROCESSED = "examples-processed"
 """Metric in which a client may say how many examples it ran forward and backward (epochs count each time)."""
 
 PHASES = ("exploration", "train", "evaluate", "other")
+
+MAX_REASON = 300
+"""Characters of a node's own words that are noted."""
 
 _PHASE_OF_HEADER = {wire.EXPLORE: "exploration", wire.TRAIN: "train", wire.EVALUATE: "evaluate", wire.HELLO: "other"}
 
@@ -27,6 +30,12 @@ def phase_of(message: Message) -> str:
         return _PHASE_OF_HEADER.get(str(head.get("phase")), "other")
     category = message.metadata.message_type.partition(".")[0]
     return category if category in PHASES else "other"
+
+
+def _round_of(message: Message) -> int:
+    head = message.content.get(wire.HEADER) if message.has_content() else None
+    found = head.get("round", 0) if isinstance(head, ConfigRecord) else 0
+    return found if isinstance(found, int) else 0
 
 
 @dataclass
@@ -53,6 +62,9 @@ class Ledger:
         Time from sending the messages to the last of their replies, by phase.
     flops_per_example : float
         Floating-point operations of one example, forward and backward, through the dense model.
+    incidents : list[dict[str, int or str]]
+        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``, or ``rested``: the node gets no
+        messages for a while), ``phase``, ``round``, ``node`` (its partition id where that is known) and ``reason``.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -66,6 +78,24 @@ class Ledger:
     replies: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops_per_example: float = 0.0
+    incidents: list[dict[str, int | str]] = field(default_factory=list)
+
+    def note(self, kind: str, node: int, phase: str, round_: int, reason: str) -> None:
+        """Count a failure of ``kind``, and note the node, phase, round and reason."""
+        self.failures[kind] += 1
+        self.incidents.append(
+            {
+                "kind": kind,
+                "phase": phase,
+                "round": round_,
+                "node": self.partitions.get(node, node),
+                "reason": reason,
+            }
+        )
+
+    def absent(self, message: Message) -> None:
+        """Note that no reply to a message came in time."""
+        self.note("absent", message.metadata.dst_node_id, phase_of(message), _round_of(message), "no reply in time")
 
     def sent(self, message: Message) -> None:
         """Charge a message to a node, whether or not the node will fetch it."""
@@ -80,7 +110,8 @@ class Ledger:
         if reply.metadata.src_node_id == node:  # else the SuperLink answers for a node that is gone
             self._charge(phase, node, reply_traffic(reply), 0)
         if reply.has_error():
-            self.failures["errors"] += 1
+            reason = str(reply.error.reason or f"error {reply.error.code}")
+            self.note("errors", node, phase, _round_of(message), reason[:MAX_REASON])
             return
         self.replies[phase] += 1
         for record in reply.content.values():
@@ -97,6 +128,7 @@ class Ledger:
         self.partitions = earlier["partitions"] | self.partitions
         for phase, seconds in earlier["seconds"].items():
             self.seconds[phase] += seconds
+        self.incidents[:0] = earlier["incidents"]
 
     def _charge(self, phase: str, node: int, moved: Traffic, mask: int) -> None:
         down = moved.down - mask

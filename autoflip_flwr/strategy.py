@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable
-from logging import INFO
+from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Progress
+from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.translate import Translator, to_arrays, to_record
 from autoflip_flwr.values import KINDS
@@ -89,6 +90,9 @@ exploration_values
         Makes the choice of nodes reproducible; costs one small message to each node before the start.
     ledger : Ledger or None
         Where bytes and failures are counted.
+    rules : ReplyRules or None
+        Which replies are left out beyond those that are malformed, and what follows
+        (:class:`~autoflip_flwr.quarantine.ReplyRules`); default: its own defaults.
     checkpoints : Checkpoints or None
         Where all state is kept after each finished round (:class:`~autoflip_flwr.checkpoint.Checkpoints`), so that a
         run which was interrupted goes on from there and ends bit for bit like one that was not. With int8 replies what
@@ -145,6 +149,7 @@ exploration_values
         values_down: str | None = None,
         seed: int | None = None,
         ledger: Ledger | None = None,
+        rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         if initial not in INITIALS:
@@ -182,6 +187,9 @@ exploration_values
         self.ledger = ledger if ledger is not None else Ledger()
         self.checkpoints = checkpoints
         self._progress = Progress()
+        self.rules = rules if rules is not None else ReplyRules()
+        self._quarantine = Quarantine(self.rules, self.ledger)
+        self._round = 0
         self._coordinates = coordinates
         self._packed = coords.resolve(coordinates, self.strategy) == "packed"
         self._integers = False
@@ -247,10 +255,13 @@ exploration_values
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
+        self._quarantine = Quarantine(self.rules, self.ledger)
         progress = self._progress = Progress(self.checkpoints)
         resumed = progress.open(self._settings(layout, initial))
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
+        needed = coords.nodes_needed(self.strategy)
+        facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
         if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
             minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
             facade.roll_call(minimum=minimum, timeout=timeout)
@@ -270,6 +281,7 @@ exploration_values
                 kind=self._down,
                 seed=self.seed,
                 timeout=timeout,
+                quarantine=self._quarantine,
                 checkpoints=self.checkpoints,
             )
             progress.explored(self.exploration)
@@ -287,7 +299,7 @@ exploration_values
         first = to_record(self.mask.apply(initial))
         if resumed:
             first, self._shadow, translator.integers = progress.model()
-            progress.restore(self.strategy, self.ledger, facade)
+            progress.restore(self.strategy, self.ledger, self._quarantine, facade)
             log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", progress.before)
 
         def finished(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -295,7 +307,16 @@ exploration_values
             if flowers_round == 0 and progress.before:
                 return None
             round_ = flowers_round + progress.before
-            keep = (round_, arrays, self._shadow, translator, self.strategy, self.ledger, facade)
+            keep = (
+                round_,
+                arrays,
+                self._shadow,
+                translator,
+                self.strategy,
+                self.ledger,
+                self._quarantine,
+                facade,
+            )
             if round_ == 0:  # the exploration is over
                 progress.keep(*keep)
             found = None if evaluate_fn is None else evaluate_fn(round_, arrays)
@@ -335,6 +356,7 @@ exploration_values
             "mask": {**dataclasses.asdict(self.mask_plan), "ready": None if self.mask is None else self.mask.digest},
             "exploration": dataclasses.asdict(self.exploration_plan),
             "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
+            "rules": dataclasses.asdict(self.rules),
             "strategy": settings_of(self.strategy),
         }
 
@@ -343,7 +365,7 @@ exploration_values
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
         translator = self._started
-        server_round += self._progress.before
+        self._round = server_round = server_round + self._progress.before
         full = self._follow_schedule(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
@@ -355,12 +377,15 @@ exploration_values
         """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
         translator = self._started
         server_round += self._progress.before
-        if coords.averages_plainly(self.strategy):
+        plainly = coords.averages_plainly(self.strategy)
+        if plainly:
             counted, mean = translator.average(replies, server_round)
-            _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
         else:
             counted = translator.incoming(replies, server_round)
-            record, metrics = self.strategy.aggregate_train(server_round, counted)
+        if not self._suffice(counted, server_round):
+            return None, None
+        record, metrics = self.strategy.aggregate_train(server_round, counted)  # plainly: of no arrays
+        if not plainly:
             mean = None if record is None else translator.from_strategy(record)
         if metrics is not None:
             self._progress.train[server_round] = metrics
@@ -385,6 +410,14 @@ exploration_values
             self._progress.evaluate[server_round] = metrics
         return metrics
 
+    def _suffice(self, replies: list[Message], server_round: int) -> bool:
+        """Whether enough replies count for the round to change the model."""
+        count, needed = sum(not reply.has_error() for reply in replies), self.rules.min_replies
+        if 0 < count < needed:
+            log(WARNING, "round %d: %d replies count, fewer than %d: the model stays", server_round, count, needed)
+            return False
+        return True
+
     @property
     def _started(self) -> Translator:
         if self._translator is None:
@@ -401,7 +434,8 @@ exploration_values
             packed=self._packed,
             integers=self._integers,
             weight_key=self._weight_key,
-            ledger=self.ledger,
+            quarantine=self._quarantine,
+            nudges=coords.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
         )

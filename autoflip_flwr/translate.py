@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -17,12 +16,15 @@ from autoflip_flwr import firewall, maskrecord, wire
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.firewall import Judged
 from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.quarantine import Quarantine, outliers
 from autoflip_flwr.values import is_coded
 
 KEPT_MASKS = 4
 """So many masks before the one in force are kept, for nodes that need the difference alone."""
+
+_NUDGE = 1e-7
+"""Its square is a normal float32."""
 
 
 def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
@@ -50,8 +52,10 @@ class Translator:
         Whether it sees integer and bool arrays; what it makes of them is not used.
     weight_key : str
         Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
-    ledger : Ledger
-        Counts the replies that are left out.
+    quarantine : Quarantine
+        Takes the replies that are left out.
+    nudges : bool
+        Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
         How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.values.KINDS`.
     """
@@ -64,7 +68,8 @@ class Translator:
         packed: bool,
         integers: bool,
         weight_key: str,
-        ledger: Ledger,
+        quarantine: Quarantine,
+        nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
     ) -> None:
@@ -72,10 +77,10 @@ class Translator:
         self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed = packed
         self._weight_key = weight_key
-        self._ledger = ledger
+        self._quarantine, self._nudges = quarantine, nudges
         self._down, self._up = down, up
         self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
-        self._bases: dict[int, dict[str, NDArray[Any]]] = {}  # node -> what its reply's values are added to
+        self._sent: dict[int, tuple[Arrays, Arrays]] = {}  # node -> its values, what its reply's are added to
         self._confirmed: dict[int, str] = {}  # node -> digest
         self._older: dict[str, Mask] = {}  # by digest
         self._encoded: dict[str, ConfigRecord] = {}  # by the digest of the mask that it is the difference from
@@ -105,10 +110,10 @@ class Translator:
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
         """Pack the strategy's messages; the mask goes along to every node that has not confirmed it."""
         batch = list(messages)
-        self._bases = {}
+        self._sent = {}
         coding = wire.kinds(values=self._down, reply="float32" if phase == wire.EVALUATE else self._up)
         head = wire.header(phase, round_, self.mask, **wire.weight_key(self._weight_key), **coding)
-        values: dict[int, tuple[ArrayRecord, dict[str, NDArray[Any]]]] = {}
+        values: dict[int, tuple[ArrayRecord, tuple[Arrays, Arrays]]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
             if len(content.array_records) != 1:
@@ -117,7 +122,7 @@ class Translator:
             if id(record) not in values:  # strategies put one record into all of their messages
                 values[id(record)] = self._to_wire(record)
             node = message.metadata.dst_node_id
-            content[key], self._bases[node] = values[id(record)]
+            content[key], self._sent[node] = values[id(record)]
             content[wire.HEADER] = head
             if self._confirmed.get(node) != self.mask.digest:
                 content[wire.MASK] = self._mask_record(self._confirmed.get(node, ""))
@@ -139,7 +144,10 @@ class Translator:
         """The train replies that count, as the strategy expects them, then the error replies."""
         admitted, judged = self._judge(replies, round_)
         for reply, found in zip(admitted, judged, strict=False):  # errors come last
-            reply.content[found.key] = self.to_strategy(wire.arrays_of(self.mask, found.vectors))
+            arrays = wire.arrays_of(self.mask, found.vectors)
+            if found.norm == 0 and self._nudges:
+                arrays = _nudged(arrays)
+            reply.content[found.key] = self.to_strategy(arrays)
         return admitted
 
     def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
@@ -160,28 +168,34 @@ class Translator:
         seen: dict[int, Judged] = {}
 
         def accept(reply: Message) -> RecordDict:
-            base = self._bases.get(reply.metadata.src_node_id)
-            if base is None:
+            node = reply.metadata.src_node_id
+            if node not in self._sent:
                 raise wire.WireError("nothing was sent to this node in this round")
+            sent, base = self._sent[node]
             judged = firewall.judge(
                 reply,
                 mask=self.mask,
-                phase=wire.TRAIN,
                 round_=round_,
                 weight_key=self._weight_key,
+                sent=sent,
                 kind=self._up,
                 base=base,
+                max_weight=self._quarantine.rules.max_examples,
             )
             seen[id(reply)] = judged
             return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
 
-        admitted = self._admit(replies, round_, accept)
-        judged = [seen[id(reply)] for reply in admitted if not reply.has_error()]
+        counted, errors = self._admit(replies, wire.TRAIN, round_, accept)
+        norms = {id(reply): seen[id(reply)].norm for reply in counted}
+        counted = self._without(outliers(norms, self._quarantine.rules.norm_factor), counted, wire.TRAIN, round_)
+        judged = [seen[id(reply)] for reply in counted]
+        for reply in counted:
+            self._quarantine.clear(reply.metadata.src_node_id)
         if judged and self.integers:
             largest = max(judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
             self.integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}
-        return admitted, judged
+        return counted + errors, judged
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The evaluate replies that count, without our header, then the error replies."""
@@ -191,7 +205,8 @@ class Translator:
             firewall.judge_metrics(reply, self._weight_key)
             return _without_ours(reply)
 
-        return self._admit(replies, round_, accept)
+        counted, errors = self._admit(replies, wire.EVALUATE, round_, accept)
+        return counted + errors
 
     def _mask_record(self, had: str = "") -> ConfigRecord:
         """The mask's record for a node that has the mask of that digest: the difference where that is smaller."""
@@ -204,65 +219,80 @@ class Translator:
             self._encoded[had] = min(difference, whole, key=ConfigRecord.count_bytes)
         return self._encoded.get(had, whole)
 
-    def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, dict[str, NDArray[Any]]]:
-        """The message's values, and what those of its reply are added to: the server's exact ones to an update.
+    def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, tuple[Arrays, Arrays]]:
+        """The message's values; the exact ones, floating, and what those of its reply are added to.
 
-        A reply in full is corrected by what the coding of the message has changed, so that rounding the values on
-        their way down shifts where a client starts, but never adds up in the model.
+        The latter are the server's exact values to an update. A reply in full is corrected by what the coding of the
+        message has changed, so that rounding the values on their way down shifts where a client starts, but never adds
+        up in the model.
         """
         arrays = to_arrays(record) | self.integers
         packed = arrays if self._packed else self.mask.gather(arrays)
         sent = wire.pack(self.mask, packed, self._down)
-        if self._down == self._up == "float32":
-            return sent, {}
-        exact = wire.flatten(self.mask, packed)
-        read = wire.vectors(self.mask, sent, self._down)
+        flat = wire.flatten(self.mask, packed)
+        exact = {dtype: values for dtype, values in flat.items() if values.dtype.kind == "f"}
         base = {}
-        for dtype, values in exact.items():
-            if is_coded(self._up, dtype):
-                base[dtype] = values
-            elif is_coded(self._down, dtype):
-                base[dtype] = values - read[dtype].whole()
-        return sent, base
+        if not self._down == self._up == "float32":
+            read = wire.vectors(self.mask, sent, self._down)
+            for dtype, values in exact.items():
+                if is_coded(self._up, dtype):
+                    base[dtype] = values
+                elif is_coded(self._down, dtype):
+                    base[dtype] = values - read[dtype].whole()
+        return sent, (exact, base)
 
-    def _admit(self, replies: Iterable[Message], round_: int, accept: Callable[[Message], RecordDict]) -> list[Message]:
+    def _admit(
+        self, replies: Iterable[Message], phase: str, round_: int, accept: Callable[[Message], RecordDict]
+    ) -> tuple[list[Message], list[Message]]:
+        """The replies that count, each judged alone and then beside the others, and the error replies."""
         counted: list[Message] = []
         errors: list[Message] = []
+        answered: set[int] = set()
         for reply in replies:
+            node = reply.metadata.src_node_id
             if reply.has_error():
                 errors.append(reply)
                 if reply.error.code == wire.MOD_REFUSED:
-                    log(
-                        WARNING,
-                        "round %d: node %d: %s",
-                        round_,
-                        reply.metadata.src_node_id,
-                        firewall.explain(reply.error),
-                    )
+                    log(WARNING, "round %d: node %d: %s", round_, node, firewall.explain(reply.error))
                 continue
             try:
+                if node in answered:
+                    raise wire.WireError("the node has answered before")
                 reply.content = accept(reply)
             except wire.WireError as error:
-                self._quarantine(reply, round_, str(error))
+                self._quarantine.strike(node, phase, round_, str(error))
                 continue
-            self._confirmed[reply.metadata.src_node_id] = self.mask.digest
+            answered.add(node)
+            self._confirmed[node] = self.mask.digest
             counted.append(reply)
-        return self._alike(counted, round_) + errors
+        return self._without(self._unlike(counted), counted, phase, round_), errors
 
-    def _alike(self, replies: list[Message], round_: int) -> list[Message]:
-        """Those that agree with most on the names of records and metrics: Flower's strategies insist on it."""
-        names = [_names(reply.content) for reply in replies]
-        if len(set(names)) <= 1 or not self._weight_key:
-            return replies
-        usual = Counter(names).most_common(1)[0][0]
-        for reply, own in zip(replies, names, strict=True):
-            if own != usual:
-                self._quarantine(reply, round_, f"its records and metrics {own} differ from most replies' {usual}")
-        return [reply for reply, own in zip(replies, names, strict=True) if own == usual]
+    def _unlike(self, replies: list[Message]) -> dict[int, str]:
+        """Those, with the reason, whose names of records and metrics differ from most: strategies insist on it."""
+        names = {id(reply): _names(reply.content) for reply in replies}
+        if not names or not self._weight_key:
+            return {}
+        usual = Counter(names.values()).most_common(1)[0][0]
+        return {
+            key: f"its records and metrics {own} differ from most replies' {usual}"
+            for key, own in names.items()
+            if own != usual
+        }
 
-    def _quarantine(self, reply: Message, round_: int, reason: str) -> None:
-        self._ledger.failures["quarantined"] += 1
-        log(WARNING, "round %d: left out the reply of node %d: %s", round_, reply.metadata.src_node_id, reason)
+    def _without(self, bad: Mapping[int, str], replies: list[Message], phase: str, round_: int) -> list[Message]:
+        for reply in replies:
+            if id(reply) in bad:
+                self._quarantine.strike(reply.metadata.src_node_id, phase, round_, bad[id(reply)])
+        return [reply for reply in replies if id(reply) not in bad]
+
+
+def _nudged(arrays: Arrays) -> Arrays:
+    """The arrays with one value moved by about its last digit."""
+    name, values = next((name, values) for name, values in arrays.items() if values.size and values.dtype.kind == "f")
+    moved = values.copy()
+    flat = moved.reshape(-1)
+    flat[0] += max(abs(float(flat[0])) * 2 * float(np.finfo(str(flat.dtype)).eps), _NUDGE)
+    return arrays | {name: moved}
 
 
 def _without_ours(reply: Message) -> RecordDict:

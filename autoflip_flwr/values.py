@@ -11,6 +11,7 @@ others (biases, normalisation: few, and of any magnitude) are always coded in bf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ KINDS = ("float32", "bfloat16", "float16", "int8")
 BLOCK = 256
 CHUNK = 2**18
 """Values worked on at once: few enough to stay in a core's cache."""
+
+DISTANCE_CHUNK = 2**16
 
 LARGEST = {"bfloat16": 3.0e38, "float16": 65504.0, "int8": 3.0e38}
 _SMALLEST_PEAK = 1e-30  # of a block: below it 1 / scale may overflow, and the values matter to nobody
@@ -147,6 +150,18 @@ class Vector:
     def whole(self) -> NDArray[Any]:
         """All values."""
         return self.read(0, self.size)
+
+    def distance(self, other: NDArray[Any]) -> float:
+        """L2 norm of the difference from another vector of its dtype; infinity or NaN if it is not all finite."""
+        wide = np.promote_types(self.dtype, np.float32)
+        difference = np.empty(min(self.size, DISTANCE_CHUNK), wide)
+        total = 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, self.size, DISTANCE_CHUNK):
+                stop = min(start + DISTANCE_CHUNK, self.size)
+                part = np.subtract(self.read(start, stop), other[start:stop], difference[: stop - start], dtype=wide)
+                total += float(part @ part)
+        return math.sqrt(total) if total >= 0 else math.nan
 
     def is_finite(self) -> bool:
         """Whether every value is a finite number."""

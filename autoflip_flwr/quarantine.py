@@ -1,0 +1,114 @@
+"""What is done about replies that are left out: noted, and nodes that send them again and again get no messages."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Any
+
+from flwr.common.logger import log
+
+from autoflip_flwr.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class ReplyRules:
+    """Which replies are left out beyond those that are malformed, and what follows.
+
+    Parameters
+    ----------
+    norm_factor : float
+        A reply is left out whose update (or exploration) has an L2 norm above so many times the median of those that
+        came with it, > 1; ``math.inf`` leaves none out. Only from :data:`FEWEST` replies on.
+    max_examples : float
+        A reply that weighs more (``num-examples``) is left out, > 0.
+    min_replies : int
+        A round in which fewer replies count keeps the model as it was, >= 1.
+    strikes, rest : int
+        A node whose replies were left out so many times in a row gets no messages for ``rest`` rounds; both >= 1.
+
+    Raises
+    ------
+    ValueError
+        If one is out of range.
+    """
+
+    norm_factor: float = 10.0
+    max_examples: float = 1e9
+    min_replies: int = 1
+    strikes: int = 3
+    rest: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.norm_factor > 1:
+            raise ValueError(f"norm_factor = {self.norm_factor}: must be a number > 1")
+        if not self.max_examples > 0:
+            raise ValueError(f"max_examples = {self.max_examples}: must be a number > 0")
+        for name in ("min_replies", "strikes", "rest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+FEWEST = 5
+"""From so many replies on, norms are compared with their median."""
+
+
+def outliers(norms: Mapping[int, float], factor: float) -> dict[int, str]:
+    """Those (by any key) whose norm is above ``factor`` times the median, with the reason."""
+    median = statistics.median(norms.values()) if len(norms) >= FEWEST else 0.0
+    limit = factor * median if median > 0 else math.inf
+    return {
+        key: f"the norm of its update is {norm:.4g}, {norm / median:.3g} times the median of {len(norms)} replies"
+        for key, norm in norms.items()
+        if norm > limit
+    }
+
+
+class Quarantine:
+    """Keeps count of the replies that are left out.
+
+    Parameters
+    ----------
+    rules : ReplyRules
+        When a node is left out for a while.
+    ledger : Ledger
+        Where each is noted.
+    """
+
+    def __init__(self, rules: ReplyRules, ledger: Ledger) -> None:
+        self.rules, self._ledger = rules, ledger
+        self._strikes: Counter[int] = Counter()
+        self._until: dict[int, int] = {}  # last round in which a node gets no messages
+
+    def strike(self, node: int, phase: str, round_: int, reason: str) -> None:
+        """Leave out a reply."""
+        log(WARNING, "%s, round %d: left out the reply of node %d: %s", phase, round_, node, reason)
+        self._ledger.note("quarantined", node, phase, round_, reason)
+        key = self._ledger.partitions.get(node, node)
+        self._strikes[key] += 1
+        if self._strikes[key] >= self.rules.strikes:
+            self._until[key] = round_ + self.rules.rest
+            reason = f"{self._strikes[key]} replies in a row were left out: no messages until round {self._until[key]}"
+            log(WARNING, "node %d: %s", node, reason)
+            self._ledger.note("rested", node, phase, round_, reason)
+
+    def clear(self, node: int) -> None:
+        """A reply of this node counts."""
+        self._strikes.pop(self._ledger.partitions.get(node, node), None)
+
+    def active(self, nodes: Collection[int], round_: int, needed: int) -> list[int]:
+        """Those that get messages in this round, in their order; all, if fewer than ``needed`` would be left."""
+        left = [node for node in nodes if self._until.get(self._ledger.partitions.get(node, node), round_ - 1) < round_]
+        return left if len(left) >= needed else list(nodes)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"strikes": dict(self._strikes), "until": self._until}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._strikes, self._until = Counter(state["strikes"]), state["until"]

@@ -1,0 +1,281 @@
+"""A bad reply ends no run and poisons no model, whatever strategy is wrapped; it is noted and the rest counts."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from apps import message_app, model, record
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.mod import PHASE_KEY
+from autoflip_flwr.quarantine import Quarantine, ReplyRules, outliers
+from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.translate import to_arrays, to_record
+from benchmarks import digits
+
+NODES, ROUNDS, HOSTILE = 8, 2, 0
+
+
+def _values(change):
+    def act(reply, before):
+        name, arrays = next(iter(reply.content.array_records.items()))
+        reply.content[name] = ArrayRecord(
+            {key: Array(change(array.numpy(), before[key])) for key, array in arrays.items()}
+        )
+
+    return act
+
+
+def _metrics(**values):
+    def act(reply, _before):
+        (metrics,) = reply.content.metric_records.values()
+        metrics.update(values)
+
+    return act
+
+
+def _floats(change):
+    return _values(lambda new, old: change(new, old).astype(new.dtype) if new.dtype.kind == "f" else new)
+
+
+def _raise(_reply, _before):
+    raise OSError("the link is down")
+
+
+def _drop(kind):
+    def act(reply, _before):
+        for name in list(getattr(reply.content, kind)):
+            del reply.content[name]
+
+    return act
+
+
+BAD = {
+    "error": _raise,
+    "NaN": _floats(lambda new, old: np.full_like(new, np.nan)),
+    "infinity": _floats(lambda new, old: np.full_like(new, np.inf)),
+    "far away": _floats(lambda new, old: old + 1e6),
+    "no examples": _metrics(**{"num-examples": 0}),
+    "fewer than none": _metrics(**{"num-examples": -5}),
+    "all the examples": _metrics(**{"num-examples": 10**12}),
+    "examples NaN": _metrics(**{"num-examples": math.nan}),
+    "a metric NaN": _metrics(**{"train-loss": math.nan}),
+    "another metric": _metrics(**{"surprise": 1.0}),
+    "no metrics": _drop("metric_records"),
+    "no arrays": _drop("array_records"),
+    "complex numbers": _values(lambda new, old: new.astype(np.complex64) if new.dtype.kind == "f" else new),
+    "other shapes": _values(lambda new, old: new.reshape(-1)[:1] if new.ndim else new),
+}
+REFUSED_BY_THE_MOD = {"no arrays", "complex numbers", "other shapes"}
+
+
+def hostile(act, exploring=False):
+    """A mod right around the client's own code, of which one node behaves as told."""
+
+    def mod(message, context, call_next):
+        arrays = next(iter(message.content.array_records.values()), None)
+        before = None if arrays is None else to_arrays(arrays)
+        config = next((r for r in message.content.config_records.values() if "server-round" in r), {})
+        reply = call_next(message, context)
+        hit = message.metadata.message_type == "train" and (PHASE_KEY in config) == exploring and before is not None
+        if hit and context.node_config["partition-id"] == HOSTILE:
+            act(reply, before)
+        return reply
+
+    return mod
+
+
+def run(strategy, mods, app=digits.client_app, start=None):
+    random.seed(7)
+    np.random.seed(7)
+    grid = LocalGrid(app(mods), NODES)
+    result = strategy.start(grid, to_record(digits.model(counter=False)) if start is None else start, ROUNDS)
+    return result, grid
+
+
+@pytest.mark.parametrize("bad", [*BAD, "zero"])
+@pytest.mark.parametrize("name", digits.STRATEGIES)
+def test_no_strategy_ends_or_is_poisoned(name, bad):
+    act = BAD.get(bad, _values(lambda new, old: old))
+    inner = digits.STRATEGIES[name](NODES)
+    inner.noise_multiplier = inner.clipped_count_stddev = 0.0
+    strategy = AutoFlip(inner, sparsity=0.5, mask=digits_mask())
+    result, _ = run(strategy, [autoflip_mod, *digits.mods_for(name), hostile(act)])
+    arrays = to_arrays(result.arrays)
+    private = name.startswith("DifferentialPrivacy")
+    assert arrays or private  # whose noise is scaled for all replies
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    assert all(np.abs(array).max() < 100 for array in arrays.values())
+    found = strategy.ledger.incidents
+    if digits.mods_for(name) and bad in ("zero", "far away", "other shapes"):
+        return  # Flower's own clipping mods divide by the norm at the client, clip what is far away, and broadcast
+    if bad == "zero":
+        assert not found
+        assert strategy.ledger.replies["train"] == NODES * ROUNDS
+        return
+    assert {each["round"] for each in found} == set(range(1, ROUNDS + 1))
+    assert {each["node"] for each in found} == {100 + HOSTILE}
+    assert all(each["reason"] for each in found)
+
+
+def digits_mask():
+    from autoflip_flwr import Layout, Mask
+
+    layout = Layout.of(digits.model(counter=False))
+    draw = np.random.default_rng(1)
+    return Mask.from_bool(layout, {spec.name: draw.random(spec.shape) < 0.5 for spec in layout.prunable})
+
+
+def federation(mods, rules=None, rounds=ROUNDS, nodes=NODES, seed=1, **options):
+    random.seed(7)
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=seed, rules=rules, exploration_epochs=1, **options)
+    grid = LocalGrid(message_app(mods=[autoflip_mod, *mods]), nodes)
+    result = strategy.start(grid, record(model()), num_rounds=rounds)
+    return strategy, result, grid
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_rest_counts_as_if_the_bad_reply_had_never_come(bad):
+    _, expected, _ = federation([hostile(BAD["error"])], ReplyRules(strikes=99))
+    strategy, result, _ = federation([hostile(BAD[bad])], ReplyRules(strikes=99))
+    for name, array in to_arrays(result.arrays).items():
+        assert array.tobytes() == to_arrays(expected.arrays)[name].tobytes(), name
+    kind = "errors" if bad == "error" or bad in REFUSED_BY_THE_MOD else "quarantined"
+    assert strategy.ledger.failure_counts()[kind] == ROUNDS
+    assert [each["kind"] for each in strategy.ledger.incidents] == [kind] * ROUNDS
+    assert {each["node"] for each in strategy.ledger.incidents} == {HOSTILE}  # its partition
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad != "another metric"])
+@pytest.mark.parametrize("values", ["log8", "float32"])
+def test_the_same_holds_for_explorers(bad, values):
+    expected, _, _ = federation([hostile(BAD["error"], exploring=True)], exploration_values=values, rounds=1)
+    strategy, _, _ = federation([hostile(BAD[bad], exploring=True)], exploration_values=values, rounds=1)
+    assert strategy.exploration.explorers == NODES - 1
+    assert strategy.mask == expected.mask
+    assert strategy.ledger.incidents[0]["phase"] == "exploration"
+
+
+def test_with_honest_clients_of_skewed_data_nothing_is_removed():
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), exploration_epochs=2)
+    run(strategy, [autoflip_mod])
+    assert strategy.ledger.incidents == []
+
+
+def test_fewer_replies_than_wanted_keep_the_model():
+    seen = {}
+
+    def act(reply, before):
+        seen[len(seen)] = before  # what this node was sent
+        BAD["NaN"](reply, before)
+
+    _, result, _ = federation([hostile(act)], ReplyRules(min_replies=NODES, strikes=99))
+    assert not result.arrays  # as in Flower where no round counts
+    assert all((seen[round_]["out.weight"] == seen[0]["out.weight"]).all() for round_ in range(ROUNDS))
+    _, result, _ = federation([], ReplyRules(min_replies=NODES))
+    assert result.arrays
+
+
+def test_a_node_that_is_left_out_again_and_again_rests():
+    strategy, _, grid = federation([hostile(BAD["NaN"])], ReplyRules(strikes=2, rest=3), rounds=9)
+    trained = {}
+    for message in grid.sent:
+        head = message.content.get("autoflip")
+        if head is not None and head["phase"] == "train":
+            trained.setdefault(head["round"], set()).add(message.metadata.dst_node_id - 100)
+    assert [HOSTILE in trained[round_] for round_ in range(1, 10)] == [
+        True, True, False, False, False, True, False, False, False,
+    ]  # fmt: skip
+    assert all(trained[round_] >= set(range(1, NODES)) for round_ in trained)
+    rested = [each for each in strategy.ledger.incidents if each["kind"] == "rested"]
+    assert [each["round"] for each in rested] == [2, 6]
+    assert strategy.ledger.failure_counts()["quarantined"] == 3
+
+
+def test_a_node_whose_replies_count_in_between_does_not_rest():
+    class Sometimes:
+        calls = 0
+
+    def act(reply, before):
+        Sometimes.calls += 1
+        if Sometimes.calls % 2:
+            BAD["NaN"](reply, before)
+
+    strategy, _, _ = federation([hostile(act)], ReplyRules(strikes=2), rounds=6)
+    assert strategy.ledger.failure_counts()["quarantined"] == 3
+    assert all(each["kind"] == "quarantined" for each in strategy.ledger.incidents)
+
+
+def test_no_node_rests_where_the_strategy_needs_it():
+    random.seed(7)
+    inner = FedAvg(fraction_evaluate=0.0, min_available_nodes=NODES)
+    strategy = AutoFlip(inner, seed=1, rules=ReplyRules(strikes=1), exploration_epochs=1)
+    grid = LocalGrid(message_app(mods=[autoflip_mod, hostile(BAD["NaN"])]), NODES)
+    strategy.start(grid, record(model()), num_rounds=3)
+    assert strategy.ledger.failure_counts()["quarantined"] == 3
+
+
+def test_a_second_answer_and_an_old_one_do_not_count():
+    class Twice(LocalGrid):
+        old = None
+
+        def pull_messages(self, message_ids):
+            found = super().pull_messages(message_ids)
+            return found + found[:1]
+
+    random.seed(7)
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=1, exploration_epochs=1)
+    result = strategy.start(Twice(message_app(), NODES), record(model()), num_rounds=2)
+    _, expected, _ = federation([], rounds=2)
+    for name, array in to_arrays(result.arrays).items():
+        assert array.tobytes() == to_arrays(expected.arrays)[name].tobytes(), name
+
+
+def test_outliers_are_told_by_the_median_of_five_or_more():
+    assert outliers({1: 1.0, 2: 1.0, 3: 1.0, 4: 100.0}, 10) == {}
+    found = outliers({1: 1.0, 2: 1.0, 3: 2.0, 4: 19.9, 5: 20.1}, 10)
+    assert list(found) == [5]
+    assert found[5] == "the norm of its update is 20.1, 10.1 times the median of 5 replies"
+    assert outliers({1: 0.0, 2: 0.0, 3: 0.0, 4: 5.0, 5: 5.0}, 10) == {}  # most moved nothing: no scale to judge by
+    assert list(outliers({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: math.inf}, 10)) == [5]
+
+
+@pytest.mark.parametrize(
+    "options", [{"norm_factor": 1.0}, {"norm_factor": math.nan}, {"max_examples": 0}, {"min_replies": 0}, {"rest": 0}]
+)
+def test_rules_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ReplyRules(**options)
+
+
+def test_the_count_goes_on_after_a_restart():
+    ledger = Ledger(partitions={7: 0})
+    before = Quarantine(ReplyRules(strikes=2, rest=3), ledger)
+    before.strike(7, "train", 1, "bad")
+    after = Quarantine(ReplyRules(strikes=2, rest=3), ledger)
+    after.load(before.state())
+    after.strike(7, "train", 2, "bad")
+    assert after.active([7, 8], 3, needed=1) == [8]
+    assert after.active([7, 8], 5, needed=1) == [8]
+    assert after.active([7, 8], 6, needed=1) == [7, 8]
+    assert after.active([7, 8], 3, needed=2) == [7, 8]
+
+
+def test_replies_of_one_message_count_once_in_the_records():
+    app = ClientApp(mods=[autoflip_mod])
+
+    @app.train()
+    def train(message, context):
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
+
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0)
+    strategy.start(LocalGrid(app, 2), record(model()), num_rounds=1)
+    assert strategy.ledger.replies["train"] == 2
