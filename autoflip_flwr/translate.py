@@ -272,6 +272,13 @@ def _without_ours(reply: Message) -> RecordDict:
 def _names(content: RecordDict) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple(
         sorted(
-            (key, tuple(sorted(record)) if isinstance(record, MetricRecord) else ()) for key, record in content.items()
+            (key, tuple(sorted(map(_metric, record.items()))) if isinstance(record, MetricRecord) else ())
+            for key, record in content.items()
         )
     )
+
+
+def _metric(item: tuple[str, object]) -> str:
+    """A metric's name, and how many numbers it is: lists of different lengths cannot be averaged."""
+    name, value = item
+    return f"{name}[{len(value)}]" if isinstance(value, list) else name

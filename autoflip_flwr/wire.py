@@ -81,7 +81,7 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
         return None
     if not isinstance(record, ConfigRecord):
         raise WireError(f"record {HEADER!r} must be a ConfigRecord")
-    if record.get("format") != FORMAT:
+    if record.get("format") != FORMAT or type(record["format"]) is not int:
         raise WireError(
             f"wire format {record.get('format')!r}, this side speaks {FORMAT}: "
             "install the same autoflip-flwr on both sides"
