@@ -78,14 +78,21 @@ def decode_mask(record: object, base: Mask | None = None, *, carried: int | None
     try:
         if base is not None and encoding == DIFFERENCE:
             return Mask(base.layout, bits.decode_difference(base, data), version)
-        entries = _decode_layout(layout).prunable_size
-        # of a full mask all values travel, a byte or more each
-        most = MAX_ENTRIES if carried is None else carried * (1 if encoding == "full" else ENTRIES_A_BYTE)
-        if entries > FREE_ENTRIES + most:
-            raise WireError(f"a mask of {entries} entries comes with {carried} bytes of values: too few to be true")
+        if carried is not None:
+            check_entries(_decode_layout(layout).prunable_size, carried, full=encoding == "full")
         return _decode_mask(layout, encoding, data, version)
     except ValueError as error:
         raise WireError(str(error)) from error
+
+
+def check_entries(entries: int, carried: int, *, full: bool) -> None:
+    """Raise ``WireError`` if a mask has more entries than ``carried`` bytes of values justify."""
+    # of a full mask all values travel, a byte or more each
+    if entries > FREE_ENTRIES + carried * (1 if full else ENTRIES_A_BYTE):
+        raise WireError(
+            f"a mask of {entries} prunable entries with {carried} bytes of values: a client takes {FREE_ENTRIES}, and "
+            f"{1 if full else ENTRIES_A_BYTE} more for each byte"
+        )
 
 
 @lru_cache(maxsize=4)

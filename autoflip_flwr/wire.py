@@ -224,6 +224,11 @@ def array(parts: Sequence[NDArray[Any]], shape: tuple[int, ...] | None = None) -
     return Array(dtype=str(dtype), shape=shape, stype="numpy.ndarray", data=data)
 
 
+def carried(content: RecordDict) -> int:
+    """Bytes of the arrays of a message."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
 def fingerprint(record: ArrayRecord) -> int:
     """CRC-32 of a sample of the packed bytes: it tells whether another mod changed them on their way, at no cost.
 

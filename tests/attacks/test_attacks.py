@@ -193,14 +193,23 @@ def test_a_very_sparse_mask_of_a_large_model_may_come():
 )
 def test_one_entry_more_than_the_message_justifies_is_refused(entries: int, carried: int, encoding: str, bits: bytes):
     promise(entries - 1, carried, encoding, bits)
-    with little_memory(carried), pytest.raises(wire.WireError, match="too few to be true"):
+    with little_memory(carried), pytest.raises(wire.WireError, match="a client takes 1048576, and"):
         promise(entries, carried, encoding, bits)
 
 
 def test_a_mask_that_is_known_is_refused_all_the_same_where_the_message_does_not_justify_it():
     promise(2**21, 2**11, "gaps", NO_GAPS)
-    with pytest.raises(wire.WireError, match="too few to be true"):
+    with pytest.raises(wire.WireError, match="a client takes 1048576, and"):
         promise(2**21, 100, "gaps", NO_GAPS)
+
+
+def test_a_server_does_not_send_what_no_client_takes():
+    model = {"w": np.zeros((2**11, 2**10), np.float32)}
+    layout = forge.Layout.of(model, output=None)
+    nearly_empty = forge.Mask(layout, b"\x80" + bytes(2**18 - 1))
+    strategy = AutoFlip(FedAvg(), mask=nearly_empty)
+    with pytest.raises(ValueError, match="a mask of 2097152 prunable entries with 132 bytes of values"):
+        strategy.start(LocalGrid(client([])), to_record(model), num_rounds=1)
 
 
 @pytest.mark.parametrize("rows", [1, 20_000])
