@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +14,17 @@ from typing import Any
 import forge
 import numpy as np
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from records import from_json
 
 from autoflip_flwr import AutoFlip, autoflip_mod, maskrecord, wire
+from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.traffic import record_bytes
 from autoflip_flwr.translate import to_arrays, to_record
+from benchmarks import attacks
 
 NODES = (100, 101, 102)
 HOSTILE = 101
@@ -163,6 +167,33 @@ def test_the_moves_that_the_attacks_start_from_count(kind: str):
 
 def test_the_evaluation_that_the_attacks_start_from_counts():
     assert serve({"phase": "evaluate", "values": "float32"}, lambda: forge.reply(wire.EVALUATE))[2] == 0
+
+
+@pytest.mark.parametrize("lie", [2**62, -1, True, 0.5, "3", [3]])
+def test_a_node_that_lies_about_the_number_of_nodes_keeps_nobody_waiting(lie: Any):
+    def tamper(reply: Message) -> Message:
+        if reply.metadata.src_node_id == HOSTILE:
+            reply.content[wire.HEADER] = wire.header(wire.HELLO, 0, **{"num-partitions": lie, "partition": lie})
+        return reply
+
+    grid = OrderedGrid(LocalGrid(client([]), num_nodes=3, tamper=tamper))
+    assert sorted(grid.roll_call(timeout=60)) == list(NODES)
+    assert grid.num_partitions == 3
+
+
+@pytest.mark.parametrize("length", [100, 5000])
+def test_many_arrays_that_end_alike_are_counted_soon(length: int):
+    content = RecordDict(
+        {"arrays": ArrayRecord({str(i): forge.array(b"%09d" % i + bytes(length)) for i in range(5000)})}
+    )
+    started = time.process_time()
+    assert record_bytes(content, "arrays") > 5000 * length
+    assert time.process_time() - started < 20
+
+
+def test_a_robust_strategy_withstands_what_the_format_cannot_tell():
+    found = {name: attacks.accuracy(name, "noise", 6, 0.7, None, 0) for name in ("FedAvg", "FedTrimmedAvg")}
+    assert found["FedTrimmedAvg"] > found["FedAvg"]
 
 
 # The size of a mask is justified by what the message carries
