@@ -13,8 +13,8 @@ The encodings of a mask, before zlib:
 A ``difference`` of two masks is the entries in which they differ, as gaps.
 
 The data is one zlib stream; how it was compressed is the encoder's choice. The decoders take bytes from strangers: they
-trust the layout's size only, allocate a few bytes for each prunable entry at most, and raise nothing but
-``ValueError``.
+trust the layout's size only (:mod:`autoflip_flwr.maskrecord` bounds it by what the message carries), allocate a few
+bytes for each prunable entry at most, and raise nothing but ``ValueError``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from autoflip_flwr.mask import Mask, check_unused, unpack_bits
 ENCODINGS = ("full", "bitmap", "gaps", "units")
 
 _SKIP = 255
-_BATCH = 2**20
+_BATCH = 2**18
 
 Flags = NDArray[np.bool_]
 

@@ -19,6 +19,9 @@ from autoflip_flwr.values import Vector
 MAX_MOVE = 1e100
 """A parameter that an explorer has moved further has diverged, and its square might overflow."""
 
+MAX_WEIGHT = 1e100
+"""A larger weight is a lie, and a few of them might overflow when they are added up."""
+
 FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
 
 
@@ -148,7 +151,7 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
 
 def explain(error: Error) -> str:
     """The reason of an error reply; where a mod of Flower's has met our records, that it stands in the wrong place."""
-    reason = (error.reason or f"error {error.code}").strip()
+    reason = (error.reason or f"error {error.code}").strip()[:2000]
     met_ours = error.code == wire.MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
     return f"{reason.rstrip('.')}: {FIRST}" if met_ours else reason
 
@@ -167,6 +170,6 @@ def judge_metrics(reply: Message, weight_key: str) -> float:
     if not weight_key:
         return 1.0
     weight = records[0].get(weight_key)
-    if isinstance(weight, list) or weight is None or weight <= 0:
-        raise wire.WireError(f"metric {weight_key!r} is {weight!r}, expected a number > 0")
+    if isinstance(weight, list) or weight is None or not 0 < weight <= MAX_WEIGHT:
+        raise wire.WireError(f"metric {weight_key!r} is {weight!r}, expected a number in (0, {MAX_WEIGHT:g}]")
     return float(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
 
@@ -45,9 +46,14 @@ class OrderedGrid(Grid):
         """Given a message and its reply, the message to send instead in the same exchange, or ``None``."""
         self.observe: Callable[[str, list[Message]], None] | None = None
         """Called after each exchange with its phase (see :mod:`autoflip_flwr.ledger`) and its replies."""
-        self.num_partitions = 0
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
+        self._told: Counter[int] = Counter()
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of partitions, as most nodes say (0: none has said); one alone cannot keep the others waiting."""
+        return max(self._told, key=lambda count: self._told[count], default=0)
 
     def set_run(self, run: object) -> None:
         """Forward to the grid."""
@@ -208,4 +214,4 @@ class OrderedGrid(Grid):
         if type(partition) is int and partition >= 0:
             self.partitions[reply.metadata.src_node_id] = partition
         if type(count) is int:
-            self.num_partitions = max(self.num_partitions, count)
+            self._told[count] += 1

@@ -115,7 +115,8 @@ class Ledger:
             return
         self.replies[phase] += 1
         for record in reply.content.values():
-            if isinstance(record, MetricRecord) and isinstance(count := record.get(EXAMPLES_PROCESSED), int | float):
+            count = record.get(EXAMPLES_PROCESSED) if isinstance(record, MetricRecord) else None
+            if isinstance(count, int | float) and 0 <= count < 2**63:  # it comes before the reply is judged
                 self.examples[phase] += int(count)
 
     def absorb(self, earlier: Mapping[str, Any]) -> None:

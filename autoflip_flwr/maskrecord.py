@@ -20,6 +20,11 @@ MAX_LAYOUT_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**33
 MAX_DIMENSIONS = 32
 
+# A compressed layout and a mask can promise far more than they hold. What is allocated for them must be justified by
+# what the message does hold: so much is free, and so much more comes with each of its bytes.
+FREE_LAYOUT_BYTES, LAYOUT_BYTES_A_BYTE = 2**18, 64
+FREE_ENTRIES, ENTRIES_A_BYTE = 2**20, 2**11
+
 _DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "bool")
 
 
@@ -40,8 +45,24 @@ def base_of(record: object) -> str:
     return str(record.get("base", "")) if isinstance(record, ConfigRecord) else ""
 
 
-def decode_mask(record: object, base: Mask | None = None) -> Mask:
-    """The mask of an ``encode_mask`` record (the last few are cached by content)."""
+def decode_mask(record: object, base: Mask | None = None, *, carried: int | None = None) -> Mask:
+    """The mask of an ``encode_mask`` record (the last few are cached by content).
+
+    Parameters
+    ----------
+    record : ConfigRecord
+        From a message, or from the node's own state.
+    base : Mask | None
+        The mask that the node has.
+    carried : int | None
+        Bytes of the arrays of the message that brings the record: they bound how many entries the mask may have. One
+        from the node's own state has been checked so before.
+
+    Raises
+    ------
+    WireError
+        If the record is not what the format says.
+    """
     if not isinstance(record, ConfigRecord):
         raise WireError(f"record {MASK!r} must be a ConfigRecord")
     layout, encoding, version = (record.get(key) for key in ("layout", "encoding", "version"))
@@ -57,9 +78,21 @@ def decode_mask(record: object, base: Mask | None = None) -> Mask:
     try:
         if base is not None and encoding == DIFFERENCE:
             return Mask(base.layout, bits.decode_difference(base, data), version)
+        if carried is not None:
+            check_entries(_decode_layout(layout).prunable_size, carried, full=encoding == "full")
         return _decode_mask(layout, encoding, data, version)
     except ValueError as error:
         raise WireError(str(error)) from error
+
+
+def check_entries(entries: int, carried: int, *, full: bool) -> None:
+    """Raise ``WireError`` if a mask has more entries than ``carried`` bytes of values justify."""
+    # of a full mask all values travel, a byte or more each
+    if entries > FREE_ENTRIES + carried * (1 if full else ENTRIES_A_BYTE):
+        raise WireError(
+            f"a mask of {entries} prunable entries with {carried} bytes of values: a client takes {FREE_ENTRIES}, and "
+            f"{1 if full else ENTRIES_A_BYTE} more for each byte"
+        )
 
 
 @lru_cache(maxsize=4)
@@ -73,21 +106,24 @@ def _encode_layout(layout: Layout) -> bytes:
     return zlib.compress(json.dumps(specs, separators=(",", ":")).encode(), 9)
 
 
+@lru_cache(maxsize=4)
 def _decode_layout(data: bytes) -> Layout:
+    limit = min(MAX_LAYOUT_BYTES, FREE_LAYOUT_BYTES + LAYOUT_BYTES_A_BYTE * len(data))
     try:
-        rows = json.loads(bits.inflate(data, MAX_LAYOUT_BYTES, "the layout", exact=False))
-        specs = tuple(ArraySpec(name, tuple(shape), dtype, bool(prunable)) for name, shape, dtype, prunable in rows)
+        rows = json.loads(bits.inflate(data, limit, "the layout", exact=False).decode())
+        layout = Layout(tuple(_spec(*row) for row in rows))
     except (ValueError, TypeError, RecursionError) as error:
-        raise WireError(f"the layout cannot be read: {error}") from error
-    for spec in specs:
-        sound = isinstance(spec.name, str) and spec.dtype in _DTYPES and (spec.floating or not spec.prunable)
-        sizes = all(type(n) is int and 0 <= n <= MAX_ENTRIES for n in spec.shape) and len(spec.shape) <= MAX_DIMENSIONS
-        if not sound or not sizes or math.prod(n or 1 for n in spec.shape) > MAX_ENTRIES:
-            raise WireError(f"the layout holds an impossible array: {str(spec)[:200]}")
-    try:
-        layout = Layout(specs)
-    except ValueError as error:
         raise WireError(f"the layout cannot be read: {error}") from error
     if layout.size > MAX_ENTRIES:
         raise WireError(f"a model of {layout.size} entries is more than the {MAX_ENTRIES} allowed")
     return layout
+
+
+def _spec(name: object, shape: object, dtype: object, prunable: object) -> ArraySpec:
+    """A row of the layout, checked."""
+    if isinstance(name, str) and isinstance(shape, list) and isinstance(dtype, str) and isinstance(prunable, int):
+        sizes = all(type(n) is int and 0 <= n <= MAX_ENTRIES for n in shape) and len(shape) <= MAX_DIMENSIONS
+        known = dtype in _DTYPES and prunable in (0, dtype.startswith("float"))
+        if sizes and known and math.prod(n or 1 for n in shape) <= MAX_ENTRIES:
+            return ArraySpec(name, tuple(shape), dtype, bool(prunable))
+    raise ValueError(f"it holds an impossible array: {str((name, shape, dtype, prunable))[:200]}")

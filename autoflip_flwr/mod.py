@@ -114,7 +114,7 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     mine = None if known is None else maskrecord.decode_mask(known)
     if record is None or (base and (mine is None or mine.digest != base)):
         return mine if mine is not None and mine.digest == head.get("digest") else None
-    mask = maskrecord.decode_mask(record, mine)
+    mask = maskrecord.decode_mask(record, mine, carried=wire.carried(message.content))
     if mask.digest != head.get("digest"):
         raise wire.WireError("the mask that came along is not the one that the message is packed with")
     if not exploring:

@@ -29,6 +29,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 # An object is "<class> <ids of its children> <length>\0<body>"; an id is a SHA-256 in hex, so equal siblings are one.
 
 _CHUNK = int(os.getenv("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(5 * 2**20)))  # Flower cuts arrays, and reads this too
+_SMALL = 4096
 _NO_ID = "0" * 64
 _EMPTY = RecordDict()
 
@@ -116,8 +117,9 @@ def _array(array: Array) -> _Size:
 def _array_record(record: ArrayRecord) -> _Size:
     distinct: dict[tuple[str, tuple[int, ...], bytes], list[Array]] = {}
     for array in record.values():
-        # only arrays that end alike are compared in full
-        alike = distinct.setdefault((array.dtype, array.shape, array.data[-64:]), [])
+        # only arrays that end alike are compared in full, and they are large: else there could be very many of them
+        end = array.data[-64:] if len(array.data) > _SMALL else array.data
+        alike = distinct.setdefault((array.dtype, array.shape, end), [])
         if array not in alike:
             alike.append(array)
     names = len(json.dumps(dict.fromkeys(record, _NO_ID)))

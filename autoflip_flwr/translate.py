@@ -108,7 +108,14 @@ class Translator:
         return self.mask.scatter(arrays) if self._packed else self.mask.apply(arrays)
 
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
-        """Pack the strategy's messages; the mask goes along to every node that has not confirmed it."""
+        """Pack the strategy's messages; the mask goes along to every node that has not confirmed it.
+
+        Raises
+        ------
+        ValueError
+            If the strategy's messages do not hold one ArrayRecord each, or the mask keeps so little of so large a
+            model that no client would believe it.
+        """
         batch = list(messages)
         self._sent = {}
         coding = wire.kinds(values=self._down, reply="float32" if phase == wire.EVALUATE else self._up)
@@ -125,6 +132,7 @@ class Translator:
             content[key], self._sent[node] = values[id(record)]
             content[wire.HEADER] = head
             if self._confirmed.get(node) != self.mask.digest:
+                maskrecord.check_entries(self.mask.layout.prunable_size, wire.carried(content), full=self.mask.is_full)
                 content[wire.MASK] = self._mask_record(self._confirmed.get(node, ""))
             message.content = content
         return batch
@@ -302,6 +310,13 @@ def _without_ours(reply: Message) -> RecordDict:
 def _names(content: RecordDict) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple(
         sorted(
-            (key, tuple(sorted(record)) if isinstance(record, MetricRecord) else ()) for key, record in content.items()
+            (key, tuple(sorted(map(_metric, record.items()))) if isinstance(record, MetricRecord) else ())
+            for key, record in content.items()
         )
     )
+
+
+def _metric(item: tuple[str, object]) -> str:
+    """A metric's name, and how many numbers it is: lists of different lengths cannot be averaged."""
+    name, value = item
+    return f"{name}[{len(value)}]" if isinstance(value, list) else name

@@ -81,7 +81,7 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
         return None
     if not isinstance(record, ConfigRecord):
         raise WireError(f"record {HEADER!r} must be a ConfigRecord")
-    if record.get("format") != FORMAT:
+    if record.get("format") != FORMAT or type(record["format"]) is not int:
         raise WireError(
             f"wire format {record.get('format')!r}, this side speaks {FORMAT}: "
             "install the same autoflip-flwr on both sides"
@@ -222,6 +222,11 @@ def array(parts: Sequence[NDArray[Any]], shape: tuple[int, ...] | None = None) -
     np.lib.format.write_array_header_1_0(start, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     data = b"".join([start.getvalue(), *(part.data for part in parts)])
     return Array(dtype=str(dtype), shape=shape, stype="numpy.ndarray", data=data)
+
+
+def carried(content: RecordDict) -> int:
+    """Bytes of the arrays of a message."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
 def fingerprint(record: ArrayRecord) -> int:

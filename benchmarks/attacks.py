@@ -1,0 +1,112 @@
+"""Clients that lie about their work, against FedAvg and two robust strategies of Flower, all under AutoFLIP.
+
+    python -m benchmarks.attacks --rounds 20 --sparsity 0.7 --seeds 5
+
+Two of the ten clients attack from the exploration on: ``sign`` returns what it was sent less its own update, ``noise``
+what it was sent and Gaussian noise of standard deviation 1. What they send keeps to the wire format and is finite, so
+nothing but the wrapped strategy can tell it from honest work. Runs on all cores. Prints a row of a markdown table for
+each strategy; the last line is one JSON object. An accuracy is the mean of the last five rounds' on the server's test
+images, and over the seeds. Without ``--alpha`` the clients' data are alike: Krum keeps one client's model, which with
+skewed labels is itself a loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, Krum, Strategy
+from numpy.typing import NDArray
+
+from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.translate import to_arrays, to_record
+from benchmarks import digits
+from benchmarks.strategies import LAST, prepare
+
+ATTACKERS = 2
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": lambda: FedAvg(fraction_evaluate=0.0),
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2),
+    "Krum": lambda: Krum(fraction_evaluate=0.0, num_malicious_nodes=ATTACKERS),
+}
+
+Floats = NDArray[np.floating]
+Lie = Callable[[Floats, Floats, np.random.Generator], Floats]
+ATTACKS: dict[str, Lie | None] = {
+    "none": None,
+    "sign": lambda sent, trained, draw: 2 * sent - trained,
+    "noise": lambda sent, trained, draw: sent + draw.normal(size=sent.shape).astype(sent.dtype),
+}
+
+
+def attacker(lie: Lie, seed: int) -> Mod:
+    """A mod that stands behind ``autoflip_mod`` and has the first clients lie about their floating arrays."""
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        part = int(context.node_config["partition-id"])
+        if part >= ATTACKERS:
+            return call_next(message, context)
+        sent = to_arrays(message.content.array_records["arrays"])
+        server_round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+        reply = call_next(message, context)
+        draw = np.random.default_rng([seed, server_round, part])
+        trained = to_arrays(reply.content.array_records["arrays"])
+        lies = {
+            name: lie(sent[name], array, draw) if array.dtype.kind == "f" else array  # type: ignore[arg-type]
+            for name, array in trained.items()
+        }
+        reply.content["arrays"] = to_record(lies)
+        return reply
+
+    return mod
+
+
+def accuracy(name: str, attack: str, rounds: int, sparsity: float, alpha: float | None, seed: int) -> float:
+    """Accuracy of one run in its last rounds."""
+    random.seed(seed)
+    lie = ATTACKS[attack]
+    app = digits.client_app([autoflip_mod] + ([] if lie is None else [attacker(lie, seed)]), alpha=alpha, seed=seed)
+    strategy = AutoFlip(STRATEGIES[name](), sparsity=sparsity)
+    result = strategy.start(
+        LocalGrid(app, digits.NODES), to_record(digits.model(seed)), rounds, evaluate_fn=digits.evaluate
+    )
+    assert not strategy.ledger.failures.total(), "an attacker's replies keep to the format"
+    found = [float(record["accuracy"]) for record in result.evaluate_metrics_serverapp.values()]  # type: ignore[arg-type]
+    return float(np.mean(found[-LAST:]))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="federated rounds of a run (default: 20)")
+    parser.add_argument("--sparsity", type=float, default=0.7, help="share of the prunable parameters to prune")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... to average over (default: 5)")
+    parser.add_argument("--alpha", type=float, help="skew the labels so, by Dirichlet (default: equal shards)")
+    options = parser.parse_args()
+    print(f"| strategy | {' | '.join(ATTACKS)} |\n|{'---|' * (len(ATTACKS) + 1)}", flush=True)
+    table: dict[str, dict[str, float]] = {}
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=prepare) as pool:
+        jobs = {
+            (name, attack): [
+                pool.submit(accuracy, name, attack, options.rounds, options.sparsity, options.alpha, seed)
+                for seed in range(options.seeds)
+            ]
+            for name in STRATEGIES
+            for attack in ATTACKS
+        }
+        for name in STRATEGIES:
+            table[name] = {a: float(np.mean([job.result() for job in jobs[name, a]])) for a in ATTACKS}
+            print(f"| {name} | {' | '.join(f'{100 * share:.1f}' for share in table[name].values())} |", flush=True)
+    print(json.dumps({**vars(options), "nodes": digits.NODES, "attackers": ATTACKERS, "accuracy": table}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Malformed messages and replies, each in a file, through a real client and a real server."""
+
+from __future__ import annotations
+
+import ast
+import json
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import forge
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from records import from_json
+
+from autoflip_flwr import AutoFlip, autoflip_mod, maskrecord, wire
+from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.traffic import record_bytes
+from autoflip_flwr.translate import to_arrays, to_record
+from benchmarks import attacks
+
+NODES = (100, 101, 102)
+HOSTILE = 101
+
+
+def files(folder: str) -> Any:
+    found = sorted((forge.FOLDER / folder).glob("*.json"))
+    return pytest.mark.parametrize("file", found, ids=[file.stem for file in found])
+
+
+@contextmanager
+def little_memory(size: int) -> Iterator[None]:
+    """Whoever handles ``size`` bytes from a stranger allocates a fixed amount and a few times as much as he has got."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 2**24 + 64 * size
+    finally:
+        tracemalloc.stop()
+
+
+def client(called: list[str]) -> ClientApp:
+    """Adds 1 to each float."""
+    app = ClientApp(mods=[autoflip_mod])
+    metrics = MetricRecord({"num-examples": 10, "loss": 0.5})
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        called.append("train")
+        arrays = to_arrays(message.content["arrays"])
+        new = {name: array + 1 if array.dtype.kind == "f" else array for name, array in arrays.items()}
+        return Message(RecordDict({"arrays": to_record(new), "metrics": metrics}), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        called.append("evaluate")
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def test_every_attack_has_its_file():
+    found = {folder: {file.stem for file in (forge.FOLDER / folder).glob("*")} for folder in ("messages", "replies")}
+    assert found == {"messages": set(forge.messages()), "replies": set(forge.replies())}
+
+
+# Messages
+
+
+def exchange(grid: LocalGrid, content: RecordDict) -> Message:
+    (reply,) = grid.send_and_receive([Message(content, 100, "train")])
+    return reply
+
+
+@files("messages")
+def test_a_client_refuses_the_message_and_goes_on(file: Path):
+    described = json.loads(file.read_text())
+    called: list[str] = []
+    grid = LocalGrid(client(called), num_nodes=1)
+    assert not exchange(grid, forge.message()).has_error()
+    with little_memory(file.stat().st_size):
+        refusal = exchange(grid, from_json(described["records"]))
+    assert refusal.has_error()
+    assert refusal.error.code == wire.MOD_REFUSED
+    assert refusal.error.reason.startswith("autoflip_mod: ")
+    assert len(refusal.error.reason) < 600
+    assert called == ["train"]
+    again = forge.swap(forge.message(), wire.MASK, None)  # the node still has the mask of the first message
+    assert exchange(grid, again).content[wire.HEADER].get("status") is None
+    assert called == ["train", "train"]
+
+
+@pytest.mark.parametrize("phase", [wire.EXPLORE, wire.TRAIN, wire.EVALUATE])
+@pytest.mark.parametrize("kind", ["float32", *forge.CODED])
+def test_the_messages_that_the_attacks_start_from_are_sound(phase: str, kind: str):
+    grid = LocalGrid(client([]), num_nodes=1)
+    (reply,) = grid.send_and_receive(
+        [Message(forge.message(phase, kind), 100, "evaluate" if phase == wire.EVALUATE else "train")]
+    )
+    assert not reply.has_error()
+
+
+# Replies
+
+
+def serve(
+    setup: dict[str, str], answer: Callable[[], RecordDict] | None
+) -> tuple[AutoFlip, dict[str, np.ndarray], int]:
+    """A run of one round, in which one node answers a phase so; the strategy, the model, how many were left out."""
+    phase, kind = setup["phase"], setup["values"]
+    exploring = phase == wire.EXPLORE
+    strategy = AutoFlip(
+        FedAvg(min_available_nodes=3),
+        mask=None if exploring else forge.MASK,
+        values=kind if phase == wire.TRAIN else "float32",
+        exploration_values=kind if exploring else "log8",
+    )
+
+    def tamper(reply: Message) -> Message:
+        head = reply.content.get(wire.HEADER) if reply.has_content() else None
+        if answer is not None and reply.metadata.src_node_id == HOSTILE and head and head["phase"] == phase:
+            reply.content = answer()
+        return reply
+
+    grid = LocalGrid(client([]), num_nodes=len(NODES), tamper=tamper)
+    result = strategy.start(grid, to_record(forge.MODEL), num_rounds=1)
+    assert len(result.train_metrics_clientapp) == len(result.evaluate_metrics_clientapp) == 1
+    return strategy, to_arrays(result.arrays), strategy.ledger.failures["quarantined"]
+
+
+@files("replies")
+def test_a_server_leaves_the_reply_out_and_the_round_goes_on(file: Path):
+    described = json.loads(file.read_text())
+    _, expected, left_out = serve(described, None)
+    assert not left_out
+    with little_memory(file.stat().st_size):
+        strategy, arrays, left_out = serve(described, lambda: from_json(described["records"]))
+    assert left_out == 1
+    assert list(arrays) == list(expected)
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_allclose(array, expected[name], rtol=1e-6)  # a mean of two, not of three
+    assert json.dumps(strategy.ledger.bytes_by_phase())
+    assert sum(strategy.ledger.examples.values()) == 0
+
+
+@pytest.mark.parametrize("kind", ["float32", *forge.CODED])
+def test_the_train_replies_that_the_attacks_start_from_count(kind: str):
+    setup = {"phase": "train", "values": kind}
+    assert serve(setup, lambda: forge.reply(kind=kind))[2] == 0
+
+
+@pytest.mark.parametrize("kind", ["float32", wire.LOG8])
+def test_the_moves_that_the_attacks_start_from_count(kind: str):
+    strategy, _, left_out = serve({"phase": "explore", "values": kind}, lambda: forge.reply(wire.EXPLORE, kind))
+    assert left_out == 0
+    assert strategy.exploration is not None
+    assert strategy.exploration.explorers == 3
+
+
+def test_the_evaluation_that_the_attacks_start_from_counts():
+    assert serve({"phase": "evaluate", "values": "float32"}, lambda: forge.reply(wire.EVALUATE))[2] == 0
+
+
+@pytest.mark.parametrize("lie", [2**62, -1, True, 0.5, "3", [3]])
+def test_a_node_that_lies_about_the_number_of_nodes_keeps_nobody_waiting(lie: Any):
+    def tamper(reply: Message) -> Message:
+        if reply.metadata.src_node_id == HOSTILE:
+            reply.content[wire.HEADER] = wire.header(wire.HELLO, 0, **{"num-partitions": lie, "partition": lie})
+        return reply
+
+    grid = OrderedGrid(LocalGrid(client([]), num_nodes=3, tamper=tamper))
+    assert sorted(grid.roll_call(timeout=60)) == list(NODES)
+    assert grid.num_partitions == 3
+
+
+@pytest.mark.parametrize("length", [100, 5000])
+def test_many_arrays_that_end_alike_are_counted_soon(length: int):
+    content = RecordDict(
+        {"arrays": ArrayRecord({str(i): forge.array(b"%09d" % i + bytes(length)) for i in range(5000)})}
+    )
+    started = time.process_time()
+    assert record_bytes(content, "arrays") > 5000 * length
+    assert time.process_time() - started < 20
+
+
+def test_a_robust_strategy_withstands_what_the_format_cannot_tell():
+    found = {name: attacks.accuracy(name, "noise", 6, 0.7, None, 0) for name in ("FedAvg", "FedTrimmedAvg")}
+    assert found["FedTrimmedAvg"] > found["FedAvg"]
+
+
+# The size of a mask is justified by what the message carries
+
+
+def promise(entries: int, carried: int, encoding: str, bits: bytes) -> None:
+    layout = forge.layout_rows(["w", [entries], "float32", 1])
+    fields = {"layout": layout, "encoding": encoding, "version": 1} | ({"bits": bits} if bits else {})
+    maskrecord.decode_mask(forge.ConfigRecord(fields), carried=carried)
+
+
+NO_GAPS = forge.zlib.compress(b"")
+
+
+def test_a_very_sparse_mask_of_a_large_model_may_come():
+    entries, kept = 10**8, 10**5
+    promise(entries, kept, "gaps", NO_GAPS)
+    promise(2**20, 0, "gaps", NO_GAPS)
+
+
+@pytest.mark.parametrize(
+    ("entries", "carried", "encoding", "bits"),
+    [
+        (2**20 + 1, 0, "gaps", NO_GAPS),
+        (2**20 + 2048 * 1000 + 1, 1000, "gaps", NO_GAPS),
+        (2**20 + 1001, 1000, "full", b""),
+    ],
+)
+def test_one_entry_more_than_the_message_justifies_is_refused(entries: int, carried: int, encoding: str, bits: bytes):
+    promise(entries - 1, carried, encoding, bits)
+    with little_memory(carried), pytest.raises(wire.WireError, match="a client takes 1048576, and"):
+        promise(entries, carried, encoding, bits)
+
+
+def test_a_mask_that_is_known_is_refused_all_the_same_where_the_message_does_not_justify_it():
+    promise(2**21, 2**11, "gaps", NO_GAPS)
+    with pytest.raises(wire.WireError, match="a client takes 1048576, and"):
+        promise(2**21, 100, "gaps", NO_GAPS)
+
+
+def test_a_server_does_not_send_what_no_client_takes():
+    model = {"w": np.zeros((2**11, 2**10), np.float32)}
+    layout = forge.Layout.of(model, output=None)
+    nearly_empty = forge.Mask(layout, b"\x80" + bytes(2**18 - 1))
+    strategy = AutoFlip(FedAvg(), mask=nearly_empty)
+    with pytest.raises(ValueError, match="a mask of 2097152 prunable entries with 132 bytes of values"):
+        strategy.start(LocalGrid(client([])), to_record(model), num_rounds=1)
+
+
+@pytest.mark.parametrize("rows", [1, 20_000])
+def test_a_layout_of_many_arrays_or_a_long_name_is_read(rows: int):
+    long = "encoder.layers" * (10_000 // rows + 1)
+    layout = forge.Layout(
+        tuple(forge.maskrecord.ArraySpec(f"{long}.{i}.weight", (8, 4), "float32", False) for i in range(rows))
+    )
+    record = maskrecord.encode_mask(forge.Mask(layout, b""))
+    assert maskrecord.decode_mask(record, carried=0).layout == layout
+
+
+# Nothing is unpickled or evaluated
+
+PACKAGE = Path(maskrecord.__file__).parent
+EVALUATING = {"eval", "exec", "compile", "__import__"}
+PICKLING = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
+@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_unpickles_or_evaluates(module: Path):
+    for node in ast.walk(ast.parse(module.read_text())):
+        match node:
+            case ast.Import(names=names):
+                assert not PICKLING & {alias.name.partition(".")[0] for alias in names}
+            case ast.ImportFrom(module=str(name)):
+                assert name.partition(".")[0] not in PICKLING
+            case ast.Name(id=name):
+                assert name not in EVALUATING
+            case ast.keyword(arg="allow_pickle", value=value):
+                assert isinstance(value, ast.Constant)
+                assert value.value is False
+            case ast.keyword(arg="weights_only", value=value):
+                assert isinstance(value, ast.Constant)
+                assert value.value is True
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="np" | "numpy"), attr="load"), keywords=keywords):
+                assert "allow_pickle" in {keyword.arg for keyword in keywords}
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=keywords):
+                assert "weights_only" in {keyword.arg for keyword in keywords}
