@@ -135,9 +135,12 @@ class Translator:
         sent = message.metadata
         return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
-    def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
-        """The train replies that count, as the strategy expects them, then the error replies."""
-        admitted, judged = self._judge(replies, round_)
+    def incoming(self, replies: Iterable[Message], round_: int, least: int = 0) -> list[Message]:
+        """The train replies that count, as the strategy expects them, then the error replies.
+
+        Fewer than ``least`` will not be aggregated: integer and bool arrays then stay as they were, too.
+        """
+        admitted, judged = self._judge(replies, round_, least)
         for reply, found in zip(admitted, judged, strict=False):  # errors come last
             reply.content[found.key] = self.to_strategy(wire.arrays_of(self.mask, found.vectors))
         return admitted
@@ -155,7 +158,7 @@ class Translator:
         }
         return admitted, self.mask.scatter(wire.split(self.mask, mean) | self.integers)
 
-    def _judge(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], list[Judged]]:
+    def _judge(self, replies: Iterable[Message], round_: int, least: int = 0) -> tuple[list[Message], list[Judged]]:
         """The replies that count, with an empty record for their arrays, then the errors; what the former hold."""
         seen: dict[int, Judged] = {}
 
@@ -177,7 +180,7 @@ class Translator:
 
         admitted = self._admit(replies, round_, accept)
         judged = [seen[id(reply)] for reply in admitted if not reply.has_error()]
-        if judged and self.integers:
+        if len(judged) >= max(least, 1) and self.integers:
             largest = max(judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
             self.integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}

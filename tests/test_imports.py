@@ -22,7 +22,7 @@ ROWS = [
     {"moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan"},
-    {"grid", "mod", "translate"},
+    {"grid", "mod", "privacy", "translate"},
     {"state", "checkpoint"},
     {"exploration", "progress"},
     {"strategy"},
