@@ -93,8 +93,9 @@ def aggregate(
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
     """Let the strategy aggregate the replies that count; under a wrapper only if none is missing, and charge it."""
     wrapper = next(_wrappers(strategy), None)
-    if wrapper is None or budget is None:
+    if wrapper is None:
         return strategy.aggregate_train(server_round, replies)
+    budget = Budget() if budget is None else budget
     valid = [reply for reply in replies if not reply.has_error()]
     needed = replies_needed(strategy)
     if len(valid) < needed:
