@@ -17,6 +17,7 @@ from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.layout import Arrays, Layout
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.privacy import Budget
 from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state
 from autoflip_flwr.translate import Translator
 
@@ -78,11 +79,13 @@ class Progress:
         """The model as the loop carries it, its dense shadow, and its integer arrays."""
         return self._read("model"), self._read("shadow"), self._read("integers")
 
-    def restore(self, strategy: Strategy, ledger: Ledger, grid: OrderedGrid) -> None:
-        """Set the wrapped strategy, the ledger, the sampler and the random states as they were."""
+    def restore(self, strategy: Strategy, ledger: Ledger, budget: Budget | None, grid: OrderedGrid) -> None:
+        """Set the wrapped strategy, the ledger, the budget, the sampler and the random states as they were."""
         assert self._saved is not None
         load_strategy_state(strategy, self._saved["strategy"], self._arrays)
         ledger.absorb(self._read("ledger"))
+        if budget is not None:
+            vars(budget).update(self._read("privacy"))
         grid.exchanges = self._read("exchanges")
         random.setstate(self._read("random"))
         np.random.set_state(self._read("numpy"))
@@ -95,6 +98,7 @@ class Progress:
         translator: Translator,
         strategy: Strategy,
         ledger: Ledger,
+        budget: Budget | None,
         grid: OrderedGrid,
     ) -> None:
         """Keep all state after a round."""
@@ -108,6 +112,7 @@ class Progress:
             "mask": translator.mask.bits,
             "version": translator.mask.version,
             "ledger": vars(ledger),
+            "privacy": None if budget is None else vars(budget),
             "exchanges": grid.exchanges,
             "partitions": sorted(grid.partitions.values()),
             "random": random.getstate(),

@@ -296,7 +296,7 @@ exploration_values
         first = to_record(self.mask.apply(initial))
         if resumed:
             first, self._shadow, translator.integers = progress.model()
-            progress.restore(self.strategy, self.ledger, facade)
+            progress.restore(self.strategy, self.ledger, self.privacy, facade)
             log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", progress.before)
 
         def finished(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -304,7 +304,7 @@ exploration_values
             if flowers_round == 0 and progress.before:
                 return None
             round_ = flowers_round + progress.before
-            keep = (round_, arrays, self._shadow, translator, self.strategy, self.ledger, facade)
+            keep = (round_, arrays, self._shadow, translator, self.strategy, self.ledger, self.privacy, facade)
             if round_ == 0:  # the exploration is over
                 progress.keep(*keep)
             found = None if evaluate_fn is None else evaluate_fn(round_, arrays)

@@ -27,7 +27,7 @@ from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
 from autoflip_flwr.guidance import choose_mask
-from autoflip_flwr.privacy import Budget
+from autoflip_flwr.privacy import RELATIONS, Budget
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.values import KINDS
 
@@ -275,6 +275,35 @@ def test_the_client_with_the_most_examples_has_the_largest_share_and_costs_more(
     strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK)
     start(strategy, grid_of(name))
     assert strategy.privacy.rho == pytest.approx((NODES * share / NOISE) ** 2 / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("name", FIXED)
+def test_one_client_can_change_the_average_by_just_what_the_budget_assumes(name, relation):
+    def app(direction):
+        """All clients walk far the same way, but for the one with the largest share."""
+        found = ClientApp(mods=[autoflip_mod, *WRAPPERS[name][1]])
+
+        @found.train()
+        def train(message, context):
+            last = context.node_config["partition-id"] == NODES - 1
+            arrays = {
+                key: array + np.float32(direction if last else 1) * MASK.keep.get(key, True)
+                for key, array in arrays_of(message.content["arrays"]).items()
+            }
+            metrics = MetricRecord({"num-examples": examples(context)})
+            return Message(RecordDict({"arrays": record(arrays), "metrics": metrics}), reply_to=message)
+
+        return found
+
+    other = {"replace-one": -1.0, "add-or-remove-one": 1e-9}[relation]
+    ends = []
+    for direction in (1.0, other):
+        strategy = AutoFlip(WRAPPERS[name][0](noise=0.0), mask=MASK)
+        ends.append(start(strategy, LocalGrid(app(direction), NODES))[1])
+    change = math.sqrt(sum(np.sum(np.square(ends[0][key] - ends[1][key], dtype=np.float64)) for key in MODEL))
+    share = (10 + 7 * (NODES - 1)) / sum(10 + 7 * part for part in range(NODES))
+    assert change == pytest.approx(RELATIONS[relation] * CLIP * share, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", FIXED)
