@@ -17,6 +17,7 @@ from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.layout import Arrays, Layout
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.privacy import Budget
 from autoflip_flwr.quarantine import Quarantine
 from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state
 from autoflip_flwr.translate import Translator
@@ -79,12 +80,21 @@ class Progress:
         """The model as the loop carries it, its dense shadow, and its integer arrays."""
         return self._read("model"), self._read("shadow"), self._read("integers")
 
-    def restore(self, strategy: Strategy, ledger: Ledger, quarantine: Quarantine, grid: OrderedGrid) -> None:
-        """Set the wrapped strategy, the ledger, the quarantine, the sampler and the random states as they were."""
+    def restore(
+        self,
+        strategy: Strategy,
+        ledger: Ledger,
+        quarantine: Quarantine,
+        budget: Budget | None,
+        grid: OrderedGrid,
+    ) -> None:
+        """Set the wrapped strategy, ledger, quarantine, budget, sampler and random states as they were."""
         assert self._saved is not None
         load_strategy_state(strategy, self._saved["strategy"], self._arrays)
         ledger.absorb(self._read("ledger"))
         quarantine.load(self._read("quarantine"))
+        if budget is not None:
+            vars(budget).update(self._read("privacy"))
         grid.exchanges = self._read("exchanges")
         random.setstate(self._read("random"))
         np.random.set_state(self._read("numpy"))
@@ -98,6 +108,7 @@ class Progress:
         strategy: Strategy,
         ledger: Ledger,
         quarantine: Quarantine,
+        budget: Budget | None,
         grid: OrderedGrid,
     ) -> None:
         """Keep all state after a round."""
@@ -112,6 +123,7 @@ class Progress:
             "version": translator.mask.version,
             "ledger": vars(ledger),
             "quarantine": quarantine.state(),
+            "privacy": None if budget is None else vars(budget),
             "exchanges": grid.exchanges,
             "partitions": sorted(grid.partitions.values()),
             "random": random.getstate(),

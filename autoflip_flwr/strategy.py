@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, wire
+from autoflip_flwr import guidance, privacy, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
@@ -71,6 +71,8 @@ exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
+    exploration_public : bool (default: False)
+        Declares that what explorers send may be known: under a differential-privacy wrapper they explore only then.
     mask : Mask or None
         A ready mask: nobody explores and nothing is chosen.
     mask_schedule : Callable[[int], Mask or None] or None
@@ -106,6 +108,8 @@ exploration_values
         What the explorers found.
     ledger : Ledger
         Bytes and failures so far.
+    privacy : Budget or None
+        What the rounds of a differential-privacy wrapper have spent (:class:`~autoflip_flwr.privacy.Budget`).
 
     Raises
     ------
@@ -141,6 +145,7 @@ exploration_values
         exploration_weighting: str = "uniform",
         exploration_values: str = "log8",
         exploration: Exploration | None = None,
+        exploration_public: bool = False,
         mask: Mask | None = None,
         mask_schedule: Callable[[int], Mask | None] | None = None,
         coordinates: str = "auto",
@@ -174,6 +179,7 @@ exploration_values
             exploration_values,
         )
         self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
+        self.exploration_public, self.privacy = exploration_public, privacy.budget_of(self.strategy)
         self._up, self._down = (values if way is None else way for way in (values_up, values_down))
         for kind in (values, self._up, self._down):
             if kind not in KINDS:
@@ -242,7 +248,8 @@ exploration_values
         Raises
         ------
         ValueError
-            If the model cannot be pruned as asked, before any client works.
+            If the model cannot be pruned as asked, or explorers would work outside the noise of a differential-privacy
+            wrapper, before any client works.
         CheckpointError
             If a checkpoint is in the way, damaged or of another run.
         RuntimeError
@@ -256,6 +263,8 @@ exploration_values
         layout = self.mask_plan.layout(initial)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
+        if self._explores and not self.exploration_public:
+            privacy.check_exploration(self.strategy)
         progress = self._progress = Progress(self.checkpoints)
         resumed = progress.open(self._settings(layout, initial))
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
@@ -266,9 +275,9 @@ exploration_values
             minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
             facade.roll_call(minimum=minimum, timeout=timeout)
         everything = Mask.full(layout)
-        if self.mask is None and self.mask_plan.sparsity > 0 and self.exploration is None:
+        if self._explores:
             self.exploration = progress.exploration()
-        if self.mask is None and self.mask_plan.sparsity > 0 and self.exploration is None:
+        if self._explores:
             seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
             template = template_of(self.strategy, seen, train_config or ConfigRecord(), facade)
             self.exploration = explore(
@@ -299,7 +308,7 @@ exploration_values
         first = to_record(self.mask.apply(initial))
         if resumed:
             first, self._shadow, translator.integers = progress.model()
-            progress.restore(self.strategy, self.ledger, self._quarantine, facade)
+            progress.restore(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
             log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", progress.before)
 
         def finished(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -315,6 +324,7 @@ exploration_values
                 self.strategy,
                 self.ledger,
                 self._quarantine,
+                self.privacy,
                 facade,
             )
             if round_ == 0:  # the exploration is over
@@ -378,14 +388,17 @@ exploration_values
         translator = self._started
         server_round += self._progress.before
         plainly = coords.averages_plainly(self.strategy)
+        least = max(self.rules.min_replies, privacy.replies_needed(self.strategy))
         if plainly:
-            counted, mean = translator.average(replies, server_round)
+            counted, mean = translator.average(replies, server_round, least)
         else:
-            counted = translator.incoming(replies, server_round)
+            counted = translator.incoming(replies, server_round, least)
         if not self._suffice(counted, server_round):
             return None, None
-        record, metrics = self.strategy.aggregate_train(server_round, counted)  # plainly: of no arrays
-        if not plainly:
+        if plainly:
+            _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
+        else:
+            record, metrics = privacy.aggregate(self.strategy, server_round, counted, self.privacy)
             mean = None if record is None else translator.from_strategy(record)
         if metrics is not None:
             self._progress.train[server_round] = metrics
@@ -417,6 +430,10 @@ exploration_values
             log(WARNING, "round %d: %d replies count, fewer than %d: the model stays", server_round, count, needed)
             return False
         return True
+
+    @property
+    def _explores(self) -> bool:
+        return self.mask is None and self.exploration is None and self.mask_plan.sparsity > 0
 
     @property
     def _started(self) -> Translator:

@@ -148,9 +148,12 @@ class Translator:
         sent = message.metadata
         return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
-    def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
-        """The train replies that count, as the strategy expects them, then the error replies."""
-        admitted, judged = self._judge(replies, round_)
+    def incoming(self, replies: Iterable[Message], round_: int, least: int = 0) -> list[Message]:
+        """The train replies that count, as the strategy expects them, then the error replies.
+
+        Fewer than ``least`` will not be aggregated: integer and bool arrays then stay as they were, too.
+        """
+        admitted, judged = self._judge(replies, round_, least)
         for reply, found in zip(admitted, judged, strict=False):  # errors come last
             arrays = wire.arrays_of(self.mask, found.vectors)
             if found.norm == 0 and self._nudges:
@@ -158,9 +161,9 @@ class Translator:
             reply.content[found.key] = self.to_strategy(arrays)
         return admitted
 
-    def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
+    def average(self, replies: Iterable[Message], round_: int, least: int = 0) -> tuple[list[Message], Arrays | None]:
         """The train replies that count, their metrics without their arrays, and FedAvg's mean: full, pruned arrays."""
-        admitted, judged = self._judge(replies, round_)
+        admitted, judged = self._judge(replies, round_, least)
         if not judged:
             return admitted, None
         weights = [found.weight for found in judged]
@@ -171,7 +174,7 @@ class Translator:
         }
         return admitted, self.mask.scatter(wire.split(self.mask, mean) | self.integers)
 
-    def _judge(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], list[Judged]]:
+    def _judge(self, replies: Iterable[Message], round_: int, least: int = 0) -> tuple[list[Message], list[Judged]]:
         """The replies that count, with an empty record for their arrays, then the errors; what the former hold."""
         seen: dict[int, Judged] = {}
 
@@ -199,7 +202,7 @@ class Translator:
         judged = [seen[id(reply)] for reply in counted]
         for reply in counted:
             self._quarantine.clear(reply.metadata.src_node_id)
-        if judged and self.integers:
+        if len(judged) >= max(least, 1) and self.integers:
             largest = max(judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
             self.integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}

@@ -101,7 +101,9 @@ def one_seed(name: str, rounds: int, sparsity: float, seed: int) -> Row:
     """Four runs of a strategy: alone, under AutoFlip with nothing pruned, and pruned with either client."""
     make, behind = digits.STRATEGIES[name], digits.mods_for(name)
     mods = [autoflip_mod, *behind]
-    full, masked, dense = (AutoFlip(make(digits.NODES), sparsity=share) for share in (0.0, sparsity, sparsity))
+    full, masked, dense = (
+        AutoFlip(make(digits.NODES), sparsity=share, exploration_public=True) for share in (0.0, sparsity, sparsity)
+    )
     alone = run(make(digits.NODES), behind, rounds, seed)
     unpruned = run(full, mods, rounds, seed)
     runs = {"masked": run(masked, mods, rounds, seed), "dense": run(dense, mods, rounds, seed, masked=False)}

@@ -58,7 +58,8 @@ def run(folder, make=inner, *, resume=False, dies_in=None, rounds=ROUNDS, app=me
         return evaluate(round_, arrays)
 
     checkpoints = None if folder is None else Checkpoints(folder, resume=resume)
-    strategy = AutoFlip(make(), seed=3, checkpoints=checkpoints, exploration_epochs=1, **options)
+    options = {"exploration_epochs": 1, "exploration_public": True, **options}
+    strategy = AutoFlip(make(), seed=3, checkpoints=checkpoints, **options)
     grid = LocalGrid(app(), NODES)
     result = strategy.start(grid, record(model()), num_rounds=rounds, evaluate_fn=evaluate_or_die)
     return result, strategy, grid
@@ -164,6 +165,16 @@ def test_the_ledger_goes_on(tmp_path):
     for phase in ("exploration", "train"):
         assert resumed.ledger.replies[phase] == whole.ledger.replies[phase]
         assert resumed.ledger.up[phase] == whole.ledger.up[phase]
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("DP")])
+def test_the_privacy_that_was_spent_goes_on(name, tmp_path):
+    _, whole, _ = run(None, STRATEGIES[name])
+    with pytest.raises(Killed):
+        run(tmp_path, STRATEGIES[name], dies_in=3)
+    _, resumed, _ = run(tmp_path, STRATEGIES[name], resume=True)
+    assert resumed.privacy == whole.privacy
+    assert resumed.privacy.releases == ROUNDS
 
 
 def test_answers_of_explorers_outlive_a_crash(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ ROWS = [
     {"moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan"},
-    {"grid", "mod", "quarantine"},
+    {"grid", "mod", "quarantine", "privacy"},
     {"translate"},
     {"state", "checkpoint"},
     {"exploration", "progress"},

@@ -29,6 +29,7 @@ SDIST_FILES = {
     "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "client_app.py",
     "pyproject.toml",
     "server_app.py",

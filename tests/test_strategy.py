@@ -173,7 +173,7 @@ def test_a_node_that_lost_its_state_gets_the_mask_in_the_same_round():
 
 def test_other_mods_work_behind_ours():
     dp = DifferentialPrivacyClientSideFixedClipping(inner(), 0.0, clipping_norm=0.5, num_sampled_clients=NODES)
-    strategy = AutoFlip(dp, sparsity=0.5)
+    strategy = AutoFlip(dp, sparsity=0.5, exploration_public=True)
     result = start(strategy, LocalGrid(message_app(mods=[autoflip_mod, fixedclipping_mod]), NODES))
     assert strategy.ledger.failure_counts()["errors"] == 0
     assert np.count_nonzero(result.arrays["hidden.weight"].numpy()) == strategy.mask.kept_by_name["hidden.weight"]

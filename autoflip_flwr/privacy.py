@@ -1,0 +1,166 @@
+"""Flower's differential privacy around the rounds: what is refused under it, and what it has spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    Strategy,
+)
+
+from autoflip_flwr import coordinates as coords
+
+ADAPTIVE = DifferentialPrivacyClientSideAdaptiveClipping | DifferentialPrivacyServerSideAdaptiveClipping
+WRAPPERS = ADAPTIVE | DifferentialPrivacyClientSideFixedClipping | DifferentialPrivacyServerSideFixedClipping
+
+RELATIONS = {"add-or-remove-one": 1.0, "replace-one": 2.0}
+"""What one client may do to the sum, in clipping norms, by neighbouring relation."""
+
+
+@dataclass
+class Budget:
+    """What the rounds of a differential-privacy wrapper have spent, as zero-concentrated differential privacy.
+
+    It counts the released averages of training replies, and nothing else: neither an exploration, nor metrics, numbers
+    of examples, integer and bool arrays. It claims no amplification by sampling: it holds whoever was sampled, and for
+    who knows it. Weights (numbers of examples) count as public. Clients that clip are trusted to do so.
+
+    Attributes
+    ----------
+    releases : int
+        Rounds that were aggregated.
+    refused : int
+        Rounds that were not, since replies were missing.
+    rho : float
+        Sum of the releases' costs where a client's update may be there or count as zero (``"add-or-remove-one"``);
+        infinite if a release has no bound.
+    """
+
+    releases: int = 0
+    refused: int = 0
+    rho: float = 0.0
+
+    def epsilon(self, delta: float = 1e-5, relation: str = "replace-one") -> float:
+        """The epsilon spent so far, at most, at ``delta``: rho + 2 sqrt(rho ln(1 / delta)) (arXiv 1605.02065).
+
+        ``relation`` is ``"replace-one"``, where a client's update may be any other one, or ``"add-or-remove-one"``,
+        where it may count as zero, which costs a quarter of the rho.
+
+        Raises
+        ------
+        ValueError
+            If ``delta`` is not in (0, 1), or the relation is another one.
+        """
+        if not 0 < delta < 1:
+            raise ValueError(f"delta = {delta}: must be in (0, 1)")
+        if relation not in RELATIONS:
+            raise ValueError(f"relation = {relation!r}: must be one of {', '.join(RELATIONS)}")
+        rho = self.rho * RELATIONS[relation] ** 2
+        return rho + 2 * math.sqrt(rho * math.log(1 / delta))
+
+
+def budget_of(strategy: Strategy) -> Budget | None:
+    """A budget of which nothing is spent; ``None`` without a differential-privacy wrapper."""
+    return Budget() if any(_wrappers(strategy)) else None
+
+
+def check_exploration(strategy: Strategy) -> None:
+    """Raise ``ValueError`` if an exploration, which is outside the noise, is about to run under a wrapper."""
+    for wrapper in _wrappers(strategy):
+        raise ValueError(
+            f"an exploration is outside the noise and the budget of {type(wrapper).__name__}: bring a mask= that does "
+            "not depend on the clients' data, or declare with exploration_public=True that the explorers' data may be "
+            "known"
+        )
+
+
+def replies_needed(strategy: Strategy) -> int:
+    """The number of replies for which the noise is scaled; 0 without a differential-privacy wrapper."""
+    return max((wrapper.num_sampled_clients for wrapper in _wrappers(strategy)), default=0)
+
+
+def aggregate(
+    strategy: Strategy, server_round: int, replies: Sequence[Message], budget: Budget | None
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """Let the strategy aggregate the replies that count; under a wrapper only if none is missing, and charge it."""
+    wrapper = next(_wrappers(strategy), None)
+    if wrapper is None:
+        return strategy.aggregate_train(server_round, replies)
+    budget = Budget() if budget is None else budget
+    valid = [reply for reply in replies if not reply.has_error()]
+    needed = replies_needed(strategy)
+    if len(valid) < needed:
+        budget.refused += 1
+        log(
+            WARNING,
+            "round %d: nothing is aggregated, the model stays as it was: %d replies count, and the noise is scaled "
+            "for %d",
+            server_round,
+            len(valid),
+            needed,
+        )
+        if getattr(wrapper, "accountant", None) is None:
+            return None, None
+        # one with an accountant refuses too, and lets go of what it has noted for the round
+        return strategy.aggregate_train(server_round, replies)
+    problem = _no_bound(wrapper)
+    share, norm = 1.0 if problem else _largest_share(wrapper, valid), wrapper.clipping_norm
+    record, metrics = strategy.aggregate_train(server_round, replies)
+    if record is not None:
+        budget.releases += 1
+        budget.rho += math.inf if problem else _cost(wrapper, share, norm)
+        _tell(budget, server_round, problem)
+    return record, metrics
+
+
+def _wrappers(strategy: Strategy) -> Iterator[WRAPPERS]:
+    return (layer for layer in coords.layers(strategy) if isinstance(layer, WRAPPERS))
+
+
+def _no_bound(wrapper: WRAPPERS) -> str:
+    """Why nothing can be said of what a release costs; "" if something can."""
+    if wrapper.noise_multiplier <= 0:
+        return "there is no noise"
+    if not coords.averages_plainly(wrapper.strategy):
+        return f"the noise is scaled for FedAvg's own average, not for {type(wrapper.strategy).__name__}"
+    return ""
+
+
+def _largest_share(wrapper: WRAPPERS, replies: Sequence[Message]) -> float:
+    """The largest client's share of the weighted mean."""
+    key = coords.weight_key_of(wrapper.strategy)
+    weights = [float(record[key]) for reply in replies for record in reply.content.metric_records.values()]  # type: ignore[arg-type]
+    return max(weights) / sum(weights)
+
+
+def _cost(wrapper: WRAPPERS, share: float, clipped_at: float) -> float:
+    """Rho of one release: of the mean, and of the count by which the norm adapts."""
+    # the noise is that of equal shares, and of the norm as it has adapted after the clipping
+    fitting = wrapper.clipping_norm / clipped_at / (share * wrapper.num_sampled_clients)
+    rho = 1 / (2 * (wrapper.noise_multiplier * fitting) ** 2)
+    if isinstance(wrapper, ADAPTIVE):
+        rho += 1 / (2 * (2 * wrapper.clipped_count_stddev) ** 2)  # a bit is 1/2 or -1/2
+    return rho
+
+
+def _tell(budget: Budget, server_round: int, problem: str) -> None:
+    if math.isinf(budget.rho):
+        log(WARNING, "round %d: the privacy spent has no bound%s", server_round, problem and f": {problem}")
+        return
+    log(
+        INFO,
+        "round %d: privacy spent at delta 1e-05: epsilon %.4g (replace-one), %.4g (add-or-remove-one), %d releases",
+        server_round,
+        budget.epsilon(),
+        budget.epsilon(relation="add-or-remove-one"),
+        budget.releases,
+    )
