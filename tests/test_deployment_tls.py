@@ -84,12 +84,12 @@ def test_the_same_with_tls_and_authentication(replay: Replay) -> None:
 
     node = next(line for line in lines(text) if line.startswith("flower-supernode"))
     port = superlink._free_port()
-    for key in ("certificates/stranger", None):
-        given = f"--auth-supernode-private-key {key}" if key else ""
+    for given in ("--auth-supernode-private-key certificates/stranger", ""):  # a key that is not registered, or none
         line = re.sub("--auth-supernode-private-key [^ ]+", given, node).replace("18094", str(port))
         replay.line(line)
-        assert replay.started[-1].wait(120) != 0
-        print(key, replay.started[-1].returncode, replay.log(len(replay.started) - 1).read_text()[-600:])
+        assert replay.started[-1].wait(120) != 0, replay.tail()
+        said = replay.log(len(replay.started) - 1).read_text()
+        print(f"refused with exit code {replay.started[-1].returncode}: {said}")
     code, output = replay.call(["flwr", "supernode", "list", "secure", "--format", "json"])
     assert code == 0, output
     assert [each["status"] for each in json.loads(output)["nodes"]] == ["online"] * NODES
@@ -146,9 +146,10 @@ def test_the_services_of_the_compose_file_natively(replay: Replay, tmp_path: Pat
             )
             assert code == 0, output + replay.tail()
     the_record(docker, 2)
+    # one that does not know the secret gets no server app to run
     (docker / "certificates" / "superexec.secret").write_text("another")
     words = ["flower-superexec", f"--runtime-api-address=localhost:{port}"]
     words += [f"--root-certificates={docker}/certificates/ca.crt"]
     stranger = replay.start([*words, f"--superexec-auth-secret-file={docker}/certificates/superexec.secret"])
-    replay.wait(lambda: re.search("(?i)denied|unauth|invalid|401|403", replay.log(len(replay.started) - 1).read_text()))
-    print(stranger.poll(), replay.log(len(replay.started) - 1).read_text()[-800:])
+    stranger.wait(60)
+    assert "SuperExec authentication failed" in replay.log(0).read_text()
