@@ -81,12 +81,14 @@ class Replay:
         )
         return done.returncode, done.stdout
 
-    def start(self, words: list[str], cwd: Path | None = None, **environment: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, words: list[str], cwd: Path | None = None, environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         with self.log(len(self.started)).open("wb") as out:
             process = subprocess.Popen(
                 self._found(words),
                 cwd=cwd or self.folder,
-                env=self.environment | environment,
+                env=environment or self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

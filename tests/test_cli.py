@@ -317,6 +317,20 @@ def test_the_end_of_a_run_on_a_superlink(
     assert remote.run_app_on("site", tmp_path, "lr = 1\n") == reason
 
 
+def test_an_interrupted_command_leaves_the_run_on_a_superlink(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: str) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        return ""
+
+    monkeypatch.setattr(remote, "_ask", lambda *_: {"success": True, "run-id": "12"})
+    monkeypatch.setattr(remote, "_follow", interrupt)
+    assert exit_code("run", str(ROOT), "--superlink", "site") == 130
+    assert "run 12 goes on; flwr log 12 site shows it, flwr stop 12 site ends it" in capsys.readouterr().err
+
+
 def test_a_failed_run(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     recorder.reason = "no idea"
     assert exit_code("run", str(ROOT)) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from replay import ROOT, Replay, replaying, write_data
-from test_docker import entrypoint, healthcheck, interpolate
+from test_docker import entrypoint, healthcheck, image_environment, interpolate
 from test_docs import FENCE, section
 
 from autoflip_flwr.experiment import superlink
@@ -45,11 +45,6 @@ def the_record(folder: Path, nodes: int) -> None:
     assert told["rounds"] == 2
     assert told["failures"] == {"quarantined": 0, "errors": 0, "absent": 0}
     assert told["bytes_by_node"].keys() == {str(node) for node in range(nodes)}
-
-
-def run_line(text: str) -> str:
-    (line,) = (line for line in lines(text) if line.startswith("autoflip run"))
-    return line
 
 
 def test_three_nodes_with_data_of_their_own_and_what_the_command_exits_with(replay: Replay) -> None:
@@ -107,29 +102,36 @@ def test_the_services_of_the_compose_file_natively(replay: Replay, tmp_path: Pat
     replay.connect("".join(connections(text)))
     up = lines(section(text, "One machine: a SuperLink and two clients"))
     ports: dict[str, str] = {}
+    private: dict[str, Path] = {}  # what is /tmp in a container
 
     def serve(name: str) -> None:
         service = compose["services"][name]
-        words = [*entrypoint(service["build"]["target"]), *(interpolate(word) for word in service["command"])]
+        target = service["build"]["target"]
+        private[name] = tmp_path / name
+        private[name].mkdir()
+        words = [*entrypoint(target), *(interpolate(word) for word in service["command"])]
         ports[name] = port if name == "superlink" else health if name == "serverapp" else str(superlink._free_port())
         mounts = {each["target"]: docker / each["source"] for each in service.get("volumes", ())}
         for kind in ("configs", "secrets"):
             mounts |= {each["target"]: docker / compose[kind][each["source"]]["file"] for each in service.get(kind, ())}
         assert all(path.exists() for path in mounts.values()), mounts
         given = " \n".join(words)
-        for target, path in mounts.items():
-            given = given.replace(target, str(path.resolve()))
+        for mounted, path in mounts.items():
+            given = given.replace(mounted, str(path.resolve()))
         given = given.replace("0.0.0.0", "127.0.0.1").replace("superlink:8000", f"localhost:{port}")
         given = given.replace("--port=8000", f"--port={port}").replace(":8099", f":{health}")
         words = given.split(" \n")
         if name.startswith("client"):
             words.append(f"--port={ports[name]}")  # they share this machine's loopback
-        extra = {"AUTOFLIP_DATA": str(mounts["/data"].resolve())} if "/data" in mounts else {}
-        replay.start(words, cwd=docker, **extra, FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2", OMP_NUM_THREADS="1")
-        check = healthcheck(service["build"]["target"])
-        check = [str(ROOT / "docker" / "healthcheck.py") if word.endswith(".py") else word for word in check]
+        environment = image_environment(target) | service.get("environment", {})
+        for key, value in environment.items():
+            value = interpolate(value).replace("/venv/bin:$PATH", replay.environment["PATH"])
+            environment[key] = value.replace("/tmp", str(private[name])).replace("/data", str(mounts.get("/data")))
+        environment["PYTHONPATH"] = str(ROOT)  # the package is installed in the images
+        replay.start(words, docker, environment)
+        places = mounts | {"/usr/local/lib/healthcheck.py": ROOT / "docker" / "healthcheck.py"}
+        check = [str(places.get(word, word)) for word in healthcheck(target)]
         check = [re.sub(r":(8000|8099|9094)\b", f":{ports[name]}", word) for word in check]
-        check = [str(mounts.get(word, word)) for word in check]
         replay.wait(lambda: replay.call(check)[0] == 0)
 
     for line in up:
@@ -141,11 +143,11 @@ def test_the_services_of_the_compose_file_natively(replay: Replay, tmp_path: Pat
             for name in ("client-1", "client-2"):
                 serve(name)
         elif not line.startswith(("docker compose", "echo")):
-            code, output = replay.call(
-                ["bash", "-c", words.replace("'dataset", "'num-server-rounds=2 dataset")], cwd=docker
-            )
+            short = words.replace("'dataset", "'num-server-rounds=2 dataset")
+            code, output = replay.call(["bash", "-c", short], cwd=docker)
             assert code == 0, output + replay.tail()
     the_record(docker, 2)
+    assert (docker / "state" / "superlink.db").stat().st_size > 0
     # one that does not know the secret gets no server app to run
     (docker / "certificates" / "superexec.secret").write_text("another")
     words = ["flower-superexec", f"--runtime-api-address=localhost:{port}"]

@@ -59,6 +59,11 @@ def healthcheck(target: str) -> list[str]:
     return json.loads(re.search(r"(?m)^HEALTHCHECK .*?CMD (.*)$", stage(target))[1])
 
 
+def image_environment(target: str) -> dict[str, str]:
+    lines = re.findall(r"(?m)^ENV (.*)$", stage("runtime") + stage(target))
+    return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
+
+
 @cache
 def options(command: str) -> set[str]:
     help_ = subprocess.run([TOOLS / command, "--help"], capture_output=True, text=True, check=True)
