@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from flwr.app import Context, RecordDict
+from replay import write_data
 from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
@@ -109,6 +112,43 @@ def test_real_data_runs(tmp_path, data_dir):
         }
         told = summary(run(tmp_path, nodes=100, fraction_train=0.02, explorers=0.02, exploration_epochs=1, **values))
         assert told["final_accuracy"] > 0.05
+
+
+def node(**config: bool | int | float | str) -> Context:
+    return Context(1, 1, {key.replace("_", "-"): value for key, value in config.items()}, RecordDict(), MNIST)
+
+
+MNIST: dict[str, bool | int | float | str] = {"dataset": "mnist", "split": "iid", "data-dir": "/no/such/folder"}
+
+
+def examples_of(context: Context) -> torch.Tensor:
+    return client.client_fn(context).numpy_client._x
+
+
+def test_a_node_trains_on_the_folder_of_its_own_config(tmp_path):
+    folders = [write_data(tmp_path / str(part), part, 2) for part in range(2)]
+    first, second = (examples_of(node(partition_id=i, data_dir=str(folder))) for i, folder in enumerate(folders))
+    assert len(first) == len(second) == 48
+    assert not torch.equal(first, second)
+    part = examples_of(node(partition_id=1, num_partitions=3, data_dir=str(folders[0])))
+    assert len(part) == 16
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"partition_id": 0},
+        {"partition_id": 2, "num_partitions": 2},
+        {"partition_id": 0, "num_partitions": 0, "data_dir": "/d"},
+        {"partition_id": -1, "data_dir": "/d"},
+        {"partition_id": "0", "data_dir": "/d"},
+        {"data_dir": "/d"},
+    ],
+)
+def test_a_node_config_that_cannot_be_is_refused(config):
+    with pytest.raises(ConfigError, match="node config partition-id = "):
+        client.client_fn(node(**config))
 
 
 def test_too_few_nodes_is_said_before_any_client_works(tmp_path):

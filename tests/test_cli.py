@@ -1,5 +1,6 @@
 """The `autoflip` command: what it refuses, what it hands on, and two real runs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from autoflip_flwr.experiment import cli
+from autoflip_flwr.experiment import cli, remote
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.superlink import Resources
 
@@ -217,6 +218,117 @@ def test_settings_of_another_app_pass_unchecked(recorder: Recorder, tiny_app: Pa
     assert exit_code("run", str(tiny_app), "-c", "note='runs' sub.key=7 sparsity=3 data-dir='x'") == 0
     settings = {"note": "runs", "sub": {"key": 7}, "sparsity": 3, "data-dir": "x"}
     assert recorder.calls == [(tiny_app, settings, Resources(10, 1, 0.0), False)]
+
+
+class There:
+    """Stands in for `run_app_on`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Path, dict[str, Any]]] = []
+
+    def __call__(self, connection: str, app: Path, run_config: str) -> str:
+        self.calls.append((connection, app, tomllib.loads(run_config)))
+        return ""
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> There:
+    there = There()
+    monkeypatch.setattr(cli, "run_app_on", there)
+    return there
+
+
+def test_a_superlink_gets_paths_as_they_are(recorder: Recorder, there: There, tiny_app: Path) -> None:
+    settings = "data-dir='no/such' exploration='/no/such' output-dir='out'"
+    assert exit_code("run", str(ROOT), "--superlink", "site", "--nodes", "3", "-c", settings) == 0
+    assert exit_code("run", str(ROOT), "--superlink", "site") == 0
+    assert exit_code("run", str(tiny_app), "--superlink", "site", "-c", "nodes=7 any=1") == 0
+    handed = {"data-dir": "no/such", "exploration": "/no/such", "output-dir": "out", "nodes": 3}
+    assert there.calls == [("site", ROOT, handed), ("site", ROOT, {}), ("site", tiny_app, {"nodes": 7, "any": 1})]
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "model='nope'"], "model = 'nope': must be one of"),
+        (["--nodes", "1"], "nodes = 1: must be 0"),
+        (["--cpus", "2"], "--cpus, --gpus and --keep-logs are of the simulation: not with --superlink"),
+        (["--gpus", "0"], "--cpus, --gpus and --keep-logs are of the simulation: not with --superlink"),
+        (["--keep-logs"], "--cpus, --gpus and --keep-logs are of the simulation: not with --superlink"),
+    ],
+)
+def test_what_is_refused_for_a_superlink(
+    arguments: list[str], message: str, there: There, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("run", str(ROOT), "--superlink", "site", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert there.calls == []
+
+
+def test_nodes_of_another_app_are_not_ours_to_set(
+    there: There, tiny_app: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("run", str(tiny_app), "--superlink", "site", "--nodes", "3") == 2
+    assert "--nodes with --superlink is a setting of autoflip-flwr" in capsys.readouterr().err
+    assert there.calls == []
+
+
+FLWR = """#!{python}
+import json, os, sys
+calls = open(os.path.join(os.path.dirname(__file__), "calls"), "a+")
+calls.seek(0)
+asked = calls.read().count("list")
+calls.write(sys.argv[1] + "\\n")
+answers = {answers!r}
+if sys.argv[1] == "log":
+    print("autoflip: error: lr = 0: is wrong" if "fail" in answers[-1] else "all is well")
+else:
+    print(answers[min(asked, len(answers) - 1)] if sys.argv[1] == "list" else {started!r})
+"""
+
+
+def listed(status: str, details: str = "N/A") -> str:
+    return json.dumps({"runs": [{"status": status, "status-details": details}]})
+
+
+STARTED = '{"success": true, "run-id": "12"}'
+
+
+@pytest.mark.parametrize(
+    ("started", "answers", "reason"),
+    [
+        (STARTED, [listed("running"), "no JSON", listed("finished:completed")], ""),
+        (STARTED, [listed("finished:failed", "it fell over")], "lr = 0: is wrong; it fell over"),
+        (STARTED, [listed("finished:stopped")], "finished:stopped"),
+        (STARTED, ["no JSON"], "the SuperLink has not answered for 1 s; whether run 12 goes on is not known"),
+        ('{"success": false, "error-message": "no such name"}', [""], "the run was not started: no such name"),
+        ("a wall of words", [""], "the run was not started: a wall of words"),
+    ],
+)
+def test_the_end_of_a_run_on_a_superlink(
+    started: str, answers: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "flwr").write_text(FLWR.format(python=sys.executable, answers=answers, started=started))
+    (tmp_path / "flwr").chmod(0o755)
+    monkeypatch.setattr(remote, "TOOLS", tmp_path)
+    monkeypatch.setattr(remote, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(remote, "SILENCE_LIMIT", 1.0)
+    assert remote.run_app_on("site", tmp_path, "lr = 1\n") == reason
+
+
+def test_an_interrupted_command_leaves_the_run_on_a_superlink(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: str) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        return ""
+
+    monkeypatch.setattr(remote, "_ask", lambda *_: {"success": True, "run-id": "12"})
+    monkeypatch.setattr(remote, "_follow", interrupt)
+    assert exit_code("run", str(ROOT), "--superlink", "site") == 130
+    assert "run 12 goes on; flwr log 12 site shows it, flwr stop 12 site ends it" in capsys.readouterr().err
 
 
 def test_a_failed_run(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The `autoflip` command: run an experiment on this machine, report on finished ones."""
+"""The `autoflip` command: run an experiment on this machine or on a SuperLink, report on finished ones."""
 
 import argparse
 import importlib.util
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from autoflip_flwr.experiment.config import Config, ConfigError, Value, shown
+from autoflip_flwr.experiment.remote import run_app_on
 from autoflip_flwr.experiment.superlink import Resources, run_app
 
 APP_NAME = "autoflip-flwr"
@@ -113,17 +114,41 @@ def _run(options: argparse.Namespace) -> int:
         settings |= flatten(read_toml(options.config))
     for text in options.run_config:
         settings |= parse_pairs(text)
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(f"a simulation needs Ray: pip install '{APP_NAME}[app]'")
-
-    if project.get("project", {}).get("name") == APP_NAME:
-        nodes, settings = _checked(settings, _defaults(project), options.nodes)
-    else:
-        nodes = options.nodes or DEFAULT_NODES
-    reason = run_app(app, to_toml(settings), Resources(nodes, options.cpus, options.gpus), options.keep_logs)
+    own = project.get("project", {}).get("name") == APP_NAME
+    reason = (_run_there if options.superlink else _run_here)(
+        options, app, settings, _defaults(project) if own else None
+    )
     if reason:
         print(f"autoflip: the run failed: {reason}", file=sys.stderr)
     return 1 if reason else 0
+
+
+def _run_here(
+    options: argparse.Namespace, app: Path, settings: dict[str, Value], defaults: Mapping[str, Value] | None
+) -> str:
+    """Run in simulation. `defaults` are those of the shipped app; None for any other, whose settings pass unchecked."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"a simulation needs Ray: pip install '{APP_NAME}[app]'")
+    nodes = options.nodes or DEFAULT_NODES
+    if defaults is not None:
+        nodes, settings = _checked(settings, defaults, options.nodes)
+    resources = Resources(nodes, options.cpus or 1, options.gpus or 0.0)
+    return run_app(app, to_toml(settings), resources, options.keep_logs)
+
+
+def _run_there(
+    options: argparse.Namespace, app: Path, settings: dict[str, Value], defaults: Mapping[str, Value] | None
+) -> str:
+    """Run on a SuperLink; paths among the settings are of the server app's machine."""
+    if options.cpus is not None or options.gpus is not None or options.keep_logs:
+        raise ConfigError("--cpus, --gpus and --keep-logs are of the simulation: not with --superlink")
+    if defaults is not None:
+        if options.nodes is not None:
+            settings["nodes"] = options.nodes
+        Config.from_run_config({**defaults, **settings}, check_paths=False)
+    elif options.nodes is not None:
+        raise ConfigError(f"--nodes with --superlink is a setting of {APP_NAME}, which this app is not")
+    return run_app_on(options.superlink, app, to_toml(settings))
 
 
 def _checked(
@@ -171,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="autoflip", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="{run,report}")
 
-    run = commands.add_parser("run", help="run a Flower app in simulation and wait for it")
+    run = commands.add_parser("run", help="run a Flower app, in simulation or on a SuperLink, and wait for it")
     run.set_defaults(command=_run)
     run.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app (default: this one)")
     run.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
@@ -183,9 +208,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PAIRS",
         help="settings, e.g. 'lr=0.1 model=\"cnn\"'",
     )
-    run.add_argument("--nodes", type=_number(int, 1), help=f"SuperNodes (default: as set, else {DEFAULT_NODES})")
-    run.add_argument("--cpus", type=_number(int, 1), default=1, help="CPUs per client (default: 1)")
-    run.add_argument("--gpus", type=_number(float, 0), default=0.0, help="GPUs per client, e.g. 0.25 (default: 0)")
+    run.add_argument(
+        "--superlink",
+        metavar="NAME",
+        help="run on this SuperLink, by its name in Flower's config.toml (default: simulate on this machine)",
+    )
+    run.add_argument(
+        "--nodes",
+        type=_number(int, 1),
+        help=f"SuperNodes (default: as set, else {DEFAULT_NODES}); on a SuperLink: those to wait for",
+    )
+    run.add_argument("--cpus", type=_number(int, 1), help="CPUs per client (default: 1)")
+    run.add_argument("--gpus", type=_number(float, 0), help="GPUs per client, e.g. 0.25 (default: 0)")
     run.add_argument("--keep-logs", action="store_true", help="keep the SuperLink's log and say where")
 
     report = commands.add_parser("report", help="make the report of finished runs")

@@ -24,9 +24,9 @@ from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
 
 @lru_cache(maxsize=32)
 def _examples(config: Config, data_dir: str, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One node's examples: float32 (N, C, H, W) and int64 (N,)."""
+    """One node's examples: float32 (N, C, H, W) and int64 (N,); all of the folder's where `parts` is 0."""
     data = load(config.dataset, data_dir)
-    rows = partition_by(config, data.y_train, parts)[part]
+    rows = partition_by(config, data.y_train, parts)[part] if parts else slice(None)
     return torch.from_numpy(data.batch(data.x_train[rows])), torch.tensor(data.y_train[rows])
 
 
@@ -41,14 +41,18 @@ class LocalClient(NumPyClient):
         The node's partition, which also enters the seed of all its randomness.
     x, y : torch.Tensor
         Its examples.
+    classes : int
+        How many classes the data set has.
     mask : Mask | None
         The mask in force.
     """
 
-    def __init__(self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, mask: Mask | None) -> None:
+    def __init__(
+        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, mask: Mask | None
+    ) -> None:
         self._config, self._part, self._x, self._y, self._mask = config, part, x, y, mask
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
-        self._model = build(config.model, shape, load(config.dataset, config.resolved_data_dir).classes, config.seed)
+        self._model = build(config.model, shape, classes, config.seed)
         self._model.to(training.choose_device(config.device))
 
     def fit(
@@ -81,16 +85,22 @@ class LocalClient(NumPyClient):
 
 
 def client_fn(context: Context) -> Client:
-    """Make the client of a node; ``data-dir`` of the node config goes before that of the run config."""
+    """Make the client of a node; ``data-dir`` of the node config goes before that of the run config.
+
+    Nodes with the whole data set have ``num-partitions`` in their node config, and each trains on its part. A node with
+    a ``data-dir`` of its own and no ``num-partitions`` trains on all that this folder holds.
+    """
     config = Config.from_run_config(context.run_config, check_paths=False)
-    part, parts = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
-    if type(part) is not int or type(parts) is not int or not 0 <= part < parts:
+    node = context.node_config
+    part, parts = node.get("partition-id"), node.get("num-partitions", 0 if "data-dir" in node else None)
+    if type(part) is not int or type(parts) is not int or part < 0 or ("num-partitions" in node and part >= parts):
         raise ConfigError(
-            f"node config partition-id = {part}, num-partitions = {parts}: must be numbers, the first less"
+            f"node config partition-id = {part}, num-partitions = {parts}: must be numbers, the first less; "
+            "only a node with a data-dir may do without num-partitions"
         )
-    data_dir = str(context.node_config.get("data-dir", config.resolved_data_dir))
+    data_dir = str(node.get("data-dir", config.resolved_data_dir))
     x, y = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, x, y, current_mask(context)).to_client()
+    return LocalClient(config, part, x, y, load(config.dataset, data_dir).classes, current_mask(context)).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

@@ -55,8 +55,9 @@ def run(grid: Grid, config: Config) -> Path:
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
     _wait_for_nodes(ordered, config)
-    # refuses an impossible split now, and leaves the split in the cache for the clients
-    partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
+    if ordered.num_partitions:  # else each node has data of its own
+        # refuses an impossible split now, and leaves the split in the cache for the clients
+        partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
     start = start_digest(initial)
     exploration, cost, explored_seconds = _earlier_exploration(config, start)
     if config.resume:
