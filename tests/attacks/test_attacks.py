@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -192,8 +193,16 @@ def test_many_arrays_that_end_alike_are_counted_soon(length: int):
 
 
 def test_a_robust_strategy_withstands_what_the_format_cannot_tell():
-    found = {name: attacks.accuracy(name, "noise", 6, 0.7, None, 0) for name in ("FedAvg", "FedTrimmedAvg")}
+    found = {name: attacks.accuracy(name, "noise", 6, 0.7, None, 0, math.inf) for name in ("FedAvg", "FedTrimmedAvg")}
     assert found["FedTrimmedAvg"] > found["FedAvg"]
+
+
+def test_noise_of_a_large_norm_is_left_out_and_even_the_mean_withstands_it():
+    assert attacks.accuracy("FedAvg", "noise", 6, 0.7, None, 0, 10.0) > found_without_rules() + 0.05
+
+
+def found_without_rules():
+    return attacks.accuracy("FedAvg", "noise", 6, 0.7, None, 0, math.inf)
 
 
 # The size of a mask is justified by what the message carries
