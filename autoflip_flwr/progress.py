@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from logging import ERROR, INFO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
@@ -24,6 +26,20 @@ from autoflip_flwr.translate import Translator
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What has state of its own, beside the model."""
+
+    strategy: Strategy
+    ledger: Ledger
+    quarantine: Quarantine
+    budget: Budget | None
+    grid: OrderedGrid
 
 
 @dataclasses.dataclass
@@ -80,60 +96,66 @@ class Progress:
         """The model as the loop carries it, its dense shadow, and its integer arrays."""
         return self._read("model"), self._read("shadow"), self._read("integers")
 
-    def restore(
-        self,
-        strategy: Strategy,
-        ledger: Ledger,
-        quarantine: Quarantine,
-        budget: Budget | None,
-        grid: OrderedGrid,
-    ) -> None:
-        """Set the wrapped strategy, ledger, quarantine, budget, sampler and random states as they were."""
+    def restore(self, parts: Parts) -> None:
+        """Set the parts and the random states as they were."""
         assert self._saved is not None
-        load_strategy_state(strategy, self._saved["strategy"], self._arrays)
-        ledger.absorb(self._read("ledger"))
-        quarantine.load(self._read("quarantine"))
-        if budget is not None:
-            vars(budget).update(self._read("privacy"))
-        grid.exchanges = self._read("exchanges")
+        load_strategy_state(parts.strategy, self._saved["strategy"], self._arrays)
+        parts.ledger.absorb(self._read("ledger"))
+        parts.quarantine.load(self._read("quarantine"))
+        if parts.budget is not None:
+            vars(parts.budget).update(self._read("privacy"))
+        parts.grid.exchanges = self._read("exchanges")
         random.setstate(self._read("random"))
         np.random.set_state(self._read("numpy"))
+        log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", self.before)
 
-    def keep(
-        self,
-        round_: int,
-        model: ArrayRecord,
-        shadow: Arrays,
-        translator: Translator,
-        strategy: Strategy,
-        ledger: Ledger,
-        quarantine: Quarantine,
-        budget: Budget | None,
-        grid: OrderedGrid,
-    ) -> None:
-        """Keep all state after a round."""
+    def keep(self, round_: int, model: ArrayRecord, shadow: Arrays, translator: Translator, parts: Parts) -> None:
+        """Keep all state after a round; a failure is logged, and the run goes on."""
         if self.checkpoints is None:
             return
         arrays: dict[str, NDArray[Any]] = {}
-        parts: dict[str, object] = {
+        values: dict[str, object] = {
             "model": model,
             "shadow": shadow,
             "integers": translator.integers,
             "mask": translator.mask.bits,
             "version": translator.mask.version,
-            "ledger": vars(ledger),
-            "quarantine": quarantine.state(),
-            "privacy": None if budget is None else vars(budget),
-            "exchanges": grid.exchanges,
-            "partitions": sorted(grid.partitions.values()),
+            "ledger": vars(parts.ledger),
+            "quarantine": parts.quarantine.state(),
+            "privacy": None if parts.budget is None else vars(parts.budget),
+            "exchanges": parts.grid.exchanges,
+            "partitions": sorted(parts.grid.partitions.values()),
             "random": random.getstate(),
             "numpy": np.random.get_state(),
             "train": self.train,
             "evaluate": self.evaluate,
             "central": self.central,
         }
-        state = {name: encode(value, arrays, name) for name, value in parts.items()}
-        self.checkpoints.write(round_, {**state, "round": round_, "strategy": strategy_state(strategy, arrays)}, arrays)
+        try:
+            state = {name: encode(value, arrays, name) for name, value in values.items()}
+            state |= {"round": round_, "strategy": strategy_state(parts.strategy, arrays)}
+        except ValueError as error:
+            log(ERROR, "round %d has no checkpoint: %s", round_, error)
+            return
+        self.checkpoints.write(round_, state, arrays)
+
+    def evaluation(self, evaluate_fn: Evaluate | None, keep: Callable[[int, ArrayRecord], None]) -> Evaluate:
+        """What Flower's loop calls before its first round and at the end of each: evaluates, then keeps the round."""
+
+        def evaluate(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if flowers_round == 0 and self.before:
+                return None
+            round_ = flowers_round + self.before
+            if round_ == 0:  # the exploration is over, whatever becomes of the evaluation
+                keep(round_, arrays)
+            found = None if evaluate_fn is None else evaluate_fn(round_, arrays)
+            if found is not None:
+                self.central[round_] = found
+            if round_:
+                keep(round_, arrays)
+            return found
+
+        return evaluate
 
     def complete(self, result: Result, model: ArrayRecord) -> Result:
         """Flower's result of the rounds that this process has run, with those before; ``model`` if there was none."""

@@ -105,6 +105,14 @@ class Quarantine:
         left = [node for node in nodes if self._until.get(self._ledger.partitions.get(node, node), round_ - 1) < round_]
         return left if len(left) >= needed else list(nodes)
 
+    def suffices(self, count: int, round_: int) -> bool:
+        """Whether a round in which so many replies count may change the model; none is the strategy's own affair."""
+        if 0 < count < self.rules.min_replies:
+            least = self.rules.min_replies
+            log(WARNING, "round %d: %d replies count, fewer than %d: the model stays", round_, count, least)
+            return False
+        return True
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"strikes": dict(self._strikes), "until": self._until}

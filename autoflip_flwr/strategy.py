@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable
-from logging import INFO, WARNING
+from logging import INFO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
-from autoflip_flwr.progress import Progress
+from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.translate import Translator, to_arrays, to_record
@@ -306,42 +306,20 @@ exploration_values
         self._translator = translator = self._translate(self.mask, initial)
         facade.repeat = translator.repeat
         first = to_record(self.mask.apply(initial))
+        parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
         if resumed:
             first, self._shadow, translator.integers = progress.model()
-            progress.restore(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
-            log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", progress.before)
+            progress.restore(parts)
 
-        def finished(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            """Called by Flower's loop before the first round and at the end of each."""
-            if flowers_round == 0 and progress.before:
-                return None
-            round_ = flowers_round + progress.before
-            keep = (
-                round_,
-                arrays,
-                self._shadow,
-                translator,
-                self.strategy,
-                self.ledger,
-                self._quarantine,
-                self.privacy,
-                facade,
-            )
-            if round_ == 0:  # the exploration is over
-                progress.keep(*keep)
-            found = None if evaluate_fn is None else evaluate_fn(round_, arrays)
-            if found is not None:
-                progress.central[round_] = found
-            if round_:
-                progress.keep(*keep)
-            return found
+        def keep(round_: int, arrays: ArrayRecord) -> None:
+            progress.keep(round_, arrays, self._shadow, translator, parts)
 
         arguments = {
             "num_rounds": max(num_rounds - progress.before, 0),
             "timeout": timeout,
             "train_config": train_config,
             "evaluate_config": evaluate_config,
-            "evaluate_fn": evaluate_fn if self.checkpoints is None else finished,
+            "evaluate_fn": evaluate_fn if self.checkpoints is None else progress.evaluation(evaluate_fn, keep),
         }
         if type(self.strategy).start is Strategy.start:
             return progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
@@ -393,7 +371,7 @@ exploration_values
             counted, mean = translator.average(replies, server_round, least)
         else:
             counted = translator.incoming(replies, server_round, least)
-        if not self._suffice(counted, server_round):
+        if not self._quarantine.suffices(sum(not reply.has_error() for reply in counted), server_round):
             return None, None
         if plainly:
             _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
@@ -422,14 +400,6 @@ exploration_values
         if metrics is not None:
             self._progress.evaluate[server_round] = metrics
         return metrics
-
-    def _suffice(self, replies: list[Message], server_round: int) -> bool:
-        """Whether enough replies count for the round to change the model."""
-        count, needed = sum(not reply.has_error() for reply in replies), self.rules.min_replies
-        if 0 < count < needed:
-            log(WARNING, "round %d: %d replies count, fewer than %d: the model stays", server_round, count, needed)
-            return False
-        return True
 
     @property
     def _explores(self) -> bool:

@@ -105,7 +105,7 @@ def test_refusals(key: str, value: Value, message: str) -> None:
 def test_an_unknown_key_like_no_other_lists_the_settings() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^zzz = true: no such setting; the settings are name, method, .*, exploration, checkpoints, resume$",
+        match=r"^zzz = true: no such setting; the settings are name, method, .*, checkpoints, resume$",
     ):
         Config.from_run_config({"zzz": True})
 

@@ -47,6 +47,7 @@ _NOT_BELOW_ZERO = _Rule(int, "an integer >= 0", lambda v: v >= 0)
 _POSITIVE = _Rule(float, "a number > 0", lambda v: v > 0)
 _NOT_NEGATIVE = _Rule(float, "a number >= 0", lambda v: v >= 0)
 _BELOW_ONE = _Rule(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+_ABOVE_ONE = _Rule(float, "a number > 1", lambda v: v > 1)
 _UP_TO_ONE = _Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
 _UNIT = _Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _SEED = _Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
@@ -161,6 +162,10 @@ class Config:
     exploration : str ("")
         Existing file with the exploration of an earlier run, to be used instead of exploring.
 
+    min_replies : int (1)
+        A round in which fewer replies count keeps the model (method autoflip), >= 1.
+    norm_factor : float (10.0)
+        A reply is left out whose update is longer than so many times the median of 5 or more (method autoflip), > 1.
     checkpoints : int (2)
         Rounds whose whole state is kept in the run's folder (method autoflip), >= 0; 0 keeps none.
     resume : str ("")
@@ -216,6 +221,8 @@ class Config:
     values_down: str = _setting("", _WAY)
     exploration: str = _setting("", _TEXT)
 
+    min_replies: int = _setting(1, _COUNT)
+    norm_factor: float = _setting(10.0, _ABOVE_ONE)
     checkpoints: int = _setting(2, _NOT_BELOW_ZERO)
     resume: str = _setting("", _TEXT)
 

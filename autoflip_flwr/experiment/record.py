@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -104,6 +104,10 @@ class RunRecord:
             file.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def write_incidents(self, incidents: Sequence[Mapping[str, object]]) -> None:
+        """Write ``incidents.json``: what went wrong so far (:class:`~autoflip_flwr.ledger.Ledger`)."""
+        write_atomic(self.path / "incidents.json", _json_lines(incidents))
 
     def finish(
         self,
@@ -246,6 +250,10 @@ def _new_folder(wanted: Path) -> Path:
         except FileExistsError:
             number += 1
             path = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def _json_lines(rows: Sequence[Mapping[str, object]]) -> bytes:
+    return ("[\n" + ",\n".join(json.dumps(jsonable(row)) for row in rows) + "\n]\n").encode()
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

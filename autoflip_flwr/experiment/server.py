@@ -23,6 +23,7 @@ from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
+from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.translate import to_record
 
 app = ServerApp()
@@ -162,5 +163,6 @@ def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, c
         exploration=exploration,
         seed=config.seed,
         ledger=ledger,
+        rules=ReplyRules(norm_factor=config.norm_factor, min_replies=config.min_replies),
         checkpoints=kept,
     )

@@ -184,6 +184,8 @@ class Tracker:
                 "failures": self._ledger.failure_counts(),
             }
         )
+        if self._ledger.incidents:
+            self.record.write_incidents(self._ledger.incidents)
 
     def _seconds(self) -> float:
         return self._explored_before + time.monotonic() - self._began
