@@ -58,19 +58,16 @@ def write_messages(folder: Path, model: str) -> dict[str, Path]:
     random = np.random.default_rng(1)
     keep = {spec.name: random.random(spec.shape, np.float32) < DENSITY for spec in layout.prunable}
     autoflip = AutoFlip(_fedavg(), mask=Mask.from_bool(layout, keep))
-    for strategy, mods in ((_fedavg(), []), (autoflip, [autoflip_mod])):
 
-        def case_of(message: Message, masked: bool = bool(mods)) -> str:
-            if not masked:
-                return PLAIN
-            return ALONG if wire.MASK in message.content else CACHED
+    def keep_message(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.content.array_records:
+            packed = wire.HEADER in message.content
+            case = (ALONG if wire.MASK in message.content else CACHED) if packed else PLAIN
+            startup_client.save(files[case], message, context)
+        return call_next(message, context)
 
-        def keep_message(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-            if message.content.array_records:
-                startup_client.save(files[case_of(message)], message, context)  # noqa: B023
-            return call_next(message, context)
-
-        _serve(strategy, ClientApp(mods=[keep_message, *mods]), initial)
+    _serve(_fedavg(), ClientApp(mods=[keep_message]), initial)
+    _serve(autoflip, ClientApp(mods=[keep_message, autoflip_mod]), initial)
     return files
 
 
