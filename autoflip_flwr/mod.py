@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
@@ -133,7 +133,11 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
         raise wire.WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
     start = {dtype: vector.whole() for dtype, vector in wire.vectors(mask, inner[keys[0]], kind).items()}
     given = mask.scatter(wire.split(mask, start))
-    inner[keys[0]] = ArrayRecord({name: Array(array) for name, array in given.items()})
+    inner[keys[0]] = ArrayRecord(
+        {name: wire.array([np.ascontiguousarray(array)], array.shape) for name, array in given.items()}
+    )
+    if head["phase"] != wire.EXPLORE:
+        given = {}  # only moves need it: no second model in memory while the client trains
     message.content = inner
     reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
     if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message

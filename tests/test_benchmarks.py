@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import startup
+
 
 @pytest.mark.parametrize(("params", "density"), [(60_000, 0.1), (200_000, 0.3), (200_000, 0.7)])
 def test_wire_keeps_to_its_limits(params, density):
@@ -26,3 +28,13 @@ def test_wire_keeps_to_its_limits(params, density):
         ratio > (3 if kind == "int8" else 1.8) for kind, way in found["values"].items() for ratio in way.values()
     )
     assert found["upload_bytes"] < density * found["dense_bytes"] * 1.1 + 4096
+
+
+def test_a_clients_start_up_is_measured_with_the_mod_and_without():
+    cached, along = startup.measure("cnn", 1)
+    assert [cached["case"], along["case"]] == ["cnn, mask cached", "cnn, mask along"]
+    assert cached["limit"] == 1.15
+    for row in (cached, along):
+        assert row["ours_s"] > row["message_ours_s"] > row["handle_ours_s"] > 0
+        assert row["plain_s"] == cached["plain_s"] > row["message_plain_s"] > 0
+        assert row["within"] == (max(row["ratio"], row["message_ratio"]) <= 1.15)

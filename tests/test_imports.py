@@ -67,3 +67,17 @@ def test_importing_the_library_loads_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_client_does_not_load_the_servers_modules():
+    code = "import sys, autoflip_flwr.mod; print(*(name for name in sys.modules if name.startswith('autoflip_flwr.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[2] for name in done.stdout.split()}
+    assert loaded == {"layout", "mask", "values", "bits", "moves", "wire", "feedback", "legacy", "maskrecord", "mod"}
+
+
+def test_every_public_name_is_there_when_it_is_asked_for():
+    assert set(autoflip_flwr.__all__) <= set(dir(autoflip_flwr))
+    assert all(getattr(autoflip_flwr, name).__name__ == name for name in autoflip_flwr.__all__)
+    with pytest.raises(AttributeError, match="module 'autoflip_flwr' has no attribute 'AutoFlop'"):
+        autoflip_flwr.AutoFlop  # noqa: B018
