@@ -16,7 +16,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,11 @@ class Loopback:
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         command = [f"{superlink.TOOLS}/flwr", *arguments, superlink.CONNECTION, "--format", "json"]
         done = subprocess.run(command, capture_output=True, text=True, env=self._environment, cwd=self.home)
-        try:
-            return dict(json.loads(done.stdout))
-        except ValueError:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}") from None
+        with suppress(ValueError):
+            answer = dict(json.loads(done.stdout))
+            if answer.get("success", True):
+                return answer
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
 
     def _wait_for_nodes(self) -> None:
         limit, online = time.monotonic() + READY_LIMIT, 0

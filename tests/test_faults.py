@@ -429,7 +429,8 @@ def test_the_superlink_killed_and_restarted_with_its_database(tmp_path: Path) ->
 
         with meanwhile(fault), pytest.raises(RuntimeError):
             loopback.run(REPOSITORY, deployed(tmp_path / "out", 2, **settings), timeout=LIMIT)
-        wait_for(lambda: (tmp_path / "out").exists())
+        port = int(loopback.processes[0].args[5])  # type: ignore[index, arg-type]
+        assert not superlink._wait_until_healthy(loopback.processes[0], port)
         loopback._wait_for_nodes()
         print(f"the nodes were back after {time.monotonic() - times['killed']:.0f} s")
         folder = record(tmp_path / "out")
