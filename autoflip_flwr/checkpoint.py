@@ -31,7 +31,7 @@ except ImportError:  # not on Windows
 FORMAT = 1
 EXPLORATION = "exploration.safetensors"
 EXPLORERS = "explorers"
-LOCK = ".lock"
+LOCK = "lock"
 
 Arrays = dict[str, NDArray[Any]]
 
