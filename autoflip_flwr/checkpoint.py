@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from logging import ERROR
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ from safetensors.numpy import save
 
 from autoflip_flwr.translate import to_arrays, to_record
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
 EXPLORATION = "exploration.safetensors"
 EXPLORERS = "explorers"
+LOCK = "lock"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -92,6 +99,7 @@ class Checkpoints:
         """
         folder = self._folder
         (folder / EXPLORERS).mkdir(parents=True, exist_ok=True)
+        self._lock(folder / LOCK)
         self._settings = json.loads(json.dumps({**settings, "own": dict(self.settings)}, default=_name))
         rounds = self._rounds()
         if not self.resume:
@@ -149,6 +157,20 @@ class Checkpoints:
             about, arrays = _read(path, self._settings)
             answers[int(path.stem)] = about, to_record(arrays)
         return answers
+
+    def _lock(self, path: Path) -> None:
+        """Keep other processes out while this one lives: a server app may outlive its SuperLink and still write."""
+        if fcntl is None:
+            return
+        self._held = path.open("ab")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(
+                    f"{path.parent}: another process is still at work on this run: wait for its end, or end it"
+                ) from error
+            log(WARNING, "%s cannot be locked (%s): see to it that no other process works on this run", path, error)
 
     def _restore(self, extra: object) -> None:
         if self.restore is not None:

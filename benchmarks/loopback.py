@@ -16,7 +16,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,22 @@ class Loopback:
         What else a node's config holds, one mapping a node.
     folder : Path | None
         Existing folder for the logs (`superlink.log`, `supernode-0.log`, ..., `run-0.log`, ...). None: a temporary one.
+    options : Sequence[str]
+        More options of the SuperLink.
     """
 
     def __init__(
-        self, nodes: int = 2, node_configs: Sequence[Mapping[str, Value]] | None = None, folder: Path | None = None
+        self,
+        nodes: int = 2,
+        node_configs: Sequence[Mapping[str, Value]] | None = None,
+        folder: Path | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self._configs: list[dict[str, Value]] = [
             {**own, "partition-id": part, "num-partitions": nodes}
             for part, own in zip(range(nodes), node_configs or [{}] * nodes, strict=True)
         ]
-        self._folder, self._runs = folder, 0
+        self._folder, self._runs, self._options = folder, 0, options
 
     def __enter__(self) -> Loopback:
         with ExitStack() as stack:
@@ -67,7 +73,7 @@ class Loopback:
             (self.home / "config.toml").write_text(
                 f'[superlink.{superlink.CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
             )
-            self.processes = [self._serve("superlink", "superlink", port)]
+            self.processes = [self._serve("superlink", "superlink", port, *self._options)]
             if trouble := superlink._wait_until_healthy(self.processes[0], port):
                 raise RuntimeError(f"{trouble}\n{self.tail('superlink')}")
             for part, config in enumerate(self._configs):
@@ -139,10 +145,11 @@ class Loopback:
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         command = [f"{superlink.TOOLS}/flwr", *arguments, superlink.CONNECTION, "--format", "json"]
         done = subprocess.run(command, capture_output=True, text=True, env=self._environment, cwd=self.home)
-        try:
-            return dict(json.loads(done.stdout))
-        except ValueError:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}") from None
+        with suppress(ValueError):
+            answer = dict(json.loads(done.stdout))
+            if answer.get("success", True):
+                return answer
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
 
     def _wait_for_nodes(self) -> None:
         limit, online = time.monotonic() + READY_LIMIT, 0

@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the app; what is wrong is said in one line that begins with ``autoflip: error:``."""
     try:
         run(grid, Config.from_run_config(context.run_config))
-    except (ConfigError, ValueError, RuntimeError) as error:
+    except (ConfigError, ValueError, RuntimeError, OSError) as error:
         log(ERROR, "autoflip: error: %s", error)
         raise
 
