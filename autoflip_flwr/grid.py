@@ -20,8 +20,8 @@ from autoflip_flwr.ledger import Ledger, phase_of
 class OrderedGrid(Grid):
     """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
 
-    - ``get_node_ids`` lists the nodes by partition id once those are known (:meth:`roll_call`), later ones after them;
-      with a seed it also seeds :mod:`random`, from which Flower's strategies draw their sample right after, with the
+    - ``get_node_ids`` lists the nodes by partition id once those are known (:meth:`roll_call`); it asks nodes that come
+      later for theirs, without waiting for the answer, and lists them last until then. With a seed it also seeds :mod:`random`, from which Flower's strategies draw their sample right after, with the
       seed and the number of exchanges so far.
     - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in, gives
       messages the time limit as their ttl (a late node then skips them), and charges both ways to the ledger.
@@ -49,6 +49,8 @@ class OrderedGrid(Grid):
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
         self._told: Counter[int] = Counter()
+        self._greeted: set[int] = set()
+        self._latecomers: dict[str, Message] = {}  # what they were asked, by message id, until they answer
 
     @property
     def num_partitions(self) -> int:
@@ -73,6 +75,8 @@ class OrderedGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """The connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
         nodes = list(self._grid.get_node_ids())
+        if self._greeted:
+            self._greet_latecomers(nodes)
         if self.partitions:
             nodes.sort(key=lambda node: (self.partitions.get(node, math.inf), node))
         if self.choose is not None:
@@ -183,16 +187,11 @@ class OrderedGrid(Grid):
             If fewer than ``minimum`` nodes have connected in time.
         """
         deadline = time.monotonic() + timeout
-        asked: set[int] = set()
         while True:
             nodes = set(self._grid.get_node_ids())
             late = time.monotonic() > deadline
-            if new := sorted(nodes - asked):
-                head = {wire.HEADER: wire.header(wire.HELLO, 0)}
-                hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), n, MessageType.TRAIN) for n in new]
-                for reply in self.exchange(hellos, max(deadline - time.monotonic(), 1.0)):
-                    self._learn(reply)
-                asked |= nodes
+            for reply in self.exchange(self._hellos(nodes), max(deadline - time.monotonic(), 1.0)):
+                self._learn(reply)
             expected = max(minimum, self.num_partitions)
             if len(nodes) >= expected or (late and len(nodes) >= minimum):
                 break
@@ -205,6 +204,24 @@ class OrderedGrid(Grid):
             )
         log(INFO, "%d nodes are connected", len(nodes))
         return self.get_node_ids()
+
+    def _hellos(self, nodes: Iterable[int]) -> list[Message]:
+        """Messages to the nodes that have not been asked for their partition yet."""
+        new = sorted(set(nodes) - self._greeted)
+        self._greeted |= set(new)
+        head = {wire.HEADER: wire.header(wire.HELLO, 0)}
+        return [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
+
+    def _greet_latecomers(self, nodes: list[int]) -> None:
+        if self._latecomers:
+            for reply in self.pull_messages(list(self._latecomers)):
+                message = self._latecomers.pop(reply.metadata.reply_to_message_id, None)
+                if message is not None:
+                    self.ledger.received(message, reply)
+                    self._learn(reply)
+        if hellos := self._hellos(nodes):
+            self.push_messages(hellos)
+            self._latecomers |= {hello.metadata.message_id: hello for hello in hellos}
 
     def _learn(self, reply: Message) -> None:
         head = reply.content.get(wire.HEADER) if reply.has_content() else None

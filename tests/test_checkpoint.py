@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -244,6 +246,26 @@ def test_what_was_being_written_is_not_read(tmp_path):
     (tmp_path / ".round-000003.safetensors.tmp").write_bytes(half)
     same(run(tmp_path, resume=True)[0], whole)
     assert not list(tmp_path.glob(".*"))
+
+
+HOLDS = """
+import sys
+from autoflip_flwr.checkpoint import Checkpoints
+kept = Checkpoints(sys.argv[1])
+kept.open({})
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_works_on_a_run(tmp_path):
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(CheckpointError, match="another process is still at work on this run"):
+            run(tmp_path)
+        other.kill()  # the lock goes with its process, however that ends
+    run(tmp_path)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, caplog):

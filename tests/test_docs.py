@@ -70,3 +70,9 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
 @pytest.mark.parametrize("code", python_blocks())
 def test_python_blocks_can_be_parsed(code):
     compile(code, "<docs>", "exec")
+
+
+def test_contributors_find_every_module_of_the_library():
+    text = section((ROOT / "CONTRIBUTING.md").read_text("utf-8"), "Where things are")
+    modules = {path.name for path in (ROOT / "autoflip_flwr").glob("*.py")} - {"__init__.py"}
+    assert modules <= set(re.findall(r"`(\w+\.py)`", text))

@@ -53,6 +53,37 @@ def test_roll_call_goes_on_with_fewer_than_all_partitions():
     assert OrderedGrid(grid).roll_call(minimum=2, timeout=0.3) == [100, 102, 103]
 
 
+class Filling(LocalGrid):
+    """Its last node connects late."""
+
+    late = True
+
+    def get_node_ids(self):
+        return super().get_node_ids()[: -1 if self.late else None]
+
+
+def test_a_node_that_comes_after_the_roll_call_is_asked_for_its_partition_without_waiting():
+    inside = Filling(message_app(), 3)
+    grid = OrderedGrid(inside)
+    assert grid.roll_call(minimum=2, timeout=0.3) == [100, 101]
+    inside.late = False
+    assert grid.get_node_ids() == [100, 101, 102]
+    assert grid.partitions == {100: 0, 101: 1}
+    assert grid.get_node_ids() == [100, 101, 102]
+    assert grid.partitions == {100: 0, 101: 1, 102: 2}
+    assert grid.ledger.messages["other"] == grid.ledger.replies["other"] == len(inside.sent) == 3
+    bytes_by_node = grid.ledger.bytes_by_node()
+    assert grid.ledger.up["other"] == sum(own["other_up"] for own in bytes_by_node.values())
+    grid.push_messages(messages(grid, [102]))
+    assert list(grid.ledger.bytes_by_node()) == [0, 1, 2]
+
+
+def test_without_a_roll_call_nobody_is_asked():
+    inside = LocalGrid(message_app(), 3)
+    assert OrderedGrid(inside).get_node_ids() == [100, 101, 102]
+    assert not inside.sent
+
+
 def test_nodes_without_the_mod_come_last():
     grid = OrderedGrid(LocalGrid(message_app(mods=[]), 3))
     assert sorted(grid.roll_call(minimum=3, timeout=5)) == [100, 101, 102]
