@@ -21,8 +21,9 @@ class OrderedGrid(Grid):
     """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
 
     - ``get_node_ids`` lists the nodes by partition id once those are known (:meth:`roll_call`); it asks nodes that come
-      later for theirs, without waiting for the answer, and lists them last until then. With a seed it also seeds :mod:`random`, from which Flower's strategies draw their sample right after, with the
-      seed and the number of exchanges so far.
+      later for theirs, without waiting for the answer, and lists them last until then. With a seed it also seeds
+      :mod:`random`, from which Flower's strategies draw their sample right after, with the seed and the number of
+      exchanges so far.
     - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in, gives
       messages the time limit as their ttl (a late node then skips them), and charges both ways to the ledger.
 
