@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import ERROR, WARNING
 from pathlib import Path
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from autoflip_flwr.files import write_atomic
 from autoflip_flwr.translate import to_arrays, to_record
 
 try:
@@ -188,25 +187,9 @@ class Checkpoints:
 def _write(
     path: Path, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]
 ) -> None:
-    """Write a file so that it is there whole or not at all, whatever interrupts."""
     tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     text = json.dumps({"format": FORMAT, "settings": settings, "state": state})
-    data = save(tensors, metadata={"autoflip": text, "digest": _digest(text, tensors)})
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # where folders cannot be synchronised
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_atomic(path, save(tensors, metadata={"autoflip": text, "digest": _digest(text, tensors)}))
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import record, report
-from autoflip_flwr.experiment.record import PHASES, RunRecord, source_commit, source_digest, summary_table, write_atomic
+from autoflip_flwr.experiment.record import PHASES, RunRecord, source_commit, source_digest, summary_table
+from autoflip_flwr.files import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIG = {"name": "demo", "method": "autoflip", "dataset": "digits", "model": "cnn", "seed": 7, "lr": 0.001}
@@ -216,10 +218,10 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path: Path, monkeypa
     write_atomic(path, b"old")
 
     def fail(_: int) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=f"disk full: '{path}'"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert files(tmp_path) == {"file"}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from autoflip_flwr.experiment.config import ConfigError
-from autoflip_flwr.experiment.record import write_atomic
+from autoflip_flwr.files import write_atomic
 from autoflip_flwr.guidance import Exploration
 
 _FIELDS = ("deviation", "signed_mean", "normalised")

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save as safetensors_bytes
 
+from autoflip_flwr.files import write_atomic
+
 PHASES: Mapping[str, str] = {
     "exploration_up": "Exploration, up",
     "exploration_down": "Exploration, down",
@@ -188,19 +190,6 @@ def jsonable(value: object) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees all of it or none, whatever interrupts."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def source_digest(package: Path) -> str:

@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from autoflip_flwr.experiment.record import PHASES, summary_rows, write_atomic
+from autoflip_flwr.experiment.record import PHASES, summary_rows
+from autoflip_flwr.files import write_atomic
 
 # The Okabe-Ito colours, which stay apart for colour-blind readers, one a kind of message.
 _KINDS = {"exploration": "#e69f00", "mask": "#009e73", "train": "#0072b2", "evaluate": "#cc79a7", "other": "#777777"}
