@@ -1,8 +1,9 @@
-"""The private parts of Flower that ``autoflip_flwr.testing`` cannot do without, in one place."""
+"""The private parts of Flower that we cannot do without, in one place; all but the first are for testing."""
 
+from flwr.supercore.differential_privacy import KEY_NORM_BIT
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["Run", "TaskIdentity", "get_all_nested_objects", "inflate_object_from_contents"]
+__all__ = ["KEY_NORM_BIT", "Run", "TaskIdentity", "get_all_nested_objects", "inflate_object_from_contents"]

@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
+from autoflip_flwr._flower import KEY_NORM_BIT
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
 
@@ -51,6 +52,17 @@ def layers(strategy: Strategy) -> Iterator[Strategy]:
 def weight_key_of(strategy: Strategy) -> str:
     """The metric by which the strategy weighs replies; "" where it has none, and asks nothing of metrics."""
     return str(setting(strategy, "weighted_by_key", ""))
+
+
+def metrics_needed(strategy: Strategy) -> dict[str, float]:
+    """Metrics without which one reply would end the round, by name, with the least value of each."""
+    needed = {}
+    for layer in layers(strategy):
+        if isinstance(layer, QFedAvg):
+            needed[layer.train_loss_key] = 0.0
+        if isinstance(layer, DifferentialPrivacyClientSideAdaptiveClipping):
+            needed[KEY_NORM_BIT] = 0.0
+    return needed
 
 
 def setting(strategy: Strategy, name: str, default: object) -> object:

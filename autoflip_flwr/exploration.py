@@ -140,7 +140,11 @@ def explore(
             reply, mask=mask, weight_key=weight_key, kind=plan.values, max_weight=quarantine.rules.max_examples
         )
         (record,) = reply.content.array_records.values()
-        return Answer(weight, math.hypot(*(float(np.linalg.norm(values)) for values in moves.values())), record)
+        with np.errstate(over="ignore"):
+            norm = math.hypot(*(float(np.linalg.norm(values)) for values in moves.values()))
+        if not math.isfinite(norm):
+            raise wire.WireError("the norm of its moves overflows")
+        return Answer(weight, norm, record)
 
     def arrived(message: Message, reply: Message) -> None:
         if checkpoints is None or reply.has_error():

@@ -22,6 +22,9 @@ MAX_MOVE = 1e100
 MAX_WEIGHT = 1e100
 """A larger weight is a lie, and a few of them might overflow when they are added up."""
 
+MAX_NEEDED = 1e30
+"""Strategies take powers of such metrics."""
+
 FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
 
 
@@ -57,6 +60,7 @@ def judge(
     kind: str = "float32",
     base: Mapping[str, NDArray[Any]] | None = None,
     max_weight: float = math.inf,
+    needed: Mapping[str, float] | None = None,
 ) -> Judged:
     """Check a train reply against what was asked for.
 
@@ -78,18 +82,23 @@ def judge(
         Flat vectors that its values are added to.
     max_weight : float
         The largest weight that is believed.
+    needed : Mapping[str, float] | None
+        Metrics that the strategy needs of each reply, with the least value of each.
 
     Raises
     ------
     WireError
         With the reason, if the reply must be left out: missing or extra records or keys, another dtype or length,
-        another mask, phase or round, a value or metric that is not finite, a weight that is not positive or too large.
+        another mask, phase or round, a value or metric that is not finite, a weight that is not positive or too large,
+        an update whose norm overflows.
     """
     key, record, weight = _judge_record(reply, mask, wire.TRAIN, round_, weight_key, kind, max_weight)
+    _judge_needed(reply, needed or {})
     vectors = wire.vectors(mask, record, kind, base)
     norm = math.hypot(*(vectors[dtype].distance(values) for dtype, values in sent.items()))
     if not math.isfinite(norm):  # not all values are, or the square of one is not
         _finite(mask, vectors)
+        raise wire.WireError("the norm of its update overflows")
     return Judged(key, vectors, weight, norm)
 
 
@@ -154,6 +163,16 @@ def explain(error: Error) -> str:
     reason = (error.reason or f"error {error.code}").strip()[:2000]
     met_ours = error.code == wire.MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
     return f"{reason.rstrip('.')}: {FIRST}" if met_ours else reason
+
+
+def _judge_needed(reply: Message, needed: Mapping[str, float]) -> None:
+    for name, least in needed.items():
+        found = [record[name] for record in reply.content.metric_records.values() if name in record]
+        if not found or isinstance(found[0], list) or not least <= found[0] <= MAX_NEEDED:
+            told = repr(found[0]) if found else "missing"
+            raise wire.WireError(
+                f"metric {name!r} is {told}; the strategy needs a number in [{least:g}, {MAX_NEEDED:g}] of each client"
+            )
 
 
 def judge_metrics(reply: Message, weight_key: str) -> float:

@@ -160,6 +160,12 @@ class Layout:
             for name, array in arrays.items()
         }
 
+    def is_finite(self, arrays: Mapping[str, NDArray[np.generic]]) -> bool:
+        """Whether the floating arrays hold neither NaN nor infinity in the model's dtypes."""
+        with np.errstate(over="ignore"):
+            cast = self.cast(arrays).values()
+        return all(bool(np.isfinite(array).all()) for array in cast if array.dtype.kind == "f")
+
     def check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes, and real numbers."""
         missing = [spec.name for spec in self.specs if spec.name not in arrays]

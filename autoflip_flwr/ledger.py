@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,13 @@ def phase_of(message: Message) -> str:
         return _PHASE_OF_HEADER.get(str(head.get("phase")), "other")
     category = message.metadata.message_type.partition(".")[0]
     return category if category in PHASES else "other"
+
+
+def _short(reason: str) -> str:
+    """A node's own words without a terminal's colours, and their end where they are long: a traceback ends with the
+    error."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", reason[-100 * MAX_REASON :]).strip()
+    return plain if len(plain) <= MAX_REASON else f"... {plain[-MAX_REASON:]}"
 
 
 def _round_of(message: Message) -> int:
@@ -62,9 +70,10 @@ class Ledger:
         Time from sending the messages to the last of their replies, by phase.
     flops_per_example : float
         Floating-point operations of one example, forward and backward, through the dense model.
-    incidents : list[dict[str, int or str]]
-        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``, or ``rested``: the node gets no
-        messages for a while), ``phase``, ``round``, ``node`` (its partition id where that is known) and ``reason``.
+    incidents : list[dict[str, int or str or None]]
+        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``rested``: the node gets no
+        messages for a while; ``kept``: the round leaves the model as it was), ``phase``, ``round``, ``node`` (its
+        partition id where that is known; ``None`` for the round) and ``reason``.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -78,17 +87,17 @@ class Ledger:
     replies: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops_per_example: float = 0.0
-    incidents: list[dict[str, int | str]] = field(default_factory=list)
+    incidents: list[dict[str, int | str | None]] = field(default_factory=list)
 
-    def note(self, kind: str, node: int, phase: str, round_: int, reason: str) -> None:
-        """Count a failure of ``kind``, and note the node, phase, round and reason."""
+    def note(self, kind: str, node: int | None, phase: str, round_: int, reason: str) -> None:
+        """Count a failure of ``kind``, and note the node (``None``: of the whole round), phase, round and reason."""
         self.failures[kind] += 1
         self.incidents.append(
             {
                 "kind": kind,
                 "phase": phase,
                 "round": round_,
-                "node": self.partitions.get(node, node),
+                "node": None if node is None else self.partitions.get(node, node),
                 "reason": reason,
             }
         )
@@ -111,7 +120,7 @@ class Ledger:
             self._charge(phase, node, reply_traffic(reply), 0)
         if reply.has_error():
             reason = str(reply.error.reason or f"error {reply.error.code}")
-            self.note("errors", node, phase, _round_of(message), reason[:MAX_REASON])
+            self.note("errors", node, phase, _round_of(message), _short(reason))
             return
         self.replies[phase] += 1
         for record in reply.content.values():

@@ -91,27 +91,12 @@ def replies_needed(strategy: Strategy) -> int:
 def aggregate(
     strategy: Strategy, server_round: int, replies: Sequence[Message], budget: Budget | None
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    """Let the strategy aggregate the replies that count; under a wrapper only if none is missing, and charge it."""
+    """Let the strategy aggregate the replies that count; under a wrapper none may be missing, and it is charged."""
     wrapper = next(_wrappers(strategy), None)
     if wrapper is None:
         return strategy.aggregate_train(server_round, replies)
     budget = Budget() if budget is None else budget
     valid = [reply for reply in replies if not reply.has_error()]
-    needed = replies_needed(strategy)
-    if len(valid) < needed:
-        budget.refused += 1
-        log(
-            WARNING,
-            "round %d: nothing is aggregated, the model stays as it was: %d replies count, and the noise is scaled "
-            "for %d",
-            server_round,
-            len(valid),
-            needed,
-        )
-        if getattr(wrapper, "accountant", None) is None:
-            return None, None
-        # one with an accountant refuses too, and lets go of what it has noted for the round
-        return strategy.aggregate_train(server_round, replies)
     problem = _no_bound(wrapper)
     share, norm = 1.0 if problem else _largest_share(wrapper, valid), wrapper.clipping_norm
     record, metrics = strategy.aggregate_train(server_round, replies)
@@ -120,6 +105,17 @@ def aggregate(
         budget.rho += math.inf if problem else _cost(wrapper, share, norm)
         _tell(budget, server_round, problem)
     return record, metrics
+
+
+def refuse(strategy: Strategy, server_round: int, budget: Budget | None) -> None:
+    """Note that a round is not aggregated."""
+    wrapper = next(_wrappers(strategy), None)
+    if wrapper is None:
+        return
+    if budget is not None:
+        budget.refused += 1
+    if getattr(wrapper, "accountant", None) is not None:
+        strategy.aggregate_train(server_round, [])  # it refuses too, and lets go of what it has noted for the round
 
 
 def _wrappers(strategy: Strategy) -> Iterator[WRAPPERS]:

@@ -88,35 +88,48 @@ class Quarantine:
         """Leave out a reply."""
         log(WARNING, "%s, round %d: left out the reply of node %d: %s", phase, round_, node, reason)
         self._ledger.note("quarantined", node, phase, round_, reason)
-        key = self._ledger.partitions.get(node, node)
-        self._strikes[key] += 1
-        if self._strikes[key] >= self.rules.strikes:
-            self._until[key] = round_ + self.rules.rest
-            reason = f"{self._strikes[key]} replies in a row were left out: no messages until round {self._until[key]}"
+        self._strikes[node] += 1
+        if self._strikes[node] >= self.rules.strikes:
+            self._until[node] = last = round_ + self.rules.rest
+            reason = f"{self._strikes[node]} replies in a row were left out: no messages until round {last}"
             log(WARNING, "node %d: %s", node, reason)
             self._ledger.note("rested", node, phase, round_, reason)
 
     def clear(self, node: int) -> None:
         """A reply of this node counts."""
-        self._strikes.pop(self._ledger.partitions.get(node, node), None)
+        self._strikes.pop(node, None)
 
     def active(self, nodes: Collection[int], round_: int, needed: int) -> list[int]:
         """Those that get messages in this round, in their order; all, if fewer than ``needed`` would be left."""
-        left = [node for node in nodes if self._until.get(self._ledger.partitions.get(node, node), round_ - 1) < round_]
+        left = [node for node in nodes if self._until.get(node, round_ - 1) < round_]
         return left if len(left) >= needed else list(nodes)
 
-    def suffices(self, count: int, round_: int) -> bool:
-        """Whether a round in which so many replies count may change the model; none is the strategy's own affair."""
-        if 0 < count < self.rules.min_replies:
-            least = self.rules.min_replies
-            log(WARNING, "round %d: %d replies count, fewer than %d: the model stays", round_, count, least)
-            return False
-        return True
+    def suffices(self, count: int, noised: int, round_: int) -> bool:
+        """Whether a round in which so many replies count may change the model; noise is scaled for ``noised``."""
+        least = self.rules.min_replies
+        if count < noised:
+            self.keep_model(round_, f"{count} replies count, and the noise is scaled for {noised}")
+        elif count < least and least > 1:  # that there is none at all is the strategy's own affair
+            self.keep_model(round_, f"{count} replies count, fewer than {least}")
+        else:
+            return True
+        return False
+
+    def keep_model(self, round_: int, reason: str) -> None:
+        """Note that a round leaves the model as it was."""
+        log(WARNING, "round %d: the model stays as it was: %s", round_, reason)
+        self._ledger.note("kept", None, "train", round_, reason)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"strikes": dict(self._strikes), "until": self._until}
+        """What a checkpoint keeps: nodes by their partition, since they may come back under another id."""
+        names = self._ledger.partitions
+        return {
+            "strikes": {names.get(node, node): count for node, count in self._strikes.items()},
+            "until": {names.get(node, node): last for node, last in self._until.items()},
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        self._strikes, self._until = Counter(state["strikes"]), state["until"]
+        nodes = {name: node for node, name in self._ledger.partitions.items()}
+        self._strikes = Counter({nodes.get(name, name): count for name, count in state["strikes"].items()})
+        self._until = {nodes.get(name, name): last for name, last in state["until"].items()}

@@ -366,18 +366,24 @@ exploration_values
         translator = self._started
         server_round += self._progress.before
         plainly = coords.averages_plainly(self.strategy)
-        least = max(self.rules.min_replies, privacy.replies_needed(self.strategy))
+        noised = privacy.replies_needed(self.strategy)
+        least = max(self.rules.min_replies, noised)
         if plainly:
             counted, mean = translator.average(replies, server_round, least)
         else:
             counted = translator.incoming(replies, server_round, least)
-        if not self._quarantine.suffices(sum(not reply.has_error() for reply in counted), server_round):
+        valid = sum(not reply.has_error() for reply in counted)
+        if not self._quarantine.suffices(valid, noised, server_round):
+            privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
         if plainly:
             _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
         else:
             record, metrics = privacy.aggregate(self.strategy, server_round, counted, self.privacy)
             mean = None if record is None else translator.from_strategy(record)
+            if mean is not None and not translator.mask.layout.is_finite(mean):
+                self._quarantine.keep_model(server_round, "what the strategy has made of the replies is not finite")
+                mean = None
         if metrics is not None:
             self._progress.train[server_round] = metrics
         return None if mean is None else to_record(mean), metrics
@@ -422,6 +428,7 @@ exploration_values
             integers=self._integers,
             weight_key=self._weight_key,
             quarantine=self._quarantine,
+            needed=coords.metrics_needed(self.strategy),
             nudges=coords.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,

@@ -23,6 +23,9 @@ from autoflip_flwr.values import is_coded
 KEPT_MASKS = 4
 """So many masks before the one in force are kept, for nodes that need the difference alone."""
 
+Names = tuple[tuple[str, tuple[str, ...]], ...]
+"""Of a reply's records, and of the metrics in each."""
+
 _NUDGE = 1e-7
 """Its square is a normal float32."""
 
@@ -54,6 +57,8 @@ class Translator:
         Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
     quarantine : Quarantine
         Takes the replies that are left out.
+    needed : Mapping[str, float]
+        Metrics that the strategy needs of each train reply, with the least value of each.
     nudges : bool
         Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
@@ -69,6 +74,7 @@ class Translator:
         integers: bool,
         weight_key: str,
         quarantine: Quarantine,
+        needed: Mapping[str, float] | None = None,
         nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
@@ -77,7 +83,9 @@ class Translator:
         self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed = packed
         self._weight_key = weight_key
+        self._needed = dict(needed or {})
         self._quarantine, self._nudges = quarantine, nudges
+        self._usual: dict[str, Names] = {}  # by phase
         self._down, self._up = down, up
         self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
         self._sent: dict[int, tuple[Arrays, Arrays]] = {}  # node -> its values, what its reply's are added to
@@ -192,6 +200,7 @@ class Translator:
                 kind=self._up,
                 base=base,
                 max_weight=self._quarantine.rules.max_examples,
+                needed=self._needed,
             )
             seen[id(reply)] = judged
             return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
@@ -276,14 +285,19 @@ class Translator:
             answered.add(node)
             self._confirmed[node] = self.mask.digest
             counted.append(reply)
-        return self._without(self._unlike(counted), counted, phase, round_), errors
+        return self._without(self._unlike(counted, phase), counted, phase, round_), errors
 
-    def _unlike(self, replies: list[Message]) -> dict[int, str]:
-        """Those, with the reason, whose names of records and metrics differ from most: strategies insist on it."""
+    def _unlike(self, replies: list[Message], phase: str) -> dict[int, str]:
+        """Those, with the reason, whose names of records and metrics differ from most: strategies insist on it.
+
+        Where as many say one thing as another, those are right that say what counted before.
+        """
         names = {id(reply): _names(reply.content) for reply in replies}
         if not names or not self._weight_key:
             return {}
-        usual = Counter(names.values()).most_common(1)[0][0]
+        counts = Counter(names.values())
+        usual = max(counts, key=lambda name: (counts[name], name == self._usual.get(phase)))
+        self._usual[phase] = usual
         return {
             key: f"its records and metrics {own} differ from most replies' {usual}"
             for key, own in names.items()
@@ -310,7 +324,7 @@ def _without_ours(reply: Message) -> RecordDict:
     return RecordDict({key: record for key, record in reply.content.items() if key != wire.HEADER})
 
 
-def _names(content: RecordDict) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _names(content: RecordDict) -> Names:
     return tuple(
         sorted(
             (key, tuple(sorted(map(_metric, record.items()))) if isinstance(record, MetricRecord) else ())

@@ -172,7 +172,7 @@ def test_a_round_that_lacks_a_reply_keeps_the_model_and_the_next_goes_on(name, w
     assert not same(models[2], models[3])
     assert strategy.ledger.failure_counts()[why] == 1
     assert (strategy.privacy.releases, strategy.privacy.refused) == (2, 1)
-    told = "round 2: nothing is aggregated, the model stays as it was: 3 replies count, and the noise is scaled for 4"
+    told = "round 2: the model stays as it was: 3 replies count, and the noise is scaled for 4"
     assert told in caplog.text
 
 

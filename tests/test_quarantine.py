@@ -10,7 +10,7 @@ import pytest
 from apps import message_app, model, record
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, FedYogi, QFedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.ledger import Ledger
@@ -61,6 +61,7 @@ BAD = {
     "error": _raise,
     "NaN": _floats(lambda new, old: np.full_like(new, np.nan)),
     "infinity": _floats(lambda new, old: np.full_like(new, np.inf)),
+    "overflowing": _floats(lambda new, old: np.full_like(new, 3e38)),
     "far away": _floats(lambda new, old: old + 1e6),
     "no examples": _metrics(**{"num-examples": 0}),
     "fewer than none": _metrics(**{"num-examples": -5}),
@@ -114,15 +115,76 @@ def test_no_strategy_ends_or_is_poisoned(name, bad):
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert all(np.abs(array).max() < 100 for array in arrays.values())
     found = strategy.ledger.incidents
-    if digits.mods_for(name) and bad in ("zero", "far away", "other shapes"):
+    if digits.mods_for(name) and bad in ("zero", "far away", "overflowing", "other shapes"):
         return  # Flower's own clipping mods divide by the norm at the client, clip what is far away, and broadcast
     if bad == "zero":
         assert not found
         assert strategy.ledger.replies["train"] == NODES * ROUNDS
         return
     assert {each["round"] for each in found} == set(range(1, ROUNDS + 1))
-    assert {each["node"] for each in found} == {100 + HOSTILE}
+    assert {each["node"] for each in found if each["kind"] != "kept"} == {100 + HOSTILE}
     assert all(each["reason"] for each in found)
+    assert [each["kind"] for each in found].count("kept") == (ROUNDS if private else 0)
+
+
+@pytest.mark.parametrize("kind", [QFedAvg, FedYogi, FedTrimmedAvg])
+def test_too_few_to_compare_norms_and_still_no_overflow_counts(kind):
+    strategy, result, _ = federation([hostile(BAD["overflowing"])], inner=kind, nodes=3)
+    assert strategy.ledger.failure_counts()["quarantined"] == ROUNDS
+    assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
+
+
+class FromTheSecondRoundOn:
+    """A mod of a node that answers as it should, and then does not."""
+
+    def __init__(self, act):
+        self.act, self.calls = act, 0
+
+    def __call__(self, reply, before):
+        self.calls += 1
+        if self.calls > 1:
+            self.act(reply, before)
+
+
+@pytest.mark.parametrize(
+    "bad", [_metrics(**{"train-loss": -1.0}), _metrics(**{"train-loss": 1e300}), _metrics(**{"train-loss": [1.0]})]
+)
+@pytest.mark.parametrize("nodes", [1, 2, 6])
+def test_a_strategy_is_given_the_metrics_that_it_needs_or_no_reply(bad, nodes):
+    strategy, result, _ = federation([hostile(FromTheSecondRoundOn(bad))], inner=QFedAvg, nodes=nodes, rounds=3)
+    assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
+    incidents = strategy.ledger.incidents
+    assert [each["round"] for each in incidents] == [2, 3]
+    assert "metric 'train-loss' is " in incidents[0]["reason"]
+    assert "the strategy needs a number" in incidents[0]["reason"]
+
+
+def test_of_two_that_differ_the_one_is_right_that_says_what_counted_before():
+    act = FromTheSecondRoundOn(BAD["another metric"])
+    strategy, _, _ = federation([hostile(act)], nodes=2, rounds=3)
+    assert [(each["round"], each["node"]) for each in strategy.ledger.incidents] == [(2, HOSTILE), (3, HOSTILE)]
+
+
+class Diverging(FedAvg):
+    """Returns NaN in round 2."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if server_round == 2:
+            arrays = ArrayRecord({name: Array(np.full_like(array.numpy(), np.nan)) for name, array in arrays.items()})
+        return arrays, metrics
+
+
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "int8"])
+def test_a_strategy_whose_result_is_not_finite_leaves_the_model_as_it_was(values):
+    strategy, result, _ = federation([], inner=Diverging, rounds=3, values_down=values)
+    assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
+    (incident,) = strategy.ledger.incidents
+    assert incident["kind"] == "kept"
+    assert incident["round"] == 2
+    assert incident["reason"] == "what the strategy has made of the replies is not finite"
+    assert incident["node"] is None
+    assert strategy.ledger.replies["train"] == 3 * NODES
 
 
 def digits_mask():
@@ -133,9 +195,12 @@ def digits_mask():
     return Mask.from_bool(layout, {spec.name: draw.random(spec.shape) < 0.5 for spec in layout.prunable})
 
 
-def federation(mods, rules=None, rounds=ROUNDS, nodes=NODES, seed=1, **options):
+def federation(mods, rules=None, rounds=ROUNDS, nodes=NODES, seed=1, inner=FedAvg, **options):
     random.seed(7)
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=seed, rules=rules, exploration_epochs=1, **options)
+    own = {"train_loss_key": "train-loss", "client_learning_rate": 0.1} if inner is QFedAvg else {}
+    least = {"min_train_nodes": 1, "min_available_nodes": 1}
+    options = {"exploration_epochs": 1, "min_explorers": 1, **options}
+    strategy = AutoFlip(inner(fraction_evaluate=0.0, **least, **own), seed=seed, rules=rules, **options)
     grid = LocalGrid(message_app(mods=[autoflip_mod, *mods]), nodes)
     result = strategy.start(grid, record(model()), num_rounds=rounds)
     return strategy, result, grid
@@ -176,9 +241,12 @@ def test_fewer_replies_than_wanted_keep_the_model():
         seen[len(seen)] = before  # what this node was sent
         BAD["NaN"](reply, before)
 
-    _, result, _ = federation([hostile(act)], ReplyRules(min_replies=NODES, strikes=99))
+    strategy, result, _ = federation([hostile(act)], ReplyRules(min_replies=NODES, strikes=99))
     assert not result.arrays  # as in Flower where no round counts
     assert all((seen[round_]["out.weight"] == seen[0]["out.weight"]).all() for round_ in range(ROUNDS))
+    assert [each["reason"] for each in strategy.ledger.incidents if each["kind"] == "kept"] == [
+        f"{NODES - 1} replies count, fewer than {NODES}"
+    ] * ROUNDS
     _, result, _ = federation([], ReplyRules(min_replies=NODES))
     assert result.arrays
 
