@@ -7,10 +7,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import ERROR, WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -41,6 +42,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, of another run, or in the way; the message says which file, and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that cannot be read, or is not as it was written."""
+
+
 @dataclass
 class Checkpoints:
     """Where ``AutoFlip(checkpoints=...)`` keeps what it takes to go on after a crash, bit for bit.
@@ -57,7 +62,7 @@ class Checkpoints:
     settings : Mapping[str, object]
         More that must be the same when the run goes on, as JSON can hold it: what the run's own code depends on.
     extra : Callable[[], object] or None
-        Called for each checkpoint; what it returns, as JSON can hold it, is kept in it.
+        Called for each checkpoint, of a round or of the exploration; what it returns, as JSON can hold it, is kept.
     restore : Callable[[Any], None] or None
         Called with what ``extra`` returned for the checkpoint from which the run goes on, before it does; with
         ``None`` if the run was interrupted before the first.
@@ -97,8 +102,10 @@ class Checkpoints:
             If the folder cannot be made.
         """
         folder = self._folder
-        (folder / EXPLORERS).mkdir(parents=True, exist_ok=True)
-        self._lock(folder / LOCK)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # replies, and the state of the generator that noise is drawn from
+        (folder / EXPLORERS).mkdir(exist_ok=True)
+        _lock(folder / LOCK)
         self._settings = json.loads(json.dumps({**settings, "own": dict(self.settings)}, default=_name))
         rounds = self._rounds()
         if not self.resume:
@@ -110,37 +117,59 @@ class Checkpoints:
         for left in [*folder.glob(".*.tmp"), *(folder / EXPLORERS).glob(".*.tmp")]:
             left.unlink()  # what was being written when the run ended
         if not rounds:
-            self._restore(None)
+            found = self.read_exploration()
+            self.explorers()  # refuses others' before anything is touched
+            self._restore(None if found is None else found[0].get("extra"))
             return None
-        last = rounds[-1]
         try:
-            state, arrays = _read(last, self._settings)
-        except CheckpointError as error:
-            before = f"; without it the run goes on from {rounds[-2].name}" if len(rounds) > 1 else ""
-            raise CheckpointError(f"{error}{before}") from error
+            state, arrays = _read(rounds[-1], self._settings)
+        except DamagedError as error:
+            raise DamagedError(f"{error}{self._offer(rounds[:-1])}") from error
         self._restore(state.pop("extra"))
         return state, arrays
 
+    def _offer(self, rounds: list[Path]) -> str:
+        """From where the run can go on without its last checkpoint."""
+        for path in reversed(rounds):
+            with suppress(CheckpointError):
+                _read(path, self._settings)
+                return f"; without it the run goes on from {path.name}"
+        return ""
+
     def write(self, round_: int, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep the state after a round, then let go of the oldest; a failure is logged, and the run goes on."""
-        extra = None if self.extra is None else self.extra()
+        whole = {**state, "extra": self._extra()}
         try:
-            _write(self._folder / f"round-{round_:06d}.safetensors", {**state, "extra": extra}, arrays, self._settings)
+            _write(self._folder / f"round-{round_:06d}.safetensors", whole, arrays, self._settings)
             for old in self._rounds()[: -self.keep]:
                 old.unlink()
         except OSError as error:
             log(ERROR, "the checkpoint of round %d could not be written: %s; the one before it stays", round_, error)
 
     def write_exploration(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a finished exploration, in place of its explorers' answers. Raises ``OSError`` if that fails."""
-        _write(self._folder / EXPLORATION, state, arrays, self._settings)
+        """Keep a finished exploration, in place of its explorers' answers; a failure is logged, and the run goes on."""
+        whole = {**state, "extra": self._extra()}
+        try:
+            _write(self._folder / EXPLORATION, whole, arrays, self._settings)
+        except OSError as error:
+            log(ERROR, "the exploration could not be written: %s; its explorers' answers stay", error)
+            return
         for answer in (self._folder / EXPLORERS).glob("*.safetensors"):
             answer.unlink()
 
     def read_exploration(self) -> tuple[dict[str, Any], Arrays] | None:
-        """The finished exploration, or ``None``; raises :class:`CheckpointError` as :meth:`open` does."""
+        """The finished exploration, or ``None``; raises :class:`CheckpointError` as :meth:`open` does.
+
+        One that is damaged is only warned of where a round is there: that has the mask.
+        """
         path = self._folder / EXPLORATION
-        return _read(path, self._settings) if path.exists() else None
+        try:
+            return _read(path, self._settings) if path.exists() else None
+        except DamagedError as error:
+            if not self._rounds():
+                raise
+            log(WARNING, "%s; the rounds go on without it", error)
+            return None
 
     def add_explorer(self, explorer: int, about: Mapping[str, Any], moves: ArrayRecord) -> None:
         """Keep an explorer's answer as it came; a failure is logged, and the run goes on."""
@@ -157,19 +186,13 @@ class Checkpoints:
             answers[int(path.stem)] = about, to_record(arrays)
         return answers
 
-    def _lock(self, path: Path) -> None:
-        """Keep other processes out while this one lives: a server app may outlive its SuperLink and still write."""
-        if fcntl is None:
-            return
-        self._held = path.open("ab")
+    def _extra(self) -> object:
+        extra = None if self.extra is None else self.extra()
         try:
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise CheckpointError(
-                    f"{path.parent}: another process is still at work on this run: wait for its end, or end it"
-                ) from error
-            log(WARNING, "%s cannot be locked (%s): see to it that no other process works on this run", path, error)
+            json.dumps(extra)
+        except TypeError as error:
+            raise TypeError(f"Checkpoints.extra returned what JSON cannot hold: {error}") from error
+        return extra
 
     def _restore(self, extra: object) -> None:
         if self.restore is not None:
@@ -182,6 +205,28 @@ class Checkpoints:
     def _rounds(self) -> list[Path]:
         found = [(int(match[1]), path) for path in self._folder.iterdir() if (match := _ROUND.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
+
+
+_HELD: dict[Path, BinaryIO] = {}
+"""Lock files of this process: its lock is gone as soon as one of its files on that path is closed."""
+
+
+def _lock(path: Path) -> None:
+    """Keep other processes out while this one lives: a server app may outlive its SuperLink and still write."""
+    if fcntl is None or path in _HELD:
+        return
+    file = path.open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CheckpointError(
+                f"{path.parent}: another process is still at work on this run: wait for its end, or end it"
+            ) from error
+        log(WARNING, "%s cannot be locked (%s): see to it that no other process works on this run", path, error)
+    else:
+        _HELD[path] = file
 
 
 def _write(
@@ -201,9 +246,9 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Arra
         whole = _digest(text, tensors) == about["digest"]
         found = json.loads(text)
     except Exception as error:  # safetensors raises its own type, json and the metadata others
-        raise CheckpointError(f"{path} is damaged ({error}): remove it") from error
+        raise DamagedError(f"{path} is damaged ({error}): remove it") from error
     if not whole:
-        raise CheckpointError(f"{path} is damaged (its digest is another): remove it")
+        raise DamagedError(f"{path} is damaged (its digest is another): remove it")
     if found["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {found['format']}, this version reads {FORMAT}")
     if found["settings"] != settings:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import INFO, WARNING
@@ -120,20 +121,20 @@ def explore(
     RuntimeError
         If fewer than ``min_explorers`` nodes are connected or answer.
     """
-    nodes = grid.get_node_ids()
-    if len(nodes) < plan.min_explorers:
-        raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
-    count = min(len(nodes), max(plan.min_explorers, round(plan.explorers * len(nodes))))
-    chosen = nodes if count == len(nodes) else _sample(nodes, count, seed)
-    problems: dict[str, list[int]] = {}  # reason -> nodes
     kept = {} if checkpoints is None else checkpoints.explorers()
     if kept:
         log(INFO, "exploration: %d answers have come before the interruption", len(kept))
     for about, _ in kept.values():
         grid.ledger.charge_exploration(about["cost"])
-
-    def explorer(node: int) -> int:
-        return grid.partitions.get(node, node)  # a node may come back under another id, with the same partition
+    names = _names(grid)
+    gone = {name: name for name in kept.keys() - names.values()}
+    names |= gone
+    nodes = sorted(names, key=names.__getitem__) if gone else list(names)
+    if len(nodes) < plan.min_explorers:
+        raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
+    count = min(len(nodes), max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes))))
+    chosen = _sample(nodes, count, seed, {node for node in nodes if names[node] in kept})
+    problems: dict[str, list[int]] = {}  # reason -> nodes
 
     def judge(reply: Message) -> Answer:
         weight, moves = firewall.judge_moves(
@@ -154,7 +155,7 @@ def explore(
             cost.sent(message)
             cost.received(message, reply)
             about = {"weight": answer.weight, "norm": answer.norm, "cost": cost.exploration_only()}
-            checkpoints.add_explorer(explorer(message.metadata.dst_node_id), about, answer.moves)
+            checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.moves)
 
     def left_out(node: int, reason: str) -> None:
         quarantine.strike(node, "exploration", 0, reason)
@@ -177,13 +178,13 @@ def explore(
         batches = [chosen[start :: plan.rounds] for start in range(min(plan.rounds, count))]
         for number, batch in enumerate(batches, 1):
             log(INFO, "[EXPLORATION %d/%d] %d explorers", number, len(batches), len(batch))
-            missing = [node for node in batch if explorer(node) not in kept]
+            missing = [node for node in batch if names[node] not in kept]
             messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in missing]
             replies = {reply.metadata.reply_to_message_id: reply for reply in grid.exchange(messages, timeout, arrived)}
             came = {message.metadata.dst_node_id: replies.get(message.metadata.message_id) for message in messages}
             good: dict[int, Answer] = {}
             for node in batch:
-                if (before := kept.get(explorer(node))) is not None:
+                if (before := kept.get(names[node])) is not None:
                     good[node] = Answer(before[0]["weight"], before[0]["norm"], before[1])
                 elif (reply := came[node]) is None:
                     continue
@@ -271,10 +272,22 @@ def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, o
     return RecordDict({**content, **ours})
 
 
-def _sample(nodes: list[int], count: int, seed: int | None) -> list[int]:
+def _names(grid: OrderedGrid) -> dict[int, int]:
+    """Connected nodes -> what each is known by when it comes back under another id: the partition that it alone has."""
+    nodes = grid.get_node_ids()
+    told = {node: grid.partitions.get(node, node) for node in nodes}
+    claims = Counter(told.values())
+    return {node: name if claims[name] == 1 else node for node, name in told.items()}
+
+
+def _sample(nodes: list[int], count: int, seed: int | None, sure: Collection[int]) -> list[int]:
+    """So many of the nodes, in their order, with those that are ``sure`` among them."""
+    if count == len(nodes):
+        return nodes
     # drawn from a generator of its own, so that the wrapped strategy's sampling is the same with and without us
-    drawn = set(random.Random(None if seed is None else f"{seed}/explorers").sample(range(len(nodes)), count))
-    return [node for index, node in enumerate(nodes) if index in drawn]
+    drawn = random.Random(None if seed is None else f"{seed}/explorers").sample(nodes, count)
+    others = [node for node in drawn if node not in sure][: count - len(sure)]
+    return [node for node in nodes if node in sure or node in others]
 
 
 def _first(problems: dict[str, list[int]]) -> str:

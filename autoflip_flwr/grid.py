@@ -204,6 +204,15 @@ class OrderedGrid(Grid):
                 WARNING, "%d of %d nodes have connected within %g s; going on with those", len(nodes), expected, timeout
             )
         log(INFO, "%d nodes are connected", len(nodes))
+        claims = Counter(self.partitions[node] for node in nodes & self.partitions.keys())
+        for partition in (partition for partition, count in claims.items() if count > 1):
+            alike = sorted(node for node in nodes if self.partitions.get(node) == partition)
+            log(
+                WARNING,
+                "nodes %s all say that they have partition %d: give each its own partition-id",
+                alike,
+                partition,
+            )
         return self.get_node_ids()
 
     def _hellos(self, nodes: Iterable[int]) -> list[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Mapping
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from autoflip_flwr.translate import Translator
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
-
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -76,17 +75,25 @@ class Progress:
                 setattr(self, name, self._read(name))
         return found is not None
 
-    def exploration(self) -> Exploration | None:
-        """The finished exploration of the interrupted run."""
+    def exploration(self, ledger: Ledger) -> Exploration | None:
+        """The finished exploration of the interrupted run; the ledger absorbs what it has cost if no round has it."""
         found = None if self.checkpoints is None else self.checkpoints.read_exploration()
-        return None if found is None else Exploration(**decode(*found))
+        if found is None:
+            return None
+        state, arrays = found
+        if self._saved is None:
+            ledger.absorb(decode(state["ledger"], arrays))
+        return Exploration(**decode(state["exploration"], arrays))
 
-    def explored(self, exploration: Exploration) -> None:
-        """Keep a finished exploration."""
+    def explored(self, exploration: Exploration, ledger: Ledger) -> None:
+        """Keep a finished exploration, and what it has cost."""
         if self.checkpoints is not None:
             arrays: dict[str, NDArray[Any]] = {}
             fields = {each.name: getattr(exploration, each.name) for each in dataclasses.fields(exploration)}
-            self.checkpoints.write_exploration(encode(fields, arrays, "exploration"), arrays)
+            state = {
+                name: encode(value, arrays, name) for name, value in (("exploration", fields), ("ledger", vars(ledger)))
+            }
+            self.checkpoints.write_exploration(state, arrays)
 
     def mask(self, layout: Layout) -> Mask:
         """The mask in force when the run was interrupted."""
@@ -105,6 +112,12 @@ class Progress:
         if parts.budget is not None:
             vars(parts.budget).update(self._read("privacy"))
         parts.grid.exchanges = self._read("exchanges")
+        if missing := set(self._read("partitions")) - set(parts.grid.partitions.values()):
+            log(
+                WARNING,
+                "partitions %s were there before and are not now: the end may be another than without the interruption",
+                sorted(missing),
+            )
         random.setstate(self._read("random"))
         np.random.set_state(self._read("numpy"))
         log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", self.before)

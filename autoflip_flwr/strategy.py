@@ -192,6 +192,7 @@ exploration_values
         self.seed = seed
         self.ledger = ledger if ledger is not None else Ledger()
         self.checkpoints = checkpoints
+        self._given = self._chosen = mask  # by the user, and in force since
         self._progress = Progress()
         self.rules = rules if rules is not None else ReplyRules()
         self._quarantine = Quarantine(self.rules, self.ledger)
@@ -261,6 +262,8 @@ exploration_values
         self._packed = coords.resolve(self._coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
+        if self.mask is not self._chosen:
+            self._given = self.mask
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
         if self._explores and not self.exploration_public:
@@ -276,8 +279,8 @@ exploration_values
             facade.roll_call(minimum=minimum, timeout=timeout)
         everything = Mask.full(layout)
         if self._explores:
-            self.exploration = progress.exploration()
-        if self._explores:
+            self.exploration = progress.exploration(self.ledger)
+        if self._explores and not resumed:
             seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
             template = template_of(self.strategy, seen, train_config or ConfigRecord(), facade)
             self.exploration = explore(
@@ -293,12 +296,12 @@ exploration_values
                 quarantine=self._quarantine,
                 checkpoints=self.checkpoints,
             )
-            progress.explored(self.exploration)
+            progress.explored(self.exploration, self.ledger)
         if resumed:
             self.mask = progress.mask(layout)
         elif self.mask is None and self.exploration is not None:
             self.mask = self.mask_plan.choose(layout, initial, self.exploration)
-        self.mask = everything if self.mask is None else self.mask
+        self.mask = self._chosen = everything if self.mask is None else self.mask
         if self.initial == "scouts" and self.exploration is not None and self._translator is None:
             initial = guidance.start_arrays(initial, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
@@ -310,6 +313,8 @@ exploration_values
         if resumed:
             first, self._shadow, translator.integers = progress.model()
             progress.restore(parts)
+            if self._up == "int8":
+                log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
             progress.keep(round_, arrays, self._shadow, translator, parts)
@@ -341,7 +346,7 @@ exploration_values
             "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
             "prunable": [spec.name for spec in layout.prunable],
             "initial values": start,
-            "mask": {**dataclasses.asdict(self.mask_plan), "ready": None if self.mask is None else self.mask.digest},
+            "mask": {**dataclasses.asdict(self.mask_plan), "ready": self._given and self._given.digest},
             "exploration": dataclasses.asdict(self.exploration_plan),
             "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
             "rules": dataclasses.asdict(self.rules),
@@ -446,5 +451,5 @@ exploration_values
             new = dataclasses.replace(new, version=old.version + 1)
         self._shadow = old.scatter(old.gather(full), into=self._shadow)
         coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
-        self.mask = translator.mask = new
+        self.mask = self._chosen = translator.mask = new
         return new.apply(self._shadow)
