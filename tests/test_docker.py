@@ -20,6 +20,7 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from autoflip_flwr.experiment.superlink import TOOLS
 
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
 COMPOSE = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in sorted(DOCKER.glob("compose*.yaml"))}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PYPROJECT["project"]
 GIVEN = {"AUTOFLIP_USER": "1000:1000", "SUPERLINK": "host:8000", "PARTITION_ID": "0", "DATA": "/d", "KEY": "./key"}
 
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
@@ -166,7 +168,8 @@ def test_no_image_is_root_and_each_has_a_health_check():
     assert "\nUSER " in stage("runtime")
     assert "COPY docker/healthcheck.py /usr/local/lib/healthcheck.py" in stage("runtime")
     assert re.search(r"(?m)^ARG PYTHON_VERSION=3\.11\.\d+$", DOCKERFILE)
-    assert set(re.findall(r"(?m)^FROM (\S*/?\S*:\S*) ", DOCKERFILE)) == {"python:${PYTHON_VERSION}-slim-bookworm"}
+    bases = {each.split("@")[0] for each in re.findall(r"(?m)^FROM (\S*/?\S*:\S*) ", DOCKERFILE)}  # @: a digest
+    assert bases == {"python:${PYTHON_VERSION}-slim-bookworm"}
 
 
 def test_versions_are_pinned_within_the_projects_and_as_the_readme_says():
@@ -174,18 +177,41 @@ def test_versions_are_pinned_within_the_projects_and_as_the_readme_says():
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["app"]]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pinned[requirement.name]), requirement
-    installed = {
+    tested = (ROOT / "README.md").read_text("utf-8").split("## Tested on")[1]
+    for name in ("flwr", "torch", "torchvision", "numpy"):
+        assert f"{name} {pinned[name]}" in tested
+    uv = next(each for each in map(Requirement, metadata.requires("flwr") or ()) if each.name == "uv")
+    assert uv.specifier.contains(pinned["uv"])
+    assert pinned["uv"] == re.search(r"ARG UV_VERSION=(\S+)", DOCKERFILE)[1]
+
+
+def test_all_that_the_images_hold_is_pinned():
+    """From what the Dockerfile names down to the last requirement; CUDA's libraries differ between its builds."""
+    pinned = pins()
+    cuda = re.compile("(cuda|nvidia)-")
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) and not cuda.match(name) for name in pinned)
+    assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)+", version) for version in pinned.values())
+    named = {
         name
         for line in re.findall(r"uv pip install --python /venv (.*)", DOCKERFILE)
         for name in shlex.split(line)
         if re.fullmatch(r"[a-z][a-z-]*", name)
     }
-    assert installed | {"hatchling", "numpy"} == pinned.keys()  # NumPy comes with Flower
-    tested = (ROOT / "README.md").read_text("utf-8").split("## Tested on")[1]
-    for name in ("flwr", "torch", "torchvision", "numpy"):
-        assert f"{name} {pinned[name]}" in tested
-    uv = next(each for each in map(Requirement, metadata.requires("flwr") or ()) if each.name == "uv")
-    assert uv.specifier.contains(re.search(r"ARG UV_VERSION=(\S+)", DOCKERFILE)[1])
+    builds = (Requirement(each).name for each in PYPROJECT["build-system"]["requires"])
+    ahead = [(name, "") for name in (*named, *builds, *(Requirement(each).name for each in PROJECT["dependencies"]))]
+    seen = set()
+    while ahead:
+        name, extra = ahead.pop()
+        if (name, extra) in seen or cuda.match(name):
+            continue
+        seen.add((name, extra))
+        assert name in pinned
+        if metadata.version(name) != pinned[name]:
+            continue  # another version's requirements tell nothing of those of the pinned one
+        for each in map(Requirement, metadata.requires(name) or ()):
+            if each.marker is None or each.marker.evaluate({"extra": extra}):
+                ahead += [(canonicalize_name(each.name), extra) for extra in ("", *each.extras)]
+    assert {"flwr", "torch", "hatchling"} <= {name for name, _ in seen}
 
 
 def test_what_the_images_copy_is_not_ignored():
