@@ -62,6 +62,61 @@ def test_the_record_tells_what_happened(tmp_path):
     assert json.loads((path / "config.json").read_text())["config"]["sparsity"] == 0.7
 
 
+def test_a_run_that_goes_on_has_one_record(tmp_path):
+    whole = run(tmp_path, num_server_rounds=4)
+    path = run(tmp_path)
+    assert run(tmp_path, num_server_rounds=4, resume=str(path)) == path
+    assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert summary(path)["resumed_after"] == [2]
+    lines = [[json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (path, whole)]
+    for key in ("round", "nodes", "accuracy", "train_loss"):
+        assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+    about = json.loads((path / "config.json").read_text())
+    assert about["config"]["num-server-rounds"] == 2
+    (resumed,) = about["resumed"]
+    assert resumed["after"] == 2
+    assert resumed["config"]["num-server-rounds"] == 4
+    assert resumed["versions"] == about["versions"]
+    assert resumed["source"] == about["source"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"method": "fedavg"}, {}, "method was 'fedavg' there, and is now 'autoflip'"),
+        ({}, {"lr": 0.5}, "lr was 0.003 there, and is now 0.5"),
+        ({"checkpoints": 0}, {}, "it has rounds, but none of their checkpoints: begin a new run"),
+    ],
+)
+def test_a_record_that_cannot_go_on_is_left_as_it_is(first, then, message, tmp_path):
+    path = run(tmp_path, **first)
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, resume=str(path), **then)
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+
+
+def test_nodes_that_lack_the_mask_and_replies_that_are_left_out_are_counted_right(tmp_path):
+    values = {"output-dir": str(tmp_path), "num-server-rounds": 2, "local-epochs": 1, "exploration-epochs": 1}
+
+    def spoil(reply):
+        head = reply.content.get("autoflip")
+        if reply.metadata.src_node_id == 103 and head is not None and head.get("phase") == "train":
+            for record in reply.content.metric_records.values():
+                record["num-examples"] = -1
+        return reply
+
+    grid = LocalGrid(client.app, 4, values, forget=lambda node, handled: node == 101 and handled == 3, tamper=spoil)
+    path = server.run(grid, Config.from_run_config(values))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["nodes"] for line in lines if line["phase"] == "train"] == [0, 3, 3]
+    incidents = json.loads((path / "incidents.json").read_text())
+    assert [(each["kind"], each["round"], each["node"]) for each in incidents] == [
+        ("quarantined", 1, 3),
+        ("quarantined", 2, 3),
+    ]
+
+
 def test_an_exploration_is_shared_and_charged_to_each_run(tmp_path):
     first = run(tmp_path)
     shared = run(tmp_path, exploration=str(first / "exploration.safetensors"))

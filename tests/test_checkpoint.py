@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import (
 
 from autoflip_flwr import AutoFlip
 from autoflip_flwr.checkpoint import CheckpointError, Checkpoints
+from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.state import decode, encode
 from autoflip_flwr.testing import LocalGrid
 
@@ -204,6 +205,146 @@ def test_answers_of_explorers_outlive_a_crash(tmp_path, monkeypatch):
     assert not list((tmp_path / "explorers").iterdir())
 
 
+def only_first(monkeypatch, count):
+    """The process dies when ``count`` explorers' answers are kept."""
+    came, add = [], Checkpoints.add_explorer
+
+    def add_some(self, explorer, about, moves):
+        if len(came) == count:
+            raise Killed
+        came.append(explorer)
+        add(self, explorer, about, moves)
+
+    monkeypatch.setattr(Checkpoints, "add_explorer", add_some)
+    return came
+
+
+class Fewer(LocalGrid):
+    """Its first two nodes are gone."""
+
+    def get_node_ids(self):
+        return super().get_node_ids()[2:]
+
+
+def test_so_do_those_whose_nodes_are_gone(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        came = only_first(patch, 4)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, checkpoints=Checkpoints(tmp_path, resume=True))
+    grid = Fewer(message_app(), NODES)
+    strategy.start(grid, record(model()), num_rounds=1, timeout=1.0)
+    everybody = len({*came, *range(2, NODES)})
+    assert strategy.exploration.explorers == strategy.ledger.replies["exploration"] == everybody
+    asked = [message.metadata.dst_node_id for message in grid.sent if message.metadata.group_id == "exploration"]
+    assert asked == [node for node in range(102, 100 + NODES) if node - 100 not in came]
+
+
+def test_and_those_that_another_draw_would_not_have_asked(tmp_path, monkeypatch):
+    def start(resume):
+        kept = Checkpoints(tmp_path, resume=resume)
+        strategy = AutoFlip(FedAvg(), exploration_epochs=1, explorers=0.2, checkpoints=kept)  # no seed
+        grid = LocalGrid(message_app(), 20)
+        strategy.start(grid, record(model()), num_rounds=1)
+        return strategy, grid
+
+    with monkeypatch.context() as patch:
+        came = only_first(patch, 3)
+        with pytest.raises(Killed):
+            start(False)
+    strategy, grid = start(True)
+    asked = [message.metadata.dst_node_id - 100 for message in grid.sent if message.metadata.group_id == "exploration"]
+    assert len(asked) == 1
+    assert not set(asked) & set(came)
+    assert strategy.exploration.explorers == strategy.ledger.replies["exploration"] == 4
+
+
+def test_nodes_that_claim_one_partition_keep_an_answer_each(tmp_path, monkeypatch, caplog):
+    def start(resume):
+        strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, checkpoints=Checkpoints(tmp_path, resume=resume))
+        grid = LocalGrid(message_app(), NODES)
+        grid.contexts[101].node_config["partition-id"] = 0
+        strategy.start(grid, record(model()), num_rounds=1)
+        return strategy, grid
+
+    with monkeypatch.context() as patch:
+        came = only_first(patch, 4)
+        with pytest.raises(Killed):
+            start(False)
+    assert set(came) < {2, 3, 4, 5, 100, 101}
+    strategy, _ = start(True)
+    assert strategy.exploration.explorers == NODES
+    assert "nodes [100, 101] all say that they have partition 0" in caplog.text
+
+
+def test_a_finished_exploration_keeps_what_it_has_cost(tmp_path, monkeypatch):
+    whole, first, _ = run(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskPlan, "choose", raise_killed)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    resumed, second, grid = run(tmp_path, resume=True)
+    same(resumed, whole)
+    assert not any(message.metadata.group_id == "exploration" for message in grid.sent)
+    assert second.ledger.exploration_only() == pytest.approx(first.ledger.exploration_only(), rel=0.9)  # seconds differ
+    for name in ("up", "down", "replies", "messages"):
+        assert getattr(second.ledger, name)["exploration"] == getattr(first.ledger, name)["exploration"] > 0
+
+
+def raise_killed(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_where_a_round_has_the_mask_nobody_explores_again(how, tmp_path):
+    whole, *_ = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=3)
+    path = tmp_path / "exploration.safetensors"
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+    resumed, _, grid = run(tmp_path, resume=True)
+    same(resumed, whole)
+    assert not any(message.metadata.group_id == "exploration" for message in grid.sent)
+
+
+def test_nodes_that_have_not_come_back_are_told(tmp_path, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=3)
+    kept = Checkpoints(tmp_path, resume=True)
+    strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, exploration_public=True, checkpoints=kept)
+    strategy.start(LocalGrid(message_app(), NODES - 2), record(model()), num_rounds=ROUNDS, timeout=1.0)
+    assert "partitions [4, 5] were there before and are not now" in caplog.text
+
+
+def test_one_object_may_start_again(tmp_path):
+    """As in a notebook, after Ctrl-C."""
+    whole, *_ = run(None)
+    random.seed(1)
+    np.random.seed(1)
+    kept = Checkpoints(tmp_path, resume=True)
+    strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, checkpoints=kept)
+
+    def dies(round_, arrays):
+        if round_ == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        strategy.start(LocalGrid(message_app(), NODES), record(model()), num_rounds=ROUNDS, evaluate_fn=dies)
+    assert strategy.mask is not None
+    result = strategy.start(LocalGrid(message_app(), NODES), record(model()), ROUNDS, evaluate_fn=evaluate)
+    for name, array in result.arrays.items():
+        assert array.numpy().tobytes() == whole.arrays[name].numpy().tobytes()
+
+
+def test_what_json_cannot_hold_is_named(tmp_path):
+    kept = Checkpoints(tmp_path, extra=lambda: np.float32(1))
+    with pytest.raises(TypeError, match=r"Checkpoints.extra returned what JSON cannot hold: .* float32"):
+        AutoFlip(inner(), sparsity=0, checkpoints=kept).start(LocalGrid(message_app(), NODES), record(model()))
+
+
 def test_the_last_ones_are_kept(tmp_path):
     run(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("round-*")) == [f"round-{r:06d}.safetensors" for r in (4, 5)]
@@ -238,6 +379,15 @@ def test_a_damaged_one_is_named_and_the_one_before_it_offered(how, tmp_path):
     same(run(tmp_path, resume=True)[0], whole)
 
 
+def test_of_those_before_a_damaged_one_only_a_whole_one_is_offered(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, dies_in=4)
+    for number in (2, 3):
+        (tmp_path / f"round-{number:06d}.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"round-000003\.safetensors is damaged .*: remove it$"):
+        run(tmp_path, resume=True)
+
+
 def test_what_was_being_written_is_not_read(tmp_path):
     whole, *_ = run(None)
     with pytest.raises(Killed):
@@ -266,6 +416,9 @@ def test_one_process_at_a_time_works_on_a_run(tmp_path):
             run(tmp_path)
         other.kill()  # the lock goes with its process, however that ends
     run(tmp_path)
+    run(tmp_path, resume=True)  # one process may open it twice, and holds it until its own end
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "another process is still at work on this run" in done.stderr
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, caplog):
@@ -286,12 +439,17 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, 
             full["left"] = 0 if round_ == 2 else 1
             super().write(round_, state, arrays)
 
+        def write_exploration(self, state, arrays):
+            full["left"] = 0
+            super().write_exploration(state, arrays)
+
     strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), exploration_epochs=1)
     random.seed(1)
     np.random.seed(1)
     result = strategy.start(LocalGrid(message_app(), NODES), record(model()), num_rounds=ROUNDS, evaluate_fn=evaluate)
     same(result, whole)
     assert "the checkpoint of round 2 could not be written" in caplog.text
+    assert "the exploration could not be written: [Errno 28] No space left" in caplog.text
 
 
 def test_state_that_cannot_be_kept_is_named_at_the_start(tmp_path):

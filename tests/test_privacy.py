@@ -28,6 +28,7 @@ from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
 from autoflip_flwr.guidance import choose_mask
 from autoflip_flwr.privacy import RELATIONS, Budget
+from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.values import KINDS
 
@@ -226,6 +227,18 @@ def test_a_wrapper_with_an_accountant_counts_the_same_rounds_and_starts_again(na
         start(strategy, grid_of(name, weights="alike", arrange=absent), rounds=2, timeout=SHORT)
     assert len(accountant.events) == strategy.privacy.releases == 2
     assert strategy.privacy.refused == 2
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_rounds_that_the_rules_refuse_leave_no_event_behind(name):
+    accountant = Accountant()
+    kind = type(WRAPPERS[name][0]())
+    rules = ReplyRules(min_replies=NODES + 1)
+    strategy = AutoFlip(kind(inner(), NOISE, CLIP, NODES, accountant=accountant), mask=MASK, rules=rules)
+    for _ in range(2):
+        start(strategy, grid_of(name, weights="alike"), rounds=2, timeout=SHORT)
+    assert not accountant.events
+    assert strategy.privacy.refused == 4
 
 
 # --- what is spent ----------------------------------------------------------------------------------------------------

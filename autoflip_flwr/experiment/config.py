@@ -166,6 +166,8 @@ class Config:
         A round in which fewer replies count keeps the model (method autoflip), >= 1.
     norm_factor : float (10.0)
         A reply is left out whose update is longer than so many times the median of 5 or more (method autoflip), > 1.
+    max_examples : float (1e9)
+        A reply that says it has more examples is left out (method autoflip), > 0.
     checkpoints : int (2)
         Rounds whose whole state is kept in the run's folder (method autoflip), >= 0; 0 keeps none.
     resume : str ("")
@@ -223,6 +225,7 @@ class Config:
 
     min_replies: int = _setting(1, _COUNT)
     norm_factor: float = _setting(10.0, _ABOVE_ONE)
+    max_examples: float = _setting(1e9, _POSITIVE)
     checkpoints: int = _setting(2, _NOT_BELOW_ZERO)
     resume: str = _setting("", _TEXT)
 

@@ -62,33 +62,27 @@ class RunRecord:
         Raises ``OSError`` if the folder cannot be made.
         """
         started = datetime.now(UTC)
-        package = Path(__file__).resolve().parent.parent
-        source = source_digest(package)
-        commit, dirty = source_commit(package)
-        beside = Path.cwd() / package.name
-        if commit is None and beside.is_dir() and source_digest(beside) == source:
-            # `flwr run` works on a copy of the app, which is no checkout; the one it was made from may lie here
-            commit, dirty = source_commit(beside)
-        about = {
-            "name": name,
-            "config": config,
-            "seed": config.get("seed"),
-            "versions": _versions(),
-            "source": source,
-            "commit": commit,
-            "dirty": dirty,
-            "platform": {
-                "system": platform.system(),
-                "release": platform.release(),
-                "machine": platform.machine(),
-                "cpus": os.cpu_count(),
-            },
-            "started": started.isoformat(timespec="seconds"),
-        }
+        about = {"name": name, "config": config, "seed": config.get("seed"), **_circumstances(started)}
         safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         record = cls(_new_folder(Path(output_dir).resolve() / f"{started:%Y%m%d-%H%M%S}-{safe}"))
         _write_json(record.path / "config.json", about)
         return record
+
+    def about(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        found: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
+        return found
+
+    def goes_on(self, config: Mapping[str, object], after: int) -> None:
+        """Note in ``config.json`` that the run goes on after a round, with which settings, and on what."""
+        about = self.about()
+        about.setdefault("resumed", []).append({"after": after, "config": config, **_circumstances(datetime.now(UTC))})
+        _write_json(self.path / "config.json", about)
+
+    def has_rounds(self) -> bool:
+        """Whether ``metrics.jsonl`` has a line of a round."""
+        lines = self.path / "metrics.jsonl"
+        return lines.exists() and '"phase": "train"' in lines.read_text("utf-8")
 
     def shorten(self, size: int) -> None:
         """Cut ``metrics.jsonl`` back to its first ``size`` bytes: what came after them was not finished."""
@@ -190,6 +184,30 @@ def jsonable(value: object) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _circumstances(started: datetime) -> dict[str, object]:
+    """When a run starts, of which code, with which versions, on what."""
+    package = Path(__file__).resolve().parent.parent
+    source = source_digest(package)
+    commit, dirty = source_commit(package)
+    beside = Path.cwd() / package.name
+    if commit is None and beside.is_dir() and source_digest(beside) == source:
+        # `flwr run` works on a copy of the app, which is no checkout; the one it was made from may lie here
+        commit, dirty = source_commit(beside)
+    return {
+        "versions": _versions(),
+        "source": source,
+        "commit": commit,
+        "dirty": dirty,
+        "platform": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "started": started.isoformat(timespec="seconds"),
+    }
 
 
 def source_digest(package: Path) -> str:

@@ -62,7 +62,7 @@ def run(grid: Grid, config: Config) -> Path:
     start = start_digest(initial)
     exploration, cost, explored_seconds = _earlier_exploration(config, start)
     if config.resume:
-        record = RunRecord(Path(config.resume).resolve())
+        record = _resumed(config)
     else:
         name = config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict())
@@ -115,6 +115,18 @@ def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
         ) from error
 
 
+def _resumed(config: Config) -> RunRecord:
+    """The record of the run that is to go on; ``ConfigError`` if it has other settings, or cannot."""
+    record = RunRecord(Path(config.resume).resolve())
+    before = record.about()["config"]
+    for key, value in config.decisive().items():
+        if before.get(key, value) != value:
+            raise ConfigError(f"resume = '{config.resume}': {key} was {before[key]!r} there, and is now {value!r}")
+    if record.has_rounds() and not any((record.path / "checkpoint").glob("round-*.safetensors")):
+        raise ConfigError(f"resume = '{config.resume}': it has rounds, but none of their checkpoints: begin a new run")
+    return record
+
+
 def _earlier_exploration(config: Config, start: str) -> tuple[Exploration | None, dict[str, float], float]:
     """The exploration of an earlier run that is to be used, what it cost and its seconds."""
     return read_exploration(Path(config.exploration), start) if config.exploration else (None, {}, 0.0)
@@ -163,6 +175,6 @@ def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, c
         exploration=exploration,
         seed=config.seed,
         ledger=ledger,
-        rules=ReplyRules(norm_factor=config.norm_factor, min_replies=config.min_replies),
+        rules=ReplyRules(config.norm_factor, config.max_examples, config.min_replies),
         checkpoints=kept,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from logging import INFO
@@ -64,7 +65,8 @@ class Tracker:
         self._explored_before = exploration_seconds
         self._accuracies: dict[int, float] = {}
         self._resumed: list[int] = []
-        self._nodes, self._train_loss = 0, float("nan")
+        # since the last line of the record
+        self._nodes, self._losses, self._incidents = 0, list[float](), 0
         self._dense = _dense_sizes(training.get_arrays(model))
         ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
 
@@ -77,6 +79,7 @@ class Tracker:
             "exploration": self.exploration_seconds,
             "accuracies": list(self._accuracies.items()),
             "resumed": self._resumed,
+            "incidents": self._incidents,
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
@@ -89,8 +92,10 @@ class Tracker:
         self._began = now - state["seconds"] + self._explored_before
         self._rounds_began = now - state["rounds"]
         self.exploration_seconds = state["exploration"]
-        self._accuracies = dict(state["accuracies"])
-        self._resumed = [*state["resumed"], max(self._accuracies, default=0)]
+        self._accuracies, self._incidents = dict(state["accuracies"]), state["incidents"]
+        after = max(self._accuracies, default=0)
+        self._resumed = [*state["resumed"], after]
+        self.record.goes_on(self._config.as_dict(), after)
 
     def observe(self, phase: str, replies: list[Message]) -> None:
         """Take note of an exchange's replies; a batch of explorers gets its line in the record."""
@@ -98,7 +103,8 @@ class Tracker:
             return
         found = [record for reply in replies if reply.has_content() for record in reply.content.metric_records.values()]
         losses = [float(record["train-loss"]) for record in found if isinstance(record.get("train-loss"), int | float)]  # type: ignore[arg-type]
-        self._nodes, self._train_loss = len(found), float(np.mean(losses)) if losses else float("nan")
+        self._nodes += len(found)  # a round has a second exchange where nodes lacked the mask
+        self._losses += [loss for loss in losses if math.isfinite(loss)]  # the replies are not judged yet
         if phase == "exploration":
             self.exploration_seconds = time.monotonic() - self._began
             self._append("exploration", 0, None, None)
@@ -169,23 +175,27 @@ class Tracker:
 
     def _append(self, phase: str, round_: int, accuracy: float | None, loss: float | None) -> None:
         mask = self._mask()
+        incidents = self._ledger.incidents
+        new = incidents[self._incidents :]
+        left_out = sum(each["kind"] == "quarantined" and each["phase"] == phase for each in new)
         self.record.append(
             {
                 "phase": phase,
                 "round": round_,
                 "accuracy": accuracy,
                 "loss": loss,
-                "train_loss": self._train_loss,
+                "train_loss": float(np.mean(self._losses)) if self._losses else float("nan"),
                 "bytes": self._ledger.bytes_by_phase(),
                 "flops": self._ledger.flops(),
                 "seconds": self._seconds(),
                 "density": 1.0 if mask is None else mask.density,
-                "nodes": self._nodes if round_ or phase == "exploration" else 0,
+                "nodes": self._nodes - left_out if round_ or phase == "exploration" else 0,
                 "failures": self._ledger.failure_counts(),
             }
         )
-        if self._ledger.incidents:
-            self.record.write_incidents(self._ledger.incidents)
+        if new:
+            self.record.write_incidents(incidents)
+        self._nodes, self._losses, self._incidents = 0, [], len(incidents)
 
     def _seconds(self) -> float:
         return self._explored_before + time.monotonic() - self._began
