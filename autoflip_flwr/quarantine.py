@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
+from flwr.app import MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from autoflip_flwr.ledger import Ledger
@@ -66,6 +67,41 @@ def outliers(norms: Mapping[int, float], factor: float) -> dict[int, str]:
         for key, norm in norms.items()
         if norm > limit
     }
+
+
+Names = tuple[tuple[str, tuple[str, ...]], ...]
+"""Of a reply's records, and of the metrics in each."""
+
+
+def unlike(contents: Mapping[int, RecordDict], before: Names | None) -> tuple[dict[int, str], Names]:
+    """Those (by any key) whose names of records and metrics differ from most, with the reason; and those of most.
+
+    Strategies insist on it. Where as many say one thing as another, those are right that say what was said ``before``.
+    """
+    names = {key: _names(content) for key, content in contents.items()}
+    counts = Counter(names.values())
+    usual = max(counts, key=lambda name: (counts[name], name == before))
+    differ = {
+        key: f"its records and metrics {own} differ from most replies' {usual}"
+        for key, own in names.items()
+        if own != usual
+    }
+    return differ, usual
+
+
+def _names(content: RecordDict) -> Names:
+    return tuple(
+        sorted(
+            (key, tuple(sorted(map(_metric, record.items()))) if isinstance(record, MetricRecord) else ())
+            for key, record in content.items()
+        )
+    )
+
+
+def _metric(item: tuple[str, object]) -> str:
+    """A metric's name, and how many numbers it is: lists of different lengths cannot be averaged."""
+    name, value = item
+    return f"{name}[{len(value)}]" if isinstance(value, list) else name
 
 
 class Quarantine:

@@ -270,32 +270,12 @@ exploration_values
             privacy.check_exploration(self.strategy)
         progress = self._progress = Progress(self.checkpoints)
         resumed = progress.open(self._settings(layout, initial))
-        facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
-        facade.ledger = self.ledger
-        needed = coords.nodes_needed(self.strategy)
-        facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
-            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
-            facade.roll_call(minimum=minimum, timeout=timeout)
+        facade = self._connect(grid, timeout)
         everything = Mask.full(layout)
         if self._explores:
             self.exploration = progress.exploration(self.ledger)
         if self._explores and not resumed:
-            seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
-            template = template_of(self.strategy, seen, train_config or ConfigRecord(), facade)
-            self.exploration = explore(
-                self.exploration_plan,
-                facade,
-                initial,
-                template,
-                mask=everything,
-                weight_key=self._weight_key,
-                kind=self._down,
-                seed=self.seed,
-                timeout=timeout,
-                quarantine=self._quarantine,
-                checkpoints=self.checkpoints,
-            )
+            self.exploration = self._explore(facade, everything, initial, train_config or ConfigRecord(), timeout)
             progress.explored(self.exploration, self.ledger)
         if resumed:
             self.mask = progress.mask(layout)
@@ -331,6 +311,35 @@ exploration_values
         # a strategy with a loop of its own keeps it
         start = coords.twin(self.strategy, methods_of=self).start
         return start(facade, first, **coords.accepted(start, arguments), **own)
+
+    def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
+        """The facade of the grid, with the nodes known by their partitions where they must be."""
+        facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
+        facade.ledger = self.ledger
+        needed = coords.nodes_needed(self.strategy)
+        facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
+        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
+            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
+            facade.roll_call(minimum=minimum, timeout=timeout)
+        return facade
+
+    def _explore(
+        self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord, timeout: float
+    ) -> Exploration:
+        seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
+        return explore(
+            self.exploration_plan,
+            facade,
+            initial,
+            template_of(self.strategy, seen, config, facade),
+            mask=everything,
+            weight_key=self._weight_key,
+            kind=self._down,
+            seed=self.seed,
+            timeout=timeout,
+            quarantine=self._quarantine,
+            checkpoints=self.checkpoints,
+        )
 
     def _settings(self, layout: Layout, initial: Arrays) -> dict[str, object]:
         """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
@@ -17,14 +16,11 @@ from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.firewall import Judged
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.quarantine import Quarantine, outliers
+from autoflip_flwr.quarantine import Names, Quarantine, outliers, unlike
 from autoflip_flwr.values import is_coded
 
 KEPT_MASKS = 4
 """So many masks before the one in force are kept, for nodes that need the difference alone."""
-
-Names = tuple[tuple[str, tuple[str, ...]], ...]
-"""Of a reply's records, and of the metrics in each."""
 
 _NUDGE = 1e-7
 """Its square is a normal float32."""
@@ -285,24 +281,11 @@ class Translator:
             answered.add(node)
             self._confirmed[node] = self.mask.digest
             counted.append(reply)
-        return self._without(self._unlike(counted, phase), counted, phase, round_), errors
-
-    def _unlike(self, replies: list[Message], phase: str) -> dict[int, str]:
-        """Those, with the reason, whose names of records and metrics differ from most: strategies insist on it.
-
-        Where as many say one thing as another, those are right that say what counted before.
-        """
-        names = {id(reply): _names(reply.content) for reply in replies}
-        if not names or not self._weight_key:
-            return {}
-        counts = Counter(names.values())
-        usual = max(counts, key=lambda name: (counts[name], name == self._usual.get(phase)))
-        self._usual[phase] = usual
-        return {
-            key: f"its records and metrics {own} differ from most replies' {usual}"
-            for key, own in names.items()
-            if own != usual
-        }
+        other: dict[int, str] = {}
+        if counted and self._weight_key:  # else the strategy asks nothing of metrics
+            contents = {id(reply): reply.content for reply in counted}
+            other, self._usual[phase] = unlike(contents, self._usual.get(phase))
+        return self._without(other, counted, phase, round_), errors
 
     def _without(self, bad: Mapping[int, str], replies: list[Message], phase: str, round_: int) -> list[Message]:
         for reply in replies:
@@ -322,18 +305,3 @@ def _nudged(arrays: Arrays) -> Arrays:
 
 def _without_ours(reply: Message) -> RecordDict:
     return RecordDict({key: record for key, record in reply.content.items() if key != wire.HEADER})
-
-
-def _names(content: RecordDict) -> Names:
-    return tuple(
-        sorted(
-            (key, tuple(sorted(map(_metric, record.items()))) if isinstance(record, MetricRecord) else ())
-            for key, record in content.items()
-        )
-    )
-
-
-def _metric(item: tuple[str, object]) -> str:
-    """A metric's name, and how many numbers it is: lists of different lengths cannot be averaged."""
-    name, value = item
-    return f"{name}[{len(value)}]" if isinstance(value, list) else name
