@@ -16,6 +16,9 @@ from flwr.serverapp import Grid
 from autoflip_flwr import wire
 from autoflip_flwr.ledger import Ledger, phase_of
 
+ANSWERS = 10.0
+"""Seconds that a roll call that is out of time still waits for answers: a client's process takes some to start."""
+
 
 class OrderedGrid(Grid):
     """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
@@ -51,7 +54,7 @@ class OrderedGrid(Grid):
         """From the connected nodes to those that may get messages."""
         self._told: Counter[int] = Counter()
         self._greeted: set[int] = set()
-        self._latecomers: dict[str, Message] = {}  # what they were asked, by message id, until they answer
+        self._asked: dict[str, Message] = {}  # what they were asked, by message id, until they answer
 
     @property
     def num_partitions(self) -> int:
@@ -77,7 +80,7 @@ class OrderedGrid(Grid):
         """The connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
         nodes = list(self._grid.get_node_ids())
         if self._greeted:
-            self._greet_latecomers(nodes)
+            self._greet(nodes)
         if self.partitions:
             nodes.sort(key=lambda node: (self.partitions.get(node, math.inf), node))
         if self.choose is not None:
@@ -173,9 +176,9 @@ class OrderedGrid(Grid):
     def roll_call(self, *, minimum: int = 1, timeout: float = 60.0) -> list[int]:
         """Wait for the nodes and learn their partition ids (``partition-id`` of their node config).
 
-        Waits until ``minimum`` nodes are connected and as many as the nodes' own ``num-partitions`` says, for at most
-        ``timeout`` seconds. Nodes without ``autoflip_mod`` or without a partition id come last, in the order of their
-        node ids.
+        Waits until ``minimum`` nodes are connected, and as many as the nodes' own ``num-partitions`` says, and have
+        answered, for at most ``timeout`` seconds and :data:`ANSWERS` more; who answers later is known from then on.
+        Nodes without ``autoflip_mod`` or without a partition id come last, in the order of their node ids.
 
         Returns
         -------
@@ -187,18 +190,20 @@ class OrderedGrid(Grid):
         RuntimeError
             If fewer than ``minimum`` nodes have connected in time.
         """
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
+        deadline = started + timeout
         while True:
             nodes = set(self._grid.get_node_ids())
-            late = time.monotonic() > deadline
-            for reply in self.exchange(self._hellos(nodes), max(deadline - time.monotonic(), 1.0)):
-                self._learn(reply)
-            expected = max(minimum, self.num_partitions)
-            if len(nodes) >= expected or (late and len(nodes) >= minimum):
+            self._greet(nodes)
+            left = deadline - time.monotonic()
+            enough = len(nodes) >= max(minimum, self.num_partitions) or left < 0
+            if enough and (not self._asked or left < -ANSWERS):
                 break
-            if late:
-                raise RuntimeError(f"{len(nodes)} nodes have connected within {timeout:g} s, but {minimum} are needed")
-            time.sleep(0.2)
+            time.sleep(0.05)
+        self.ledger.seconds["other"] += time.monotonic() - started
+        if len(nodes) < minimum:
+            raise RuntimeError(f"{len(nodes)} nodes have connected within {timeout:g} s, but {minimum} are needed")
+        expected = max(minimum, self.num_partitions)
         if len(nodes) < expected:
             log(
                 WARNING, "%d of %d nodes have connected within %g s; going on with those", len(nodes), expected, timeout
@@ -215,23 +220,21 @@ class OrderedGrid(Grid):
             )
         return self.get_node_ids()
 
-    def _hellos(self, nodes: Iterable[int]) -> list[Message]:
-        """Messages to the nodes that have not been asked for their partition yet."""
-        new = sorted(set(nodes) - self._greeted)
-        self._greeted |= set(new)
-        head = {wire.HEADER: wire.header(wire.HELLO, 0)}
-        return [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
-
-    def _greet_latecomers(self, nodes: list[int]) -> None:
-        if self._latecomers:
-            for reply in self.pull_messages(list(self._latecomers)):
-                message = self._latecomers.pop(reply.metadata.reply_to_message_id, None)
-                if message is not None:
-                    self.ledger.received(message, reply)
-                    self._learn(reply)
-        if hellos := self._hellos(nodes):
+    def _greet(self, nodes: Iterable[int]) -> None:
+        """Ask nodes that have not been asked for their partition, without waiting, and learn what others answer."""
+        if new := sorted(set(nodes) - self._greeted):
+            self._greeted |= set(new)
+            head = {wire.HEADER: wire.header(wire.HELLO, 0)}
+            hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
             self.push_messages(hellos)
-            self._latecomers |= {hello.metadata.message_id: hello for hello in hellos}
+            self._asked |= {hello.metadata.message_id: hello for hello in hellos}
+        if not self._asked:
+            return
+        for reply in self.pull_messages(list(self._asked)):
+            message = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if message is not None:
+                self.ledger.received(message, reply)
+                self._learn(reply)
 
     def _learn(self, reply: Message) -> None:
         head = reply.content.get(wire.HEADER) if reply.has_content() else None

@@ -56,19 +56,23 @@ def test_roll_call_goes_on_with_fewer_than_all_partitions():
 class Filling(LocalGrid):
     """Its last node connects late."""
 
-    late = True
+    late, slow = True, False
 
     def get_node_ids(self):
         return super().get_node_ids()[: -1 if self.late else None]
+
+    def pull_messages(self, message_ids):
+        return [] if self.slow else super().pull_messages(message_ids)
 
 
 def test_a_node_that_comes_after_the_roll_call_is_asked_for_its_partition_without_waiting():
     inside = Filling(message_app(), 3)
     grid = OrderedGrid(inside)
     assert grid.roll_call(minimum=2, timeout=0.3) == [100, 101]
-    inside.late = False
+    inside.late, inside.slow = False, True
     assert grid.get_node_ids() == [100, 101, 102]
     assert grid.partitions == {100: 0, 101: 1}
+    inside.slow = False
     assert grid.get_node_ids() == [100, 101, 102]
     assert grid.partitions == {100: 0, 101: 1, 102: 2}
     assert grid.ledger.messages["other"] == grid.ledger.replies["other"] == len(inside.sent) == 3
@@ -76,6 +80,19 @@ def test_a_node_that_comes_after_the_roll_call_is_asked_for_its_partition_withou
     assert grid.ledger.up["other"] == sum(own["other_up"] for own in bytes_by_node.values())
     grid.push_messages(messages(grid, [102]))
     assert list(grid.ledger.bytes_by_node()) == [0, 1, 2]
+
+
+def test_a_roll_call_that_is_out_of_time_waits_a_little_for_answers_and_learns_later_ones(monkeypatch):
+    monkeypatch.setattr("autoflip_flwr.grid.ANSWERS", 0.2)
+    inside = Filling(message_app(), 3)
+    inside.late, inside.slow = False, True
+    grid = OrderedGrid(inside)
+    assert grid.roll_call(minimum=2, timeout=0.1) == [100, 101, 102]
+    assert grid.partitions == {}
+    inside.slow = False
+    grid.get_node_ids()
+    assert grid.partitions == {100: 0, 101: 1, 102: 2}
+    assert grid.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 def test_without_a_roll_call_nobody_is_asked():
