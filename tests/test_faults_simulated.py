@@ -92,7 +92,7 @@ def test_the_server_app_killed_in_the_middle_of_a_round(tmp_path: Path, whole: P
 
 HALF_WRITTEN = """
 import os, signal
-from autoflip_flwr import checkpoint
+from autoflip_flwr import files
 
 class Dying:
     def __getattr__(self, name):
@@ -104,7 +104,7 @@ class Dying:
             os.kill(os.getpid(), signal.SIGKILL)
         os.replace(source, target)
 
-checkpoint.os = Dying()
+files.os = Dying()
 """
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save as safetensors_bytes
 
-from autoflip_flwr.files import write_atomic
+from autoflip_flwr.files import naming, write_atomic
 
 PHASES: Mapping[str, str] = {
     "exploration_up": "Exploration, up",
@@ -96,7 +96,8 @@ class RunRecord:
 
     def append(self, line: Mapping[str, object]) -> None:
         """Add one line to ``metrics.jsonl``; it is on the disk when this returns. NaN and infinities become null."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
