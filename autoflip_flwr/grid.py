@@ -149,7 +149,6 @@ class OrderedGrid(Grid):
         waiting = set(self.push_messages(messages))
         order = {message.metadata.message_id: index for index, message in enumerate(messages)}
         replies: list[Message] = []
-        pause = 0.02
         while waiting:
             new = [reply for reply in self.pull_messages(waiting) if reply.metadata.reply_to_message_id in order]
             replies += new
@@ -159,8 +158,8 @@ class OrderedGrid(Grid):
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
-            time.sleep(pause)
-            pause = min(pause * 1.3, 1.0)
+            # a twentieth of what it has taken so far: neither much of a short round nor many requests in a long one
+            time.sleep(min(max((time.monotonic() - started) / 20, 0.02), 1.0))
         self.ledger.seconds[phase] += time.monotonic() - started
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
         for reply in replies:
