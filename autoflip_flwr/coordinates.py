@@ -19,11 +19,13 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from autoflip_flwr._flower import KEY_NORM_BIT
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
+
+NORM_BIT = "norm_bit"
+"""The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""
 
 METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
@@ -61,7 +63,7 @@ def metrics_needed(strategy: Strategy) -> dict[str, float]:
         if isinstance(layer, QFedAvg):
             needed[layer.train_loss_key] = 0.0
         if isinstance(layer, DifferentialPrivacyClientSideAdaptiveClipping):
-            needed[KEY_NORM_BIT] = 0.0
+            needed[NORM_BIT] = 0.0
     return needed
 
 
