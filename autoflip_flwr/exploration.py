@@ -110,7 +110,7 @@ def explore(
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
-        Seconds for each batch.
+        Seconds for each batch. A node that has not answered the roll call explores only where too few others would.
     quarantine : Quarantine
         Takes the replies that are left out.
     checkpoints : Checkpoints | None
@@ -131,8 +131,14 @@ def explore(
     names |= gone
     nodes = sorted(names, key=names.__getitem__) if gone else list(names)
     if len(nodes) < plan.min_explorers:
-        raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
-    count = min(len(nodes), max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes))))
+        raise RuntimeError(
+            f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected: start more, or let "
+            f"fewer explore (min_explorers={max(len(nodes), 1)})"
+        )
+    count = max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes)))
+    able = [node for node in nodes if node not in grid.calls.mute or names[node] in kept]
+    nodes = able if len(able) >= plan.min_explorers else nodes
+    count = min(len(nodes), count)
     chosen = _sample(nodes, count, seed, {node for node in nodes if names[node] in kept})
     problems: dict[str, list[int]] = {}  # reason -> nodes
 
