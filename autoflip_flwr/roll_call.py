@@ -18,9 +18,6 @@ SETTLE = 10.0
 ANSWERS = 15.0
 """Seconds without a new node or answer after which nodes that have not answered are mute."""
 
-FIRST_ANSWER = 60.0
-"""The same where no node has answered yet: a simulation's first client process takes long to start."""
-
 EVERY = 10.0
 """Seconds after which it is said again for whom a run waits."""
 
@@ -100,7 +97,7 @@ class RollCall:
 
         As many are expected as the caller says, else as the nodes' ``num-partitions`` says. Where nobody says it, all
         have come once no new node has for :data:`SETTLE` seconds. A node that does not answer holds the others for
-        :data:`ANSWERS` seconds, and is then left to :attr:`mute`; it may still answer later.
+        :data:`ANSWERS` seconds (``timeout`` while nobody has answered), and is then :attr:`mute`; it may answer later.
 
         Parameters
         ----------
@@ -143,7 +140,7 @@ class RollCall:
             limit = timeout if longest is None or not lacking else longest
             late = now - came > limit
             all_there = len(nodes) >= wanted and (known > 0 or now - came > min(SETTLE, timeout))
-            patience = min(timeout, ANSWERS if answered else FIRST_ANSWER)
+            patience = min(timeout, ANSWERS) if answered else timeout  # a first client process takes long to start
             waited_for = self.mute & nodes
             if (late or all_there) and (not waited_for or now - max(came, heard) > patience):
                 break

@@ -15,7 +15,7 @@ from autoflip_flwr.testing import LocalGrid
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    for name, seconds in {"SETTLE": 0.2, "ANSWERS": 0.2, "FIRST_ANSWER": 0.4, "EVERY": 0.1}.items():
+    for name, seconds in {"SETTLE": 0.2, "ANSWERS": 0.2, "EVERY": 0.1}.items():
         monkeypatch.setattr(roll_call, name, seconds)
 
 
