@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")
+ROUND_KEY = "server-round"
+"""Key of the round in the config records of Flower's strategies; it is 0 in the exploration."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def explore(
     initial : dict[str, ndarray]
         W0, the full model.
     template : Template
-        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0.
+        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0, its round by 0.
     mask : Mask
         A mask that keeps everything.
     weight_key : str
@@ -260,7 +262,7 @@ def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, g
         random.setstate(state)
     if messages:
         return Template({message.metadata.dst_node_id: message.content for message in messages}, messages[0].content)
-    config["server-round"] = 1
+    config[ROUND_KEY] = 1
     arrays_key, config_key = (
         setting(strategy, "arrayrecord_key", "arrays"),
         setting(strategy, "configrecord_key", "config"),
@@ -272,8 +274,9 @@ def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, o
     content = RecordDict(dict(template))
     content[next(iter(content.array_records), "arrays")] = packed
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
+    told = {ROUND_KEY: 0} if ROUND_KEY in config else {}
     content[config_key] = ConfigRecord(
-        {**config, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
+        {**config, **told, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
     )
     return RecordDict({**content, **ours})
 
