@@ -40,6 +40,21 @@ _MOMENTS = ("momentum_vector", "m_t", "v_t")
 _WEIGHTS = "current_arrays"
 
 
+def to_wrap(given: object) -> Strategy:
+    """The strategy that the user has given to be wrapped, FedAvg where it is ``None``; ``TypeError`` if it is none."""
+    if given is None:
+        return FedAvg()
+    if isinstance(given, Strategy):
+        return given
+    if isinstance(given, type):
+        raise TypeError(f"AutoFlip wraps a strategy, not a class: AutoFlip({given.__name__}(...))")
+    if isinstance(given, str | int | float):
+        raise TypeError(f"AutoFlip wraps a strategy, not {given!r}: AutoFlip(FedAvg(...), sparsity=0.7)")
+    raise TypeError(
+        f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(given).__module__}.{type(given).__name__}"
+    )
+
+
 def layers(strategy: Strategy) -> Iterator[Strategy]:
     """The strategy and, through wrappers such as Flower's differential privacy, the ones inside it."""
     found = [strategy]

@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
 from autoflip_flwr import guidance, privacy, wire
@@ -26,7 +26,7 @@ from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.state import settings_of, strategy_state
-from autoflip_flwr.translate import Translator, to_arrays, to_record
+from autoflip_flwr.translate import Translator, model_of, to_arrays, to_record
 from autoflip_flwr.values import KINDS
 
 if TYPE_CHECKING:
@@ -171,12 +171,7 @@ exploration_values
     ) -> None:
         if initial not in INITIALS:
             raise ValueError(f"initial = {initial!r}: must be one of {', '.join(INITIALS)}")
-        if strategy is not None and not isinstance(strategy, Strategy):
-            raise TypeError(
-                f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."
-                f"{type(strategy).__name__}"
-            )
-        self.strategy = strategy if strategy is not None else FedAvg()
+        self.strategy = coords.to_wrap(strategy)
         if any(isinstance(layer, AutoFlip) for layer in coords.layers(self.strategy)):
             raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
         self.initial = initial
@@ -274,7 +269,7 @@ exploration_values
         RuntimeError
             If too few nodes are connected or too few explorers answer.
         """
-        initial = to_arrays(initial_arrays)
+        initial = model_of(initial_arrays)
         if self._translator is not None:  # a second start, from what FedAdam, say, has made float64 of
             initial = self._translator.mask.layout.cast(initial)
         self._packed = coords.resolve(self._coordinates, self.strategy) == "packed"
@@ -448,6 +443,22 @@ exploration_values
         if metrics is not None:
             self._progress.evaluate[server_round] = metrics
         return metrics
+
+    def initialize_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse Flower's old server API, which calls this first, unless the wrapped strategy has such a method.
+
+        Raises
+        ------
+        RuntimeError
+            That says how to start a run.
+        """
+        own = getattr(self.strategy, "initialize_parameters", None)
+        if own is None:
+            raise RuntimeError(
+                "AutoFlip works with Flower's Message API, not with ServerAppComponents or start_server: call "
+                "strategy.start(grid, initial_arrays) in a function under @app.main() of app = ServerApp()"
+            )
+        return own(*args, **kwargs)
 
     @property
     def _explores(self) -> bool:
