@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, privacy, wire
+from autoflip_flwr import guidance, privacy, savings, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
@@ -320,10 +320,15 @@ exploration_values
             "evaluate_fn": evaluate_fn if self.checkpoints is None else progress.evaluation(evaluate_fn, keep),
         }
         if type(self.strategy).start is Strategy.start:
-            return progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
-        # a strategy with a loop of its own keeps it
-        start = coords.twin(self.strategy, methods_of=self).start
-        return start(facade, first, **coords.accepted(start, arguments), **own)
+            result = progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
+        else:  # a strategy with a loop of its own keeps it
+            start = coords.twin(self.strategy, methods_of=self).start
+            result = start(facade, first, **coords.accepted(start, arguments), **own)
+        if facade is not grid:  # who brings the facade, as the shipped app does, has a summary of its own
+            sent, dense = self.ledger.bytes_by_phase(), self.ledger.dense_bytes_by_phase(initial_arrays)
+            for line in savings.lines(sent, dense, pruned=not self.mask.is_full):
+                log(INFO, "%s", line)
+        return result
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
         """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
