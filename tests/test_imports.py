@@ -26,6 +26,7 @@ ROWS = [
     {"translate"},
     {"state", "checkpoint"},
     {"exploration", "progress"},
+    {"settings"},
     {"strategy"},
     {"__init__"},
 ]
