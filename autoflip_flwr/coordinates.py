@@ -122,7 +122,15 @@ def divides_by_norm(strategy: Strategy) -> bool:
 
 def nodes_needed(strategy: Strategy) -> int:
     """How many nodes the strategy waits for, or must have."""
-    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+    return _largest(strategy, "min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+
+
+def nodes_waited_for(strategy: Strategy) -> int:
+    """How many nodes the strategy waits for, without a limit, before its first message."""
+    return _largest(strategy, "min_available_nodes", "min_train_nodes")
+
+
+def _largest(strategy: Strategy, *names: str) -> int:
     return max(int(getattr(layer, name, 1) or 1) for layer in layers(strategy) for name in names)
 
 

@@ -151,6 +151,11 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"initial = {settings['initial']!r}: must be one of {', '.join(INITIALS)}")
     plan(MaskPlan, settings)
     plan(ExplorationPlan, settings)
+    if settings["nodes"] is not None and not settings["nodes"] >= 1:
+        raise ValueError(f"nodes = {settings['nodes']}: must be at least 1, or None")
+    for name in ("node_timeout", "exploration_timeout"):
+        if settings[name] is not None and not settings[name] > 0:
+            raise ValueError(f"{name} = {settings[name]}: must be a number of seconds > 0")
     if settings["mask_schedule"] is not None:
         schedule_takes(settings["mask_schedule"])
     for name in ("values", "values_up", "values_down"):

@@ -66,6 +66,8 @@ class AutoFlip(Configured):
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
+    exploration_timeout : float or None
+        Seconds for each batch of explorers, > 0; default: the rounds' ``timeout``.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
     exploration_public : bool (default: False)
@@ -86,7 +88,14 @@ exploration_values
     values_up, values_down : str or None
         The same for replies alone, and for messages alone; default: ``values``.
     seed : int or None
-        Makes the choice of nodes reproducible; costs one small message to each node before the start.
+        Makes the choice of nodes reproducible.
+    nodes : int or None
+        How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
+        ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
+        needs.
+    node_timeout : float (default: 60.0)
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected. For those that
+        the wrapped strategy needs it waits as long as for a round.
     ledger : Ledger or None
         Where bytes and failures are counted.
     rules : ReplyRules or None
@@ -141,6 +150,7 @@ exploration_values
         exploration_patience: int = 2,
         exploration_weighting: str = "uniform",
         exploration_values: str = "log8",
+        exploration_timeout: float | None = None,
         exploration: Exploration | None = None,
         exploration_public: bool = False,
         mask: Mask | None = None,
@@ -150,6 +160,8 @@ exploration_values
         values_up: str | None = None,
         values_down: str | None = None,
         seed: int | None = None,
+        nodes: int | None = None,
+        node_timeout: float = 60.0,
         ledger: Ledger | None = None,
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
@@ -164,6 +176,7 @@ exploration_values
         self.exploration_values, self.exploration_public = exploration_values, exploration_public
         self.mask_schedule, self.coordinates = mask_schedule, coordinates
         self.values, self.values_up, self.values_down = values, values_up, values_down
+        self.nodes, self.node_timeout, self.exploration_timeout = nodes, node_timeout, exploration_timeout
         self.seed, self.checkpoints = seed, checkpoints
         self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
         check(self._arguments())
@@ -201,9 +214,9 @@ exploration_values
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
-        ``timeout`` (seconds) holds for each exploration batch and each round. ``evaluate_fn(0, arrays)`` sees the
-        pruned start, in full arrays. A wrapped strategy with a ``start`` of its own gets those of these parameters
-        that it has, by name, and ``own``.
+        ``timeout`` (seconds) holds for each round, and for each exploration batch where ``exploration_timeout`` does
+        not. ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of
+        its own gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -272,14 +285,24 @@ exploration_values
         return start(facade, first, **coords.accepted(start, arguments), **own)
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """The facade of the grid, with the nodes known by their partitions where they must be."""
+        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         needed = coords.nodes_needed(self.strategy)
         facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
-            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
-            facade.roll_call(minimum=minimum, timeout=timeout)
+        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
+            try:
+                facade.roll_call(
+                    minimum=coords.nodes_waited_for(self.strategy),
+                    expected=self.nodes or 0,
+                    fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
+                    timeout=min(self.node_timeout, timeout),
+                    longest=timeout,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}: start more nodes, or lower min_available_nodes and min_train_nodes of the strategy"
+                ) from error
         return facade
 
     def _explore(
@@ -295,7 +318,7 @@ exploration_values
             weight_key=coords.weight_key_of(self.strategy),
             kind=self._down,
             seed=self.seed,
-            timeout=timeout,
+            timeout=self.exploration_timeout or timeout,
             quarantine=self._quarantine,
             checkpoints=self.checkpoints,
         )

@@ -21,7 +21,7 @@ ROWS = [
     {"average", "bits", "guidance"},
     {"moves"},
     {"wire"},
-    {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan"},
+    {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},
     {"grid", "mod", "quarantine", "privacy"},
     {"translate"},
     {"state", "checkpoint"},
