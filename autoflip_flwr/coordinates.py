@@ -19,11 +19,13 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from autoflip_flwr._flower import KEY_NORM_BIT
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
+
+NORM_BIT = "norm_bit"
+"""The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""
 
 METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
@@ -38,21 +40,6 @@ _FLOATS_ONLY = (
 )
 _MOMENTS = ("momentum_vector", "m_t", "v_t")
 _WEIGHTS = "current_arrays"
-
-
-def to_wrap(given: object) -> Strategy:
-    """The strategy that the user has given to be wrapped, FedAvg where it is ``None``; ``TypeError`` if it is none."""
-    if given is None:
-        return FedAvg()
-    if isinstance(given, Strategy):
-        return given
-    if isinstance(given, type):
-        raise TypeError(f"AutoFlip wraps a strategy, not a class: AutoFlip({given.__name__}(...))")
-    if isinstance(given, str | int | float):
-        raise TypeError(f"AutoFlip wraps a strategy, not {given!r}: AutoFlip(FedAvg(...), sparsity=0.7)")
-    raise TypeError(
-        f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(given).__module__}.{type(given).__name__}"
-    )
 
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
@@ -76,7 +63,7 @@ def metrics_needed(strategy: Strategy) -> dict[str, float]:
         if isinstance(layer, QFedAvg):
             needed[layer.train_loss_key] = 0.0
         if isinstance(layer, DifferentialPrivacyClientSideAdaptiveClipping):
-            needed[KEY_NORM_BIT] = 0.0
+            needed[NORM_BIT] = 0.0
     return needed
 
 
