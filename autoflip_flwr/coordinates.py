@@ -25,8 +25,6 @@ from autoflip_flwr.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
 
-METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
-
 _BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or AutoFlip's full ones
 _NOT_OF_THE_MEAN = ("__", "summary", "configure_", "aggregate_evaluate")
 _FLOATS_ONLY = (
@@ -130,29 +128,6 @@ def averages_plainly(strategy: Strategy) -> bool:
     own = all(getattr(type(strategy), name, None) is vars(FedAvg)[name] for name in used)
     own = own and not vars(strategy).keys() & set(used)
     return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
-
-
-def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
-    """A strategy of the same class and with the same state, whose rounds are those of ``methods_of``.
-
-    With it a strategy that brings a ``start`` of its own (to keep the best model, say) runs its own loop.
-    """
-
-    def forward(name: str) -> Callable[..., object]:
-        return lambda _, *args, **kwargs: getattr(methods_of, name)(*args, **kwargs)
-
-    kind: Any = type(strategy)
-    result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
-    result.__dict__ = strategy.__dict__
-    return result
-
-
-def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes by name."""
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:

@@ -46,6 +46,10 @@ class Configured(Strategy):
     strategy: Strategy
     ledger: Ledger
     rules: ReplyRules
+    mask: Mask | None
+    exploration: Exploration | None
+    _brought: dict[str, Any]
+    """A mask and an exploration of the user's own, by these names."""
     _defaults: ClassVar[dict[str, object]]
     _ready = False  # its constructor is through
     _running = False  # its start is not
@@ -68,6 +72,8 @@ class Configured(Strategy):
                 self._check_running(name, value)
             if self._ready:
                 check({**self._arguments(), name: value})
+            if name in ("mask", "exploration") and not self._running:
+                vars(self)["_brought"] = {**vars(self).get("_brought", {}), name: value}
             vars(self)[name] = value
         elif self._ready and name not in vars(self) and hasattr(self.strategy, name):
             setattr(self.strategy, name, value)  # as reading

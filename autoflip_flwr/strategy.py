@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from logging import INFO
@@ -15,16 +16,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, privacy, wire
-from autoflip_flwr.exploration import explore, template_of
+from autoflip_flwr import guidance, loop, privacy, wire
+from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
-from autoflip_flwr.quarantine import Quarantine, ReplyRules
-from autoflip_flwr.settings import Configured, check
+from autoflip_flwr.quarantine import Quarantine, ReplyRules, why_none
+from autoflip_flwr.settings import Configured, check, check_mask, schedule_takes
 from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.translate import Translator, to_arrays, to_record
 
@@ -144,7 +146,7 @@ exploration_values
         exploration: Exploration | None = None,
         exploration_public: bool = False,
         mask: Mask | None = None,
-        mask_schedule: Callable[[int], Mask | None] | None = None,
+        mask_schedule: Callable[..., Mask | None] | None = None,
         coordinates: str = "auto",
         values: str = "float32",
         values_up: str | None = None,
@@ -168,7 +170,12 @@ exploration_values
         self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
         check(self._arguments())
         self.privacy = privacy.budget_of(self.strategy)
-        self._given = self._chosen = mask  # by the user, and in force since
+        self._made_from: tuple[MaskPlan, ExplorationPlan, Exploration | None] = (
+            self.mask_plan,
+            self.exploration_plan,
+            exploration,
+        )
+        self._moved_by: Exploration | None = None
         self._progress = Progress()
         self._quarantine = Quarantine(self.rules, self.ledger)
         self._round = 0
@@ -176,7 +183,10 @@ exploration_values
         self._integers = False
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
-        self._running, self._ready = False, True
+        self._changed: Arrays | None = None  # the model of this round, where its mask is new
+        self._fresh, self._asked, self._noted = True, 0, 0
+        self._running = self._in_rounds = False
+        self._ready = True
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""
@@ -215,61 +225,116 @@ exploration_values
         RuntimeError
             If too few nodes are connected or too few explorers answer.
         """
-        initial = to_arrays(initial_arrays)
-        if self._translator is not None:  # a second start, from what FedAdam, say, has made float64 of
-            initial = self._translator.mask.layout.cast(initial)
-        self._packed = coords.resolve(self.coordinates, self.strategy) == "packed"
+        given = {
+            "grid": grid,
+            "initial_arrays": initial_arrays,
+            "num_rounds": num_rounds,
+            "timeout": timeout,
+            "train_config": train_config,
+            "evaluate_config": evaluate_config,
+            "evaluate_fn": evaluate_fn,
+        }
+        loop.check(grid, initial_arrays, given)
+        # a strategy with a loop of its own keeps it
+        own_loop = type(self.strategy).start is not Strategy.start
+        start = loop.twin(self.strategy, methods_of=self).start if own_loop else super().start
+        loop.bind(start, given, own)
+        self._running = True
+        try:
+            progress, first = self._prepare(given)
+            args, named = loop.bind(start, given, own)
+            result = start(*args, **named)
+        finally:
+            self._running = self._in_rounds = False
+        return result if own_loop else progress.complete(result, first)
+
+    def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
+        """All that comes before the rounds; puts what their loop is to get into ``given``."""
+        previous, initial = self._translator, to_arrays(given["initial_arrays"])
+        if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
+            initial = previous.mask.layout.cast(initial)
+        packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
-        if self.mask is not self._chosen:
-            self._given = self.mask
+        self._let_go()
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
         if self._explores and not self.exploration_public:
             privacy.check_exploration(self.strategy)
         progress = self._progress = Progress(self.checkpoints)
         resumed = progress.open(self._settings(layout, initial))
-        facade = self._connect(grid, timeout)
+        timeout = math.inf if given["timeout"] is None else given["timeout"]
+        facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
+        own = vars(self)  # what is chosen here is not of the user's setting
         if self._explores:
-            self.exploration = progress.exploration(self.ledger)
+            own["exploration"] = progress.exploration(self.ledger)
         if self._explores and not resumed:
-            self.exploration = self._explore(facade, everything, initial, train_config or ConfigRecord(), timeout)
-            progress.explored(self.exploration, self.ledger)
+            config = given["train_config"] or ConfigRecord()
+            own["exploration"] = self._explore(facade, everything, initial, config, timeout)
+            progress.explored(own["exploration"], self.ledger)
         if resumed:
-            self.mask = progress.mask(layout)
+            own["mask"] = progress.mask(layout)
         elif self.mask is None and self.exploration is not None:
-            self.mask = self.mask_plan.choose(layout, initial, self.exploration)
-        self.mask = self._chosen = everything if self.mask is None else self.mask
-        if self.initial == "scouts" and self.exploration is not None and self._translator is None:
-            initial = guidance.start_arrays(initial, self.exploration)
-        log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
-        self._shadow = initial
-        self._translator = translator = self._translate(self.mask, initial)
+            own["mask"] = self.mask_plan.choose(layout, initial, self.exploration)
+        own["mask"] = mask = everything if self.mask is None else self.mask
+        self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
+        log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
+        self._shadow = full = self._last_values(previous, initial)
+        if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
+            self._shadow = full = guidance.start_arrays(full, self.exploration)
+            self._moved_by = self.exploration
+        if previous is not None and not resumed and self._follows(previous.mask, mask) and packed == self._packed:
+            coords.carry_state(self.strategy, previous.shown, previous.mask, mask, full, packed=packed)
+        self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
-        first = to_record(self.mask.apply(initial))
+        first = to_record(mask.apply(full))
         parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
         if resumed:
-            first, self._shadow, translator.integers = progress.model()
+            first, shadow, translator.integers = progress.model(mask)
+            self._shadow = initial if shadow is None else shadow
+            own["mask"] = progress.next_mask(layout) or mask
             progress.restore(parts)
             if self._up == "int8":
                 log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
-            progress.keep(round_, arrays, self._shadow, translator, parts)
+            shadow = None if self._shadow is initial else self._shadow
+            next_mask = None if self.mask is translator.mask else self.mask
+            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
 
-        arguments = {
-            "num_rounds": max(num_rounds - progress.before, 0),
-            "timeout": timeout,
-            "train_config": train_config,
-            "evaluate_config": evaluate_config,
-            "evaluate_fn": evaluate_fn if self.checkpoints is None else progress.evaluation(evaluate_fn, keep),
-        }
-        if type(self.strategy).start is Strategy.start:
-            return progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
-        # a strategy with a loop of its own keeps it
-        start = coords.twin(self.strategy, methods_of=self).start
-        return start(facade, first, **coords.accepted(start, arguments), **own)
+        self._fresh, self._changed, self._in_rounds = progress.before == 0, None, True
+        given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
+        if self.checkpoints is not None:
+            given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
+        return progress, first
+
+    def _let_go(self) -> None:
+        """Let go of a mask and an exploration that were made under other settings than those of now."""
+        mask_plan, exploration_plan, exploration = self._made_from
+        if self._brought["exploration"] is None and exploration_plan != self.exploration_plan:
+            vars(self)["exploration"] = None
+        if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
+            vars(self)["mask"] = None
+
+    @staticmethod
+    def _follows(old: Mask, new: Mask) -> bool:
+        """Whether a mask is another one of the same arrays."""
+        return old.layout.specs == new.layout.specs and old.digest != new.digest
+
+    def _last_values(self, previous: Translator | None, initial: Arrays) -> Arrays:
+        """The model with the values from which coordinates grow again.
+
+        Where all that the mask of an earlier start prunes is zero, they are the last ones that start had.
+        """
+        if previous is None or {n: a.shape for n, a in initial.items()} != {
+            n: a.shape for n, a in self._shadow.items()
+        }:
+            return initial
+        keep = previous.mask.keep
+        if any(initial[name][~kept].any() for name, kept in keep.items()):
+            return initial
+        return previous.mask.layout.cast(previous.mask.scatter(previous.mask.gather(initial), into=self._shadow))
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
         """The facade of the grid, with the nodes known by their partitions where they must be."""
@@ -309,12 +374,16 @@ exploration_values
                 f"checkpoints: {type(self.strategy).__name__} has a start of its own, whose variables cannot be kept"
             )
         strategy_state(self.strategy, {})
+        ready = self._brought["mask"]
         start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
         return {
             "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
             "prunable": [spec.name for spec in layout.prunable],
             "initial values": start,
-            "mask": {**dataclasses.asdict(self.mask_plan), "ready": self._given and self._given.digest},
+            "mask": {
+                **dataclasses.asdict(self.mask_plan),
+                "ready": self._brought["mask"] and self._brought["mask"].digest,
+            },
             "exploration": dataclasses.asdict(self.exploration_plan),
             "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
             "rules": dataclasses.asdict(self.rules),
@@ -327,17 +396,33 @@ exploration_values
         """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
         translator = self._started
         self._round = server_round = server_round + self._progress.before
-        full = self._follow_schedule(server_round, to_arrays(arrays), translator)
+        full = self._in_force(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
-        return translator.outgoing(messages, wire.TRAIN, server_round)
+        outgoing = translator.outgoing(messages, wire.TRAIN, server_round)
+        self._asked, self._noted = len(outgoing), len(self.ledger.incidents)
+        return outgoing
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
+        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays.
+
+        Raises
+        ------
+        RuntimeError
+            If no reply of the first round counts.
+        """
+        record, metrics = self._aggregate(server_round + self._progress.before, replies)
+        changed, self._changed = self._changed, None
+        if record is None and changed is not None:  # what the loop has is still under the mask before
+            record = to_record(changed)
+        return record, metrics
+
+    def _aggregate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         translator = self._started
-        server_round += self._progress.before
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
         least = max(self.rules.min_replies, noised)
@@ -346,6 +431,12 @@ exploration_values
         else:
             counted = translator.incoming(replies, server_round, least)
         valid = sum(not reply.has_error() for reply in counted)
+        if self._fresh and self._asked and not valid:
+            raise RuntimeError(
+                f"round {server_round}: no reply of {self._asked} nodes counts: "
+                f"{why_none(counted, self.ledger.incidents[self._noted :])}"
+            )
+        self._fresh = self._fresh and not self._asked
         if not self._quarantine.suffices(valid, noised, server_round):
             privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
@@ -380,6 +471,13 @@ exploration_values
             self._progress.evaluate[server_round] = metrics
         return metrics
 
+    def _check_running(self, name: str, value: object) -> None:
+        if name != "mask":
+            super()._check_running(name, value)
+        if not self._in_rounds:
+            raise RuntimeError("mask was set before the first round, while AutoFlip finds one: set it before start")
+        check_mask(value, self._started.mask.layout, "strategy.mask = ...")
+
     @property
     def _explores(self) -> bool:
         return self.mask is None and self.exploration is None and self.mask_plan.sparsity > 0
@@ -407,17 +505,38 @@ exploration_values
             up=self._up,
         )
 
-    def _follow_schedule(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
-        """The model under the mask that the schedule names for this round."""
-        old = translator.mask
-        new = None if self.mask_schedule is None else self.mask_schedule(server_round)
-        if new is None or new.digest == old.digest:
+    def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
+        """The model under the mask of this round: one that was set since, and then the schedule's."""
+        assert self.mask is not None
+        if self.mask is not translator.mask:
+            full = self._change(self.mask, full, translator)
+        if self.mask_schedule is None:
             return full
-        if new.layout.specs != old.layout.specs:
-            raise ValueError(f"mask_schedule({server_round}): the mask's arrays are not those of the model")
-        if new.version <= old.version:
-            new = dataclasses.replace(new, version=old.version + 1)
-        self._shadow = old.scatter(old.gather(full), into=self._shadow)
-        coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
-        self.mask = self._chosen = translator.mask = new
-        return new.apply(self._shadow)
+        offered = (server_round, translator.mask, _read_only(full))
+        new = self.mask_schedule(*offered[: schedule_takes(self.mask_schedule)])
+        if new is None:
+            return full
+        return self._change(
+            check_mask(new, translator.mask.layout, f"mask_schedule in round {server_round}"), full, translator
+        )
+
+    def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
+        """The model under a new mask, which is in force from now on."""
+        old = translator.mask
+        if new.digest != old.digest:
+            if new.version <= old.version:
+                new = dataclasses.replace(new, version=old.version + 1)
+            self._shadow = old.scatter(old.gather(full), into=self._shadow)
+            coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
+            translator.mask = new
+            self._changed = full = new.apply(self._shadow)
+        vars(self)["mask"] = translator.mask
+        return full
+
+
+def _read_only(arrays: Arrays) -> Arrays:
+    """Views of the arrays that cannot be written to."""
+    views = {name: array.view() for name, array in arrays.items()}
+    for view in views.values():
+        view.flags.writeable = False
+    return views
