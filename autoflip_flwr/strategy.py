@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Iterable
 from logging import INFO
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, loop, privacy, wire
+from autoflip_flwr import guidance, loop, privacy, subspace, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules, why_none
-from autoflip_flwr.settings import Configured, check, check_mask, schedule_takes
-from autoflip_flwr.state import settings_of, strategy_state
+from autoflip_flwr.settings import Configured, check
 from autoflip_flwr.translate import Translator, to_arrays, to_record
 
 if TYPE_CHECKING:
@@ -68,6 +65,8 @@ class AutoFlip(Configured):
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
+    exploration_timeout : float or None
+        Seconds for each batch of explorers, > 0; default: the rounds' ``timeout``.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
     exploration_public : bool (default: False)
@@ -88,7 +87,14 @@ exploration_values
     values_up, values_down : str or None
         The same for replies alone, and for messages alone; default: ``values``.
     seed : int or None
-        Makes the choice of nodes reproducible; costs one small message to each node before the start.
+        Makes the choice of nodes reproducible.
+    nodes : int or None
+        How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
+        ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
+        needs.
+    node_timeout : float (default: 60.0)
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected. For those that
+        the wrapped strategy needs it waits as long as for a round.
     ledger : Ledger or None
         Where bytes and failures are counted.
     rules : ReplyRules or None
@@ -143,6 +149,7 @@ exploration_values
         exploration_patience: int = 2,
         exploration_weighting: str = "uniform",
         exploration_values: str = "log8",
+        exploration_timeout: float | None = None,
         exploration: Exploration | None = None,
         exploration_public: bool = False,
         mask: Mask | None = None,
@@ -152,6 +159,8 @@ exploration_values
         values_up: str | None = None,
         values_down: str | None = None,
         seed: int | None = None,
+        nodes: int | None = None,
+        node_timeout: float = 60.0,
         ledger: Ledger | None = None,
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
@@ -166,6 +175,7 @@ exploration_values
         self.exploration_values, self.exploration_public = exploration_values, exploration_public
         self.mask_schedule, self.coordinates = mask_schedule, coordinates
         self.values, self.values_up, self.values_down = values, values_up, values_down
+        self.nodes, self.node_timeout, self.exploration_timeout = nodes, node_timeout, exploration_timeout
         self.seed, self.checkpoints = seed, checkpoints
         self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
         check(self._arguments())
@@ -211,9 +221,9 @@ exploration_values
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
-        ``timeout`` (seconds) holds for each exploration batch and each round. ``evaluate_fn(0, arrays)`` sees the
-        pruned start, in full arrays. A wrapped strategy with a ``start`` of its own gets those of these parameters
-        that it has, by name, and ``own``.
+        ``timeout`` (seconds) holds for each round, and for each exploration batch where ``exploration_timeout`` does
+        not. ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of
+        its own gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -262,7 +272,7 @@ exploration_values
         if self._explores and not self.exploration_public:
             privacy.check_exploration(self.strategy)
         progress = self._progress = Progress(self.checkpoints)
-        resumed = progress.open(self._settings(layout, initial))
+        resumed = progress.open(self._decisive(layout, initial, packed=self._packed))
         timeout = math.inf if given["timeout"] is None else given["timeout"]
         facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
@@ -280,11 +290,12 @@ exploration_values
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
-        self._shadow = full = self._last_values(previous, initial)
+        full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
-            self._shadow = full = guidance.start_arrays(full, self.exploration)
-            self._moved_by = self.exploration
-        if previous is not None and not resumed and self._follows(previous.mask, mask) and packed == self._packed:
+            full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
+        self._shadow = full
+        alike = previous is not None and packed == self._packed and previous.mask.layout.specs == layout.specs
+        if previous is not None and alike and not resumed:
             coords.carry_state(self.strategy, previous.shown, previous.mask, mask, full, packed=packed)
         self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
@@ -317,34 +328,25 @@ exploration_values
         if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
             vars(self)["mask"] = None
 
-    @staticmethod
-    def _follows(old: Mask, new: Mask) -> bool:
-        """Whether a mask is another one of the same arrays."""
-        return old.layout.specs == new.layout.specs and old.digest != new.digest
-
-    def _last_values(self, previous: Translator | None, initial: Arrays) -> Arrays:
-        """The model with the values from which coordinates grow again.
-
-        Where all that the mask of an earlier start prunes is zero, they are the last ones that start had.
-        """
-        if previous is None or {n: a.shape for n, a in initial.items()} != {
-            n: a.shape for n, a in self._shadow.items()
-        }:
-            return initial
-        keep = previous.mask.keep
-        if any(initial[name][~kept].any() for name, kept in keep.items()):
-            return initial
-        return previous.mask.layout.cast(previous.mask.scatter(previous.mask.gather(initial), into=self._shadow))
-
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """The facade of the grid, with the nodes known by their partitions where they must be."""
+        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         needed = coords.nodes_needed(self.strategy)
         facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
-            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
-            facade.roll_call(minimum=minimum, timeout=timeout)
+        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
+            try:
+                facade.roll_call(
+                    minimum=coords.nodes_waited_for(self.strategy),
+                    expected=self.nodes or 0,
+                    fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
+                    timeout=min(self.node_timeout, timeout),
+                    longest=timeout,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}: start more nodes, or lower min_available_nodes and min_train_nodes of the strategy"
+                ) from error
         return facade
 
     def _explore(
@@ -360,35 +362,10 @@ exploration_values
             weight_key=coords.weight_key_of(self.strategy),
             kind=self._down,
             seed=self.seed,
-            timeout=timeout,
+            timeout=self.exploration_timeout or timeout,
             quarantine=self._quarantine,
             checkpoints=self.checkpoints,
         )
-
-    def _settings(self, layout: Layout, initial: Arrays) -> dict[str, object]:
-        """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
-        if self.checkpoints is None:
-            return {}
-        if type(self.strategy).start is not Strategy.start:
-            raise ValueError(
-                f"checkpoints: {type(self.strategy).__name__} has a start of its own, whose variables cannot be kept"
-            )
-        strategy_state(self.strategy, {})
-        ready = self._brought["mask"]
-        start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
-        return {
-            "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
-            "prunable": [spec.name for spec in layout.prunable],
-            "initial values": start,
-            "mask": {
-                **dataclasses.asdict(self.mask_plan),
-                "ready": self._brought["mask"] and self._brought["mask"].digest,
-            },
-            "exploration": dataclasses.asdict(self.exploration_plan),
-            "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
-            "rules": dataclasses.asdict(self.rules),
-            "strategy": settings_of(self.strategy),
-        }
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -476,7 +453,7 @@ exploration_values
             super()._check_running(name, value)
         if not self._in_rounds:
             raise RuntimeError("mask was set before the first round, while AutoFlip finds one: set it before start")
-        check_mask(value, self._started.mask.layout, "strategy.mask = ...")
+        subspace.check(value, self._started.mask.layout, "strategy.mask = ...")
 
     @property
     def _explores(self) -> bool:
@@ -507,18 +484,12 @@ exploration_values
 
     def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
         """The model under the mask of this round: one that was set since, and then the schedule's."""
-        assert self.mask is not None
-        if self.mask is not translator.mask:
+        if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
-        if self.mask_schedule is None:
-            return full
-        offered = (server_round, translator.mask, _read_only(full))
-        new = self.mask_schedule(*offered[: schedule_takes(self.mask_schedule)])
-        if new is None:
-            return full
-        return self._change(
-            check_mask(new, translator.mask.layout, f"mask_schedule in round {server_round}"), full, translator
-        )
+        if self.mask_schedule is not None:
+            new = subspace.ask(self.mask_schedule, server_round, translator.mask, full)
+            full = full if new is None else self._change(new, full, translator)
+        return full
 
     def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
         """The model under a new mask, which is in force from now on."""
@@ -532,11 +503,3 @@ exploration_values
             self._changed = full = new.apply(self._shadow)
         vars(self)["mask"] = translator.mask
         return full
-
-
-def _read_only(arrays: Arrays) -> Arrays:
-    """Views of the arrays that cannot be written to."""
-    views = {name: array.view() for name, array in arrays.items()}
-    for view in views.values():
-        view.flags.writeable = False
-    return views
