@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -34,6 +35,11 @@ _TYPES: dict[str, tuple[type, str]] = {
     "mask": (Mask, "a Mask, as Mask.from_bool(layout, keep) makes it, or None"),
     "exploration": (Exploration, "an Exploration, which an AutoFlip has as its attribute after a run, or None"),
 }
+
+_NUMBERS = {"sparsity", "gamma", "explorers", "node_timeout", "exploration_timeout"}
+_WHOLE = {"min_explorers", "exploration_rounds", "exploration_epochs", "exploration_patience", "nodes", "seed"}
+
+_OPTIONAL = {"exploration_timeout", "nodes", "seed"}
 
 _Plan = TypeVar("_Plan", MaskPlan, ExplorationPlan)
 
@@ -174,6 +180,10 @@ def check(settings: Mapping[str, Any]) -> None:
     for name, (kind, told) in _TYPES.items():
         if settings[name] is not None and not isinstance(settings[name], kind):
             raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
+    for names, number, told in ((_NUMBERS, numbers.Real, "a number"), (_WHOLE, numbers.Integral, "a whole number")):
+        for name in sorted(names & settings.keys()):
+            if not isinstance(settings[name], number) and (settings[name] is not None or name not in _OPTIONAL):
+                raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
     kept = settings["checkpoints"]
     if kept is not None and not hasattr(kept, "read_exploration"):  # its class needs safetensors
         raise TypeError(
