@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 
+from autoflip_flwr import firewall, wire
 from autoflip_flwr.ledger import Ledger
 
 
@@ -67,6 +68,16 @@ def outliers(norms: Mapping[int, float], factor: float) -> dict[int, str]:
         for key, norm in norms.items()
         if norm > limit
     }
+
+
+def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object]]) -> str:
+    """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
+    reasons = Counter(firewall.explain(reply.error) for reply in replies if reply.has_error())
+    reasons.update(
+        str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == wire.TRAIN
+    )
+    told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
+    return "; ".join(told[:3]) or "no reply in time"
 
 
 Names = tuple[tuple[str, tuple[str, ...]], ...]
