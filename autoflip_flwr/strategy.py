@@ -25,7 +25,7 @@ from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
-from autoflip_flwr.state import settings_of, strategy_state
+from autoflip_flwr.state import settings_of, strategy_state, undo_of
 from autoflip_flwr.translate import Translator, to_arrays, to_record
 from autoflip_flwr.values import KINDS
 
@@ -381,13 +381,14 @@ exploration_values
         server_round += self._progress.before
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
-        least = max(self.rules.min_replies, noised)
+        before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
         if plainly:
-            counted, mean = translator.average(replies, server_round, least)
+            counted, mean = translator.average(replies, server_round)
         else:
-            counted = translator.incoming(replies, server_round, least)
+            counted = translator.incoming(replies, server_round)
         valid = sum(not reply.has_error() for reply in counted)
         if not self._quarantine.suffices(valid, noised, server_round):
+            translator.integers, self._quarantine.longest = before, longest
             privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
         if plainly:
@@ -397,7 +398,8 @@ exploration_values
             mean = None if record is None else translator.from_strategy(record)
             if mean is not None and not translator.mask.layout.is_finite(mean):
                 self._quarantine.keep_model(server_round, "what the strategy has made of the replies is not finite")
-                mean = None
+                translator.integers, self._quarantine.longest, mean = before, longest, None
+                undo()
         if metrics is not None:
             self._progress.train[server_round] = metrics
         return None if mean is None else to_record(mean), metrics
@@ -443,6 +445,7 @@ exploration_values
             weight_key=self._weight_key,
             quarantine=self._quarantine,
             needed=coords.metrics_needed(self.strategy),
+            averaged=coords.metrics_averaged(self.strategy),
             nudges=coords.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
