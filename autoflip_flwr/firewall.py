@@ -127,8 +127,9 @@ def judge_moves(
 def read_moves(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
     """How far an explorer moved each floating array, from its reply's record. Raises as :func:`judge` does."""
     if kind == wire.LOG8:
-        return wire.unpack_moves(mask, record)
-    moves = mask.scatter(wire.arrays_of(mask, _finite(mask, wire.vectors(mask, record, kind))))
+        moves = wire.unpack_moves(mask, record)
+    else:
+        moves = mask.scatter(wire.arrays_of(mask, _finite(mask, wire.vectors(mask, record, kind))))
     for name, values in moves.items():
         if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
             raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
