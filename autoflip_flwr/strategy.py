@@ -25,6 +25,7 @@ from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules, why_none
 from autoflip_flwr.settings import Configured, check
+from autoflip_flwr.state import undo_of
 from autoflip_flwr.translate import Translator, model_of, to_arrays, to_record
 
 if TYPE_CHECKING:
@@ -409,11 +410,11 @@ exploration_values
         translator = self._started
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
-        least = max(self.rules.min_replies, noised)
+        before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
         if plainly:
-            counted, mean = translator.average(replies, server_round, least)
+            counted, mean = translator.average(replies, server_round)
         else:
-            counted = translator.incoming(replies, server_round, least)
+            counted = translator.incoming(replies, server_round)
         valid = sum(not reply.has_error() for reply in counted)
         if self._fresh and self._asked and not valid:
             raise RuntimeError(
@@ -422,6 +423,7 @@ exploration_values
             )
         self._fresh = self._fresh and not self._asked
         if not self._quarantine.suffices(valid, noised, server_round):
+            translator.integers, self._quarantine.longest = before, longest
             privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
         if plainly:
@@ -431,7 +433,8 @@ exploration_values
             mean = None if record is None else translator.from_strategy(record)
             if mean is not None and not translator.mask.layout.is_finite(mean):
                 self._quarantine.keep_model(server_round, "what the strategy has made of the replies is not finite")
-                mean = None
+                translator.integers, self._quarantine.longest, mean = before, longest, None
+                undo()
         if metrics is not None:
             self._progress.train[server_round] = metrics
         return None if mean is None else to_record(mean), metrics
@@ -500,6 +503,7 @@ exploration_values
             weight_key=coords.weight_key_of(self.strategy),
             quarantine=self._quarantine,
             needed=coords.metrics_needed(self.strategy),
+            averaged=coords.metrics_averaged(self.strategy),
             nudges=coords.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
