@@ -19,11 +19,13 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from autoflip_flwr._flower import KEY_NORM_BIT
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
+
+NORM_BIT = "norm_bit"
+"""The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""
 
 METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
@@ -61,7 +63,7 @@ def metrics_needed(strategy: Strategy) -> dict[str, float]:
         if isinstance(layer, QFedAvg):
             needed[layer.train_loss_key] = 0.0
         if isinstance(layer, DifferentialPrivacyClientSideAdaptiveClipping):
-            needed[KEY_NORM_BIT] = 0.0
+            needed[NORM_BIT] = 0.0
     return needed
 
 
@@ -120,7 +122,15 @@ def divides_by_norm(strategy: Strategy) -> bool:
 
 def nodes_needed(strategy: Strategy) -> int:
     """How many nodes the strategy waits for, or must have."""
-    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+    return _largest(strategy, "min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+
+
+def nodes_waited_for(strategy: Strategy) -> int:
+    """How many nodes the strategy waits for, without a limit, before its first message."""
+    return _largest(strategy, "min_available_nodes", "min_train_nodes")
+
+
+def _largest(strategy: Strategy, *names: str) -> int:
     return max(int(getattr(layer, name, 1) or 1) for layer in layers(strategy) for name in names)
 
 

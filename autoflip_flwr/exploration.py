@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")
+ROUND_KEY = "server-round"
+"""Key of the round in the config records of Flower's strategies; it is 0 in the exploration."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def explore(
     initial : dict[str, ndarray]
         W0, the full model.
     template : Template
-        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0.
+        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0, its round by 0.
     mask : Mask
         A mask that keeps everything.
     weight_key : str
@@ -110,7 +112,7 @@ def explore(
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
-        Seconds for each batch.
+        Seconds for each batch. A node that has not answered the roll call explores only where too few others would.
     quarantine : Quarantine
         Takes the replies that are left out.
     checkpoints : Checkpoints | None
@@ -131,8 +133,14 @@ def explore(
     names |= gone
     nodes = sorted(names, key=names.__getitem__) if gone else list(names)
     if len(nodes) < plan.min_explorers:
-        raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
-    count = min(len(nodes), max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes))))
+        raise RuntimeError(
+            f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected: start more, or let "
+            f"fewer explore (min_explorers={max(len(nodes), 1)})"
+        )
+    count = max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes)))
+    able = [node for node in nodes if node not in grid.calls.mute or names[node] in kept]
+    nodes = able if len(able) >= plan.min_explorers else nodes
+    count = min(len(nodes), count)
     chosen = _sample(nodes, count, seed, {node for node in nodes if names[node] in kept})
     problems: dict[str, list[int]] = {}  # reason -> nodes
 
@@ -254,7 +262,7 @@ def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, g
         random.setstate(state)
     if messages:
         return Template({message.metadata.dst_node_id: message.content for message in messages}, messages[0].content)
-    config["server-round"] = 1
+    config[ROUND_KEY] = 1
     arrays_key, config_key = (
         setting(strategy, "arrayrecord_key", "arrays"),
         setting(strategy, "configrecord_key", "config"),
@@ -266,8 +274,9 @@ def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, o
     content = RecordDict(dict(template))
     content[next(iter(content.array_records), "arrays")] = packed
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
+    told = {ROUND_KEY: 0} if ROUND_KEY in config else {}
     content[config_key] = ConfigRecord(
-        {**config, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
+        {**config, **told, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
     )
     return RecordDict({**content, **ours})
 

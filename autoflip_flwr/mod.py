@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "auto
 A client that reads them explores as the method asks: it trains for up to ``autoflip-epochs`` epochs and stops after
 ``autoflip-patience`` epochs without a better mean training loss. A client that ignores them trains as usual.
 """
+
+EXPLORED = "explored."
+"""Records of ``context.state`` whose names begin so outlive the exploration; a client's others are as before it."""
 
 
 def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -139,7 +144,8 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if head["phase"] != wire.EXPLORE:
         given = {}  # only moves need it: no second model in memory while the client trains
     message.content = inner
-    reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
+    with _state_set_aside(context) if head["phase"] == wire.EXPLORE else nullcontext():
+        reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
     if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
         return Message(reply.error, reply_to=message)
     content = RecordDict(dict(reply.content))
@@ -158,6 +164,22 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     content[key] = values
     told = {"digest": mask.digest, "fingerprint": wire.fingerprint(values), **wire.kinds(values=wanted)}
     return _reply(message, context, head, content, **told)
+
+
+@contextmanager
+def _state_set_aside(context: Context) -> Iterator[None]:
+    """Give ``context.state`` back as it was: round 1 does not begin with what a client kept of the full model."""
+
+    def stays(key: str) -> bool:
+        return key == wire.HEADER or key.startswith((f"{wire.HEADER}.", EXPLORED))
+
+    before = {key: copy.deepcopy(record) for key, record in context.state.items() if not stays(key)}
+    try:
+        yield
+    finally:
+        for key in [key for key in context.state if not stays(key)]:
+            del context.state[key]
+        context.state.update(before)
 
 
 def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:

@@ -12,30 +12,27 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
 from autoflip_flwr import guidance, privacy, wire
-from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
+from autoflip_flwr.exploration import explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.settings import Configured, check
 from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.translate import Translator, to_arrays, to_record
-from autoflip_flwr.values import KINDS
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
-INITIALS = ("scratch", "scouts")
 
-
-class AutoFlip(Strategy):
+class AutoFlip(Configured):
     """Prune the model before training, informed by the clients, then train in the subspace that is kept.
 
     Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
@@ -69,6 +66,8 @@ class AutoFlip(Strategy):
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
+    exploration_timeout : float or None
+        Seconds for each batch of explorers, > 0; default: the rounds' ``timeout``.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
     exploration_public : bool (default: False)
@@ -89,7 +88,14 @@ exploration_values
     values_up, values_down : str or None
         The same for replies alone, and for messages alone; default: ``values``.
     seed : int or None
-        Makes the choice of nodes reproducible; costs one small message to each node before the start.
+        Makes the choice of nodes reproducible.
+    nodes : int or None
+        How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
+        ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
+        needs.
+    node_timeout : float (default: 60.0)
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected. For those that
+        the wrapped strategy needs it waits as long as for a round.
     ledger : Ledger or None
         Where bytes and failures are counted.
     rules : ReplyRules or None
@@ -144,6 +150,7 @@ exploration_values
         exploration_patience: int = 2,
         exploration_weighting: str = "uniform",
         exploration_values: str = "log8",
+        exploration_timeout: float | None = None,
         exploration: Exploration | None = None,
         exploration_public: bool = False,
         mask: Mask | None = None,
@@ -153,78 +160,43 @@ exploration_values
         values_up: str | None = None,
         values_down: str | None = None,
         seed: int | None = None,
+        nodes: int | None = None,
+        node_timeout: float = 60.0,
         ledger: Ledger | None = None,
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
-        if initial not in INITIALS:
-            raise ValueError(f"initial = {initial!r}: must be one of {', '.join(INITIALS)}")
-        if strategy is not None and not isinstance(strategy, Strategy):
-            raise TypeError(
-                f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."
-                f"{type(strategy).__name__}"
-            )
-        self.strategy = strategy if strategy is not None else FedAvg()
-        if any(isinstance(layer, AutoFlip) for layer in coords.layers(self.strategy)):
-            raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
-        self.initial = initial
-        self.mask_plan = MaskPlan(sparsity, scope, normalisation, gamma, prunable, exclude, biases, output)
-        self.exploration_plan = ExplorationPlan(
-            explorers,
-            min_explorers,
-            exploration_rounds,
-            exploration_epochs,
-            exploration_patience,
-            exploration_weighting,
-            exploration_values,
-        )
-        self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
-        self.exploration_public, self.privacy = exploration_public, privacy.budget_of(self.strategy)
-        self._up, self._down = (values if way is None else way for way in (values_up, values_down))
-        for kind in (values, self._up, self._down):
-            if kind not in KINDS:
-                raise ValueError(f"values = {kind!r}: must be one of {', '.join(KINDS)}")
-        if self._up != "float32" and coords.clips_at_clients(self.strategy):
-            raise ValueError(
-                f"values_up = {self._up!r}: rounding may lengthen an update beyond the norm to which the clients have "
-                "clipped it, and the privacy is then not what was promised: values_up='float32'"
-            )
-        self.seed = seed
-        self.ledger = ledger if ledger is not None else Ledger()
-        self.checkpoints = checkpoints
+        self.strategy, self.mask, self.exploration = strategy, mask, exploration  # type: ignore[assignment]
+        self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
+        self.initial, self.biases = initial, biases
+        self.prunable, self.exclude, self.output = prunable, exclude, output
+        self.explorers, self.min_explorers = explorers, min_explorers
+        self.exploration_rounds, self.exploration_epochs = exploration_rounds, exploration_epochs
+        self.exploration_patience, self.exploration_weighting = exploration_patience, exploration_weighting
+        self.exploration_values, self.exploration_public = exploration_values, exploration_public
+        self.mask_schedule, self.coordinates = mask_schedule, coordinates
+        self.values, self.values_up, self.values_down = values, values_up, values_down
+        self.nodes, self.node_timeout, self.exploration_timeout = nodes, node_timeout, exploration_timeout
+        self.seed, self.checkpoints = seed, checkpoints
+        self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
+        check(self._arguments())
+        self.privacy = privacy.budget_of(self.strategy)
         self._given = self._chosen = mask  # by the user, and in force since
         self._progress = Progress()
-        self.rules = rules if rules is not None else ReplyRules()
         self._quarantine = Quarantine(self.rules, self.ledger)
         self._round = 0
-        self._coordinates = coordinates
         self._packed = coords.resolve(coordinates, self.strategy) == "packed"
         self._integers = False
-        self._weight_key = coords.weight_key_of(self.strategy)
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
-
-    def __getattr__(self, name: str) -> Any:
-        # a project that calls methods of its own strategy goes on doing so
-        if name == "strategy" or name.startswith("__"):  # not there yet, or a protocol, as in a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.strategy, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        inner = vars(self).get("strategy")
-        theirs = "_shadow" in vars(self) and name not in vars(self) and hasattr(inner, name)
-        if theirs:  # as reading
-            setattr(inner, name, value)
-        else:
-            super().__setattr__(name, value)
+        self._running, self._ready = False, True
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""
-        plan = self.mask_plan
         log(INFO, "\t├──> AutoFlip settings:")
         log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
-        log(INFO, "\t│\t├── Sparsity: %s (%s)", plan.sparsity, plan.scope)
-        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", plan.normalisation, plan.gamma)
+        log(INFO, "\t│\t├── Sparsity: %s (%s)", self.sparsity, self.scope)
+        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", self.normalisation, self.gamma)
         log(INFO, "\t│\t├── Values: %s up, %s down", self._up, self._down)
         log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
         self.strategy.summary()
@@ -242,9 +214,9 @@ exploration_values
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
-        ``timeout`` (seconds) holds for each exploration batch and each round. ``evaluate_fn(0, arrays)`` sees the
-        pruned start, in full arrays. A wrapped strategy with a ``start`` of its own gets those of these parameters
-        that it has, by name, and ``own``.
+        ``timeout`` (seconds) holds for each round, and for each exploration batch where ``exploration_timeout`` does
+        not. ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of
+        its own gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -259,7 +231,7 @@ exploration_values
         initial = to_arrays(initial_arrays)
         if self._translator is not None:  # a second start, from what FedAdam, say, has made float64 of
             initial = self._translator.mask.layout.cast(initial)
-        self._packed = coords.resolve(self._coordinates, self.strategy) == "packed"
+        self._packed = coords.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
         if self.mask is not self._chosen:
@@ -313,14 +285,24 @@ exploration_values
         return start(facade, first, **coords.accepted(start, arguments), **own)
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """The facade of the grid, with the nodes known by their partitions where they must be."""
+        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         needed = coords.nodes_needed(self.strategy)
         facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
-            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
-            facade.roll_call(minimum=minimum, timeout=timeout)
+        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
+            try:
+                facade.roll_call(
+                    minimum=coords.nodes_waited_for(self.strategy),
+                    expected=self.nodes or 0,
+                    fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
+                    timeout=min(self.node_timeout, timeout),
+                    longest=timeout,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}: start more nodes, or lower min_available_nodes and min_train_nodes of the strategy"
+                ) from error
         return facade
 
     def _explore(
@@ -333,10 +315,10 @@ exploration_values
             initial,
             template_of(self.strategy, seen, config, facade),
             mask=everything,
-            weight_key=self._weight_key,
+            weight_key=coords.weight_key_of(self.strategy),
             kind=self._down,
             seed=self.seed,
-            timeout=timeout,
+            timeout=self.exploration_timeout or timeout,
             quarantine=self._quarantine,
             checkpoints=self.checkpoints,
         )
@@ -440,7 +422,7 @@ exploration_values
             initial,
             packed=self._packed,
             integers=self._integers,
-            weight_key=self._weight_key,
+            weight_key=coords.weight_key_of(self.strategy),
             quarantine=self._quarantine,
             needed=coords.metrics_needed(self.strategy),
             nudges=coords.divides_by_norm(self.strategy),

@@ -59,7 +59,7 @@ def attacker(lie: Lie, seed: int) -> Mod:
         sent = to_arrays(message.content.array_records["arrays"])
         server_round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
         reply = call_next(message, context)
-        draw = np.random.default_rng([seed, server_round, part])
+        draw = np.random.default_rng([seed, max(server_round, 1), part])  # an explorer's lie is that of round 1
         trained = to_arrays(reply.content.array_records["arrays"])
         lies = {
             name: lie(sent[name], array, draw) if array.dtype.kind == "f" else array  # type: ignore[arg-type]

@@ -178,6 +178,7 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
     def handle(message: Message, context: Context) -> Message:
         config = message.content.config_records["config"]
         part, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+        server_round = max(int(config["server-round"]), 1)  # type: ignore[arg-type]  # explorers' draws are round 1's
         mine = partitions(nodes, alpha, seed)[part]
         images, labels = load().train
         arrays = to_arrays(message.content.array_records["arrays"])
@@ -187,7 +188,7 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
             {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"},
             images[mine],
             labels[mine],
-            np.random.default_rng([seed, PHASE_KEY in config, int(config["server-round"]), part]),  # type: ignore[arg-type]
+            np.random.default_rng([seed, PHASE_KEY in config, server_round, part]),
             epochs=int(config.get(EPOCHS_KEY, 1)),  # type: ignore[arg-type]
             keep=None if mask is None else mask.keep,
             proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]

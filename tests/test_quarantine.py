@@ -101,8 +101,14 @@ def run(strategy, mods, app=digits.client_app, start=None):
     return result, grid
 
 
-@pytest.mark.parametrize("bad", [*BAD, "zero"])
-@pytest.mark.parametrize("name", digits.STRATEGIES)
+REPRESENTATIVE = ("FedAdam", "Krum", "DifferentialPrivacyServerSideFixedClipping")
+"""With state, by distances, with noise for all replies; FedAvg has a stricter test below."""
+
+COMBINATIONS = [(name, bad) for name in REPRESENTATIVE for bad in (*BAD, "zero")]
+COMBINATIONS += [(name, bad) for name in digits.STRATEGIES if name not in REPRESENTATIVE for bad in ("NaN", "zero")]
+
+
+@pytest.mark.parametrize(("name", "bad"), COMBINATIONS)
 def test_no_strategy_ends_or_is_poisoned(name, bad):
     act = BAD.get(bad, _values(lambda new, old: old))
     inner = digits.STRATEGIES[name](NODES)

@@ -61,7 +61,7 @@ class LocalClient(NumPyClient):
         """Train from these parameters; in the exploration phase as the explorers do."""
         training.set_arrays(self._model, parameters)
         exploring = PHASE_KEY in config
-        round_ = int(config.get("server-round", 1))
+        round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring: at the first round's learning rate
         done = training.train(
             self._model,
             self._x,

@@ -96,7 +96,7 @@ class Config:
     nodes : int (0)
         SuperNodes to wait for: 0 (as many as connect) or >= 2.
     node_timeout : float (60.0)
-        Seconds to wait for them, > 0.
+        Seconds without a new node after which a run no longer waits for more, > 0.
     model : str ("cnn")
         cnn, twocnn, resnet18 or resnet18-gn.
     optimizer : str ("adam")
@@ -147,6 +147,8 @@ class Config:
         Most epochs an explorer trains, >= 1.
     exploration_patience : int (2)
         Epochs without a better loss after which an explorer stops, >= 1.
+    exploration_timeout : float (0.0)
+        Seconds for each batch of explorers, >= 0. 0: as `round_timeout`.
     exploration_weighting : str ("uniform")
         Weights of the explorers: uniform or examples.
     exploration_values : str ("log8")
@@ -215,6 +217,7 @@ class Config:
     exploration_rounds: int = _setting(1, _COUNT)
     exploration_epochs: int = _setting(5, _COUNT)
     exploration_patience: int = _setting(2, _COUNT)
+    exploration_timeout: float = _setting(0.0, _NOT_NEGATIVE)
     exploration_weighting: str = _setting("uniform", _choice("uniform", "examples"))
     exploration_values: str = _setting("log8", _choice("log8", "float32"))
     min_explorers: int = _setting(2, _COUNT)
@@ -299,6 +302,7 @@ _FREE = (
     "nodes",
     "node-timeout",
     "round-timeout",
+    "exploration-timeout",
     "num-server-rounds",
     "checkpoints",
     "resume",
