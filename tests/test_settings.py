@@ -316,6 +316,30 @@ def test_a_second_start_lets_coordinates_grow_from_their_last_value(kind):
         np.testing.assert_array_equal(sent[-1][name][keep], first[1][name][keep].astype(np.float32))
 
 
+@pytest.mark.parametrize("ways", [("packed", "dense"), ("dense", "packed")])
+@pytest.mark.parametrize("kind", [FedAvgM, FedAdam])
+def test_a_second_start_may_be_in_other_coordinates(kind, ways):
+    options = {"server_momentum": 0.9} if kind is FedAvgM else {}
+    results = []
+    for first, second in (("packed", "packed"), ways):
+        strategy = AutoFlip(fedavg(kind, **options), mask=half(0), coordinates=first)
+        result = start(strategy, 2)
+        strategy.coordinates, strategy.mask = second, half(1)
+        results.append(arrays_of(start(strategy, 2, arrays=result.arrays).arrays))
+    for name, array in results[0].items():
+        np.testing.assert_array_equal(array, results[1][name])
+
+
+def test_what_may_be_pruned_can_change_between_two_starts():
+    strategy = AutoFlip(fedavg(FedAvgM, server_momentum=0.9), sparsity=0.5)
+    result = start(strategy)
+    strategy.biases = True
+    grid = LocalGrid(message_app(), NODES)
+    start(strategy, 1, grid, result.arrays)
+    assert strategy.mask.kept == 36  # of 48 + 6 + 18: the first exploration does not know of the biases
+    assert sum(message.metadata.group_id == "exploration" for message in grid.sent) == NODES
+
+
 def test_another_model_brings_its_own_last_values():
     strategy = AutoFlip(fedavg(), mask=half(0))
     start(strategy)
