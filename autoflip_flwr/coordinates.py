@@ -65,6 +65,15 @@ def metrics_needed(strategy: Strategy) -> dict[str, float]:
     return needed
 
 
+def metrics_averaged(strategy: Strategy) -> set[str]:
+    """Phases (``"train"``, ``"evaluate"``) whose metrics Flower's own mean averages, not a function of the user's."""
+    return {
+        phase
+        for phase in ("train", "evaluate")
+        if _module(setting(strategy, f"{phase}_metrics_aggr_fn", None)).startswith("flwr.")
+    }
+
+
 def setting(strategy: Strategy, name: str, default: object) -> object:
     """An attribute of the outermost layer that has it."""
     return next((getattr(layer, name) for layer in layers(strategy) if hasattr(layer, name)), default)

@@ -212,6 +212,10 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def _check_strategy(strategy: object) -> None:
+    if isinstance(strategy, type):
+        raise TypeError(f"AutoFlip wraps a strategy, not a class: AutoFlip({strategy.__name__}(...))")
+    if isinstance(strategy, str | int | float):
+        raise TypeError(f"AutoFlip wraps a strategy, not {strategy!r}: AutoFlip(FedAvg(...), sparsity=0.7)")
     if not isinstance(strategy, Strategy):
         raise TypeError(
             f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, loop, privacy, subspace, wire
+from autoflip_flwr import guidance, loop, privacy, savings, subspace, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
@@ -25,7 +25,8 @@ from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules, why_none
 from autoflip_flwr.settings import Configured, check
-from autoflip_flwr.translate import Translator, to_arrays, to_record
+from autoflip_flwr.state import undo_of
+from autoflip_flwr.translate import Translator, model_of, to_arrays, to_record
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -93,9 +94,9 @@ exploration_values
         How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
         ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
         needs.
-    node_timeout : float (default: 60.0)
-        Seconds without a new node, > 0, after which a run goes on without those that are still expected. For those that
-        the wrapped strategy needs it waits as long as for a round.
+    node_timeout : float or None (default: 60.0)
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected; ``None``: the
+        rounds' ``timeout``, which holds for those that the wrapped strategy needs in any case.
     ledger : Ledger or None
         Where bytes and failures are counted.
     rules : ReplyRules or None
@@ -164,7 +165,7 @@ exploration_values
         values_down: str | None = None,
         seed: int | None = None,
         nodes: int | None = None,
-        node_timeout: float = 60.0,
+        node_timeout: float | None = 60.0,
         ledger: Ledger | None = None,
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
@@ -262,11 +263,18 @@ exploration_values
             result = start(*args, **named)
         finally:
             self._running = self._in_rounds = False
+        if given["grid"] is not grid:  # who brings the facade, as the shipped app does, has a summary of its own
+            self._tell_savings(initial_arrays)
         return result if own_loop else progress.complete(result, first)
+
+    def _tell_savings(self, initial_arrays: ArrayRecord) -> None:
+        sent, dense = self.ledger.bytes_by_phase(), self.ledger.dense_bytes_by_phase(initial_arrays)
+        for line in savings.lines(sent, dense, pruned=not self._started.mask.is_full):
+            log(INFO, "%s", line)
 
     def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
         """All that comes before the rounds; puts what their loop is to get into ``given``."""
-        previous, initial = self._translator, to_arrays(given["initial_arrays"])
+        previous, initial = self._translator, model_of(given["initial_arrays"])
         if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
             initial = previous.mask.layout.cast(initial)
         packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
@@ -350,7 +358,7 @@ exploration_values
                     minimum=coords.nodes_waited_for(self.strategy),
                     expected=self.nodes or 0,
                     fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
-                    timeout=min(self.node_timeout, timeout),
+                    timeout=min(self.node_timeout or timeout, timeout),
                     longest=timeout,
                 )
             except RuntimeError as error:
@@ -412,11 +420,11 @@ exploration_values
         translator = self._started
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
-        least = max(self.rules.min_replies, noised)
+        before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
         if plainly:
-            counted, mean = translator.average(replies, server_round, least)
+            counted, mean = translator.average(replies, server_round)
         else:
-            counted = translator.incoming(replies, server_round, least)
+            counted = translator.incoming(replies, server_round)
         valid = sum(not reply.has_error() for reply in counted)
         if self._fresh and self._asked and not valid:
             raise RuntimeError(
@@ -425,6 +433,7 @@ exploration_values
             )
         self._fresh = self._fresh and not self._asked
         if not self._quarantine.suffices(valid, noised, server_round):
+            translator.integers, self._quarantine.longest = before, longest
             privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
         if plainly:
@@ -434,7 +443,8 @@ exploration_values
             mean = None if record is None else translator.from_strategy(record)
             if mean is not None and not translator.mask.layout.is_finite(mean):
                 self._quarantine.keep_model(server_round, "what the strategy has made of the replies is not finite")
-                mean = None
+                translator.integers, self._quarantine.longest, mean = before, longest, None
+                undo()
         if metrics is not None:
             self._progress.train[server_round] = metrics
         return None if mean is None else to_record(mean), metrics
@@ -457,6 +467,22 @@ exploration_values
         if metrics is not None:
             self._progress.evaluate[server_round] = metrics
         return metrics
+
+    def initialize_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse Flower's old server API, which calls this first, unless the wrapped strategy has such a method.
+
+        Raises
+        ------
+        RuntimeError
+            That says how to start a run.
+        """
+        own = getattr(self.strategy, "initialize_parameters", None)
+        if own is None:
+            raise RuntimeError(
+                "AutoFlip works with Flower's Message API, not with ServerAppComponents or start_server: call "
+                "strategy.start(grid, initial_arrays) in a function under @app.main() of app = ServerApp()"
+            )
+        return own(*args, **kwargs)
 
     def _check_running(self, name: str, value: object) -> None:
         if name != "mask":
@@ -487,6 +513,7 @@ exploration_values
             weight_key=coords.weight_key_of(self.strategy),
             quarantine=self._quarantine,
             needed=coords.metrics_needed(self.strategy),
+            averaged=coords.metrics_averaged(self.strategy),
             nudges=coords.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,

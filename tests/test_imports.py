@@ -16,7 +16,7 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "layout", "loop", "traffic", "_flower"},
+    {"files", "layout", "loop", "metrics", "norms", "savings", "traffic", "_flower"},
     {"mask", "testing", "values"},
     {"average", "bits", "guidance", "subspace"},
     {"moves"},
