@@ -107,7 +107,7 @@ WRONG = [
         TypeError,
         r"checkpoints = .folder.: must be Checkpoints\(folder\) of autoflip_flwr.checkpoint",
     ),
-    ("strategy", "FedAvg", TypeError, "AutoFlip wraps strategies of flwr.serverapp.strategy, not builtins.str"),
+    ("strategy", "FedAvg", TypeError, "AutoFlip wraps a strategy, not .FedAvg."),
     ("strategy", AutoFlip(), ValueError, "it must be outermost"),
     ("mask_schedule", {2: half(0)}, TypeError, "mask_schedule is of type dict: must be a function"),
     ("mask_schedule", lambda: None, TypeError, "it must take one, two or three of the round"),
