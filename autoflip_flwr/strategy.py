@@ -337,13 +337,14 @@ exploration_values
     def _let_go(self, layout: Layout) -> None:
         """Let go of a mask and an exploration that were made under other settings than those of now."""
         mask_plan, exploration_plan, exploration = self._made_from
-        same_plan, found = mask_plan == self.mask_plan, self.exploration
-        of_others = found is not None and found.deviation.keys() != {spec.name for spec in layout.prunable}
-        if self._brought["exploration"] is None and (
-            exploration_plan != self.exploration_plan or (of_others and not same_plan)
-        ):
-            vars(self)["exploration"] = None
-        if self._brought["mask"] is None and not (same_plan and exploration is self.exploration):
+        if self._brought["exploration"] is None and self.exploration is not None:
+            known = [self.exploration.deviation]
+            if self.normalisation == "per-client":
+                known.append(self.exploration.normalised)
+            lacks = any(each.keys() != {spec.name for spec in layout.prunable} for each in known)
+            if lacks or exploration_plan != self.exploration_plan:
+                vars(self)["exploration"] = None
+        if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
             vars(self)["mask"] = None
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:

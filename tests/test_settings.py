@@ -330,6 +330,15 @@ def test_a_second_start_may_be_in_other_coordinates(kind, ways):
         np.testing.assert_array_equal(array, results[1][name])
 
 
+def test_the_normalisation_can_change_between_two_starts():
+    strategy, alone = AutoFlip(fedavg(), sparsity=0.5), AutoFlip(fedavg(), sparsity=0.5, normalisation="per-client")
+    start(strategy)
+    strategy.normalisation = "per-client"
+    start(strategy)
+    start(alone)
+    assert strategy.mask.bits == alone.mask.bits
+
+
 def test_what_may_be_pruned_can_change_between_two_starts():
     strategy = AutoFlip(fedavg(FedAvgM, server_momentum=0.9), sparsity=0.5)
     result = start(strategy)
