@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from apps import arrays_of, message_app, model, record
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Result, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    Result,
+    Strategy,
+)
 
 from autoflip_flwr import AutoFlip, Layout, Ledger, Mask
 from autoflip_flwr.plan import MaskPlan
@@ -151,6 +158,16 @@ def test_what_is_set_before_a_start_holds_for_it():
     strategy.sparsity = 0.1
     start(strategy)
     assert strategy.mask.digest == half(1).digest  # of the user's own
+
+
+def test_another_strategy_may_be_wrapped_before_a_start():
+    strategy = AutoFlip(fedavg(FedAdam), sparsity=0.0)
+    assert strategy.privacy is None
+    strategy.strategy = DifferentialPrivacyServerSideFixedClipping(fedavg(), 0.5, 1.0, NODES)
+    start(strategy)
+    assert strategy.privacy.releases == 1
+    strategy.strategy = None
+    assert type(strategy.strategy) is FedAvg
 
 
 class Named(FedAvg):
