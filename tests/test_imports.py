@@ -16,10 +16,12 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "layout", "traffic", "_flower"},
+    {"files", "traffic", "weights", "_flower"},
+    {"outputs"},
+    {"layout"},
     {"mask", "testing", "values"},
-    {"average", "bits", "guidance"},
-    {"moves"},
+    {"average", "bits", "guidance", "health"},
+    {"evidence", "moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},
     {"grid", "mod", "quarantine", "privacy"},
