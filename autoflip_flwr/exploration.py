@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 from collections import Counter
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
@@ -21,10 +21,11 @@ from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
 from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.ledger import Ledger, examples_processed
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
-from autoflip_flwr.quarantine import Quarantine, outliers
+from autoflip_flwr.norms import Update, joint_norm
+from autoflip_flwr.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -146,17 +147,18 @@ def explore(
     count = min(len(nodes), count)
     chosen = _sample(nodes, count, seed, {node for node in nodes if names[node] in kept})
     problems: dict[str, list[int]] = {}  # reason -> nodes
+    compared = mask.layout.prunable_names or [spec.name for spec in mask.layout.specs if spec.floating]
+    length = joint_norm(initial[name] for name in compared)
 
     def judge(reply: Message) -> Answer:
         weight, moves = firewall.judge_moves(
             reply, mask=mask, weight_key=weight_key, kind=plan.values, max_weight=quarantine.rules.max_examples
         )
         (record,) = reply.content.array_records.values()
-        with np.errstate(over="ignore"):
-            norm = math.hypot(*(float(np.linalg.norm(values)) for values in moves.values()))
-        if not math.isfinite(norm):
+        if not math.isfinite(joint_norm(moves.values())):
             raise wire.WireError("the norm of its moves overflows")
-        return Answer(weight, norm, record)
+        norm = joint_norm(moves[name] for name in compared)
+        return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
 
     judged: dict[str, Answer | wire.WireError] = {}  # by the message's id: each reply is judged once
 
@@ -172,7 +174,7 @@ def explore(
             cost = Ledger()
             cost.sent(message)
             cost.received(message, reply)
-            about = {"weight": answer.weight, "norm": answer.norm, "cost": cost.exploration_only()}
+            about = {"update": dataclasses.asdict(answer.update), "cost": cost.exploration_only()}
             checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.moves)
 
     def left_out(node: int, reason: str) -> None:
@@ -203,7 +205,7 @@ def explore(
             good: dict[int, Answer] = {}
             for node in batch:
                 if (before := kept.get(names[node])) is not None:
-                    good[node] = Answer(before[0]["weight"], before[0]["norm"], before[1])
+                    good[node] = Answer(Update(**before[0]["update"]), before[1])
                 elif (reply := came[node]) is None:
                     continue
                 elif reply.has_error():
@@ -212,12 +214,12 @@ def explore(
                     left_out(node, str(answer))
                 else:
                     good[node] = answer
-            far = outliers({node: answer.norm for node, answer in good.items()}, quarantine.rules.norm_factor)
+            far = quarantine.judge_norms({node: answer.update for node, answer in good.items()}, "exploration", 0)
             for node, answer in good.items():
                 if node in far:
                     left_out(node, far[node])
                     continue
-                weight = answer.weight if plan.weighting == "examples" else 1.0
+                weight = answer.update.weight if plan.weighting == "examples" else 1.0
                 moves = firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
                 updates.add(moves)
                 yield weight, moves
@@ -242,10 +244,9 @@ def explore(
 
 @dataclass(frozen=True)
 class Answer:
-    """An explorer's reply that may be counted: its weight, the L2 norm of its moves, and those as they came."""
+    """An explorer's reply that may be counted: what its length is judged by, and its moves as they came."""
 
-    weight: float
-    norm: float
+    update: Update
     moves: ArrayRecord
 
 

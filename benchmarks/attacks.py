@@ -4,7 +4,8 @@
 
 Two of the ten clients attack from the exploration on: ``sign`` returns what it was sent less its own update, ``noise``
 what it was sent and Gaussian noise of standard deviation 1. What they send keeps to the wire format and is finite, so
-nothing but its norm (``--norm-factor 10``, AutoFlip's default) or the wrapped strategy can tell it from honest work.
+nothing but its norm (``--norm-factor 10``; the default of AutoFlip is 1000) or the wrapped strategy can tell it from
+honest work.
 Runs on all cores. Prints a row of a markdown table for each strategy; the last line is one JSON object. An accuracy is
 the mean of the last five rounds' on the server's test images, and over the seeds. Without ``--alpha`` the clients' data
 are alike: Krum keeps one client's model, which with skewed labels is itself a loss.

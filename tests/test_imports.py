@@ -16,11 +16,11 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "traffic", "weights", "_flower"},
+    {"files", "loop", "metrics", "norms", "savings", "traffic", "weights", "_flower"},
     {"outputs"},
     {"layout"},
     {"mask", "testing", "values"},
-    {"average", "bits", "guidance", "health"},
+    {"average", "bits", "guidance", "health", "subspace"},
     {"evidence", "moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},

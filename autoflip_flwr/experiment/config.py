@@ -166,8 +166,9 @@ class Config:
 
     min_replies : int (1)
         A round in which fewer replies count keeps the model (method autoflip), >= 1.
-    norm_factor : float (10.0)
-        A reply is left out whose update is longer than so many times the median of 5 or more (method autoflip), > 1.
+    norm_factor : float (1000.0)
+        A reply is left out whose update is so many times longer than the others, its work and earlier rounds explain
+        (method autoflip), > 1; from the default on only if it is longer than the model, too.
     max_examples : float (1e9)
         A reply that says it has more examples is left out (method autoflip), > 0.
     checkpoints : int (2)
@@ -227,7 +228,7 @@ class Config:
     exploration: str = _setting("", _TEXT)
 
     min_replies: int = _setting(1, _COUNT)
-    norm_factor: float = _setting(10.0, _ABOVE_ONE)
+    norm_factor: float = _setting(1000.0, _ABOVE_ONE)
     max_examples: float = _setting(1e9, _POSITIVE)
     checkpoints: int = _setting(2, _NOT_BELOW_ZERO)
     resume: str = _setting("", _TEXT)
