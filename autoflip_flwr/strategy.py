@@ -14,11 +14,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, loop, privacy, savings, subspace, wire
+from autoflip_flwr import guidance, health, loop, privacy, savings, subspace, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
@@ -58,11 +58,14 @@ class AutoFlip(Configured):
         Prune biases too (the authors' code does).
     prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
         Which arrays are pruned: shell-style patterns of their names, or a function of name and shape; default: those
-        with two or more dimensions.
+        that are weights (:mod:`autoflip_flwr.weights`).
     exclude : the same, or None
         Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
-    output : str or None (default: "auto")
-        Name of the output layer's weight, of which each unit keeps an incoming weight; default: the last prunable one.
+    output : str, Sequence[str], Mapping[str, int] or None (default: "auto")
+        Weights of which each unit keeps an incoming weight: names or patterns, or these with the axis of their units;
+        default: those that can be outputs (:mod:`autoflip_flwr.outputs`).
+    prune_unmoved : bool (default: False)
+        Prune what no explorer moved (first of all) instead of keeping it whole.
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
@@ -146,7 +149,8 @@ exploration_values
         biases: bool = False,
         prunable: Rule | None = None,
         exclude: Rule | None = None,
-        output: str | None = AUTO,
+        output: Output | None = AUTO,
+        prune_unmoved: bool = False,
         explorers: float = 1.0,
         min_explorers: int = 2,
         exploration_rounds: int = 1,
@@ -174,6 +178,7 @@ exploration_values
         self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
         self.initial, self.biases = initial, biases
         self.prunable, self.exclude, self.output = prunable, exclude, output
+        self.prune_unmoved = prune_unmoved
         self.explorers, self.min_explorers = explorers, min_explorers
         self.exploration_rounds, self.exploration_epochs = exploration_rounds, exploration_epochs
         self.exploration_patience, self.exploration_weighting = exploration_patience, exploration_weighting
@@ -304,6 +309,7 @@ exploration_values
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
+        health.warn(mask)
         full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
             full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
@@ -384,6 +390,7 @@ exploration_values
             timeout=self.exploration_timeout or timeout,
             quarantine=self._quarantine,
             checkpoints=self.checkpoints,
+            per_client=self.normalisation == "per-client",
         )
 
     def configure_train(
@@ -538,6 +545,7 @@ exploration_values
             self._shadow = old.scatter(old.gather(full), into=self._shadow)
             coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
             translator.mask = new
+            health.warn(new)
             self._changed = full = new.apply(self._shadow)
         vars(self)["mask"] = translator.mask
         return full
