@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -12,16 +15,25 @@ from numpy.typing import NDArray
 
 from autoflip_flwr import legacy, maskrecord, wire
 from autoflip_flwr.feedback import pack_reply
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.layout import Arrays, ArraySpec, Layout
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.values import KINDS
 
+LAYOUT = "autoflip.layout"
+"""Record of an explorer's state: the layout of the model that it was sent."""
+
 PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
+WEIGHT_DECAY_KEY = "autoflip-weight-decay"
 """Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
 
 A client that reads them explores as the method asks: it trains for up to ``autoflip-epochs`` epochs and stops after
-``autoflip-patience`` epochs without a better mean training loss. A client that ignores them trains as usual.
+``autoflip-patience`` epochs without a better mean training loss, with the weight decay ``autoflip-weight-decay``, which
+is 0: weight decay moves all clients' weights alike, where they agree on nothing. A client that ignores them trains as
+usual.
 """
+
+EXPLORED = "explored."
+"""Records of ``context.state`` whose names begin so outlive the exploration; a client's others are as before it."""
 
 
 def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -73,10 +85,41 @@ def current_mask(context: Context) -> Mask | None:
     return maskrecord.decode_mask(context.state[wire.MASK])
 
 
+def mask_and_layout(mask: Mask | Context | None) -> tuple[Mask | None, Layout | None]:
+    """The mask in force, and the layout of the model that the server sent.
+
+    While a client explores there is a layout without a mask: names can be checked before the exploration is spent.
+    """
+    if isinstance(mask, Context):
+        context, mask = mask, current_mask(mask)
+        phase = context.state.get(wire.HEADER, ConfigRecord()).get("phase")
+        if phase == wire.EXPLORE and LAYOUT in context.state:
+            return None, maskrecord.decode_layout(context.state.config_records[LAYOUT])
+    return mask, None if mask is None else mask.layout
+
+
+def sent_array(layout: Layout, name: str, shape: tuple[int, ...]) -> ArraySpec:
+    """The array of this name and shape that the server sent.
+
+    Raises
+    ------
+    ValueError
+        If there is none. The text says what was sent, and which of it fits.
+    """
+    if name not in layout:
+        sent = [spec.name for spec in layout.specs][:5]
+        fits = get_close_matches(name, [spec.name for spec in layout.specs if spec.shape == shape], 1, cutoff=0)
+        raise ValueError(f"the server sent no {name!r}; it sent {sent}" + "".join(f", {fit!r} fits" for fit in fits))
+    if shape != layout[name].shape:
+        raise ValueError(f"array {name!r} has shape {shape}, the mask {layout[name].shape}")
+    return layout[name]
+
+
 def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Context | None) -> None:
     """Set the pruned entries of NumPy arrays to zero, in place.
 
-    A client calls it after each step of its training: ``apply_mask({"coef": model.coef_}, context)``.
+    A client calls it after each step of its training: ``apply_mask({"coef": model.coef_}, context)``. While it explores
+    nothing is changed, and names and shapes are checked.
 
     Parameters
     ----------
@@ -88,19 +131,16 @@ def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Context |
     Raises
     ------
     ValueError
-        If a name is not one of the model's, or a shape is not the mask's.
+        If a name or shape is not that of an array that the server sent; then nothing is changed.
     """
-    if isinstance(mask, Context):
-        mask = current_mask(mask)
-    if mask is None:
+    mask, layout = mask_and_layout(mask)
+    if layout is None:
         return
     for name, array in arrays.items():
-        if name not in mask.layout:
-            raise ValueError(f"the mask has no {name!r}; its model has {[spec.name for spec in mask.layout.specs][:5]}")
-        if array.shape != mask.layout[name].shape:
-            raise ValueError(f"array {name!r} has shape {array.shape}, the mask {mask.layout[name].shape}")
-        if name in mask.keep:
-            array[~mask.keep[name]] = 0
+        sent_array(layout, name, array.shape)
+    keep = {} if mask is None else mask.keep
+    for name in arrays.keys() & keep.keys():
+        arrays[name][~keep[name]] = 0
 
 
 def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> Mask | None:
@@ -117,8 +157,11 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     mask = maskrecord.decode_mask(record, mine, carried=wire.carried(message.content))
     if mask.digest != head.get("digest"):
         raise wire.WireError("the mask that came along is not the one that the message is packed with")
-    if not exploring:
+    if exploring:
+        context.state[LAYOUT] = maskrecord.encode_layout(mask.layout)
+    else:
         context.state[wire.MASK] = maskrecord.encode_mask(mask) if base else record
+        context.state.pop(LAYOUT, None)
     return mask
 
 
@@ -139,13 +182,14 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if head["phase"] != wire.EXPLORE:
         given = {}  # only moves need it: no second model in memory while the client trains
     message.content = inner
-    reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
+    with _state_set_aside(context) if head["phase"] == wire.EXPLORE else nullcontext():
+        reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
     if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
         return Message(reply.error, reply_to=message)
     content = RecordDict(dict(reply.content))
     if head["phase"] == wire.EVALUATE:
         return _reply(message, context, head, content, digest=mask.digest)
-    key, arrays = _result(content, mask)
+    key, arrays = _result(content, mask, exploring=head["phase"] == wire.EXPLORE)
     if head["phase"] == wire.EXPLORE:
         moves = {
             spec.name: np.subtract(arrays[spec.name], given[spec.name]) for spec in mask.layout.specs if spec.floating
@@ -160,8 +204,27 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     return _reply(message, context, head, content, **told)
 
 
-def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
-    """The full arrays that the client's own code returned, in the model's dtypes."""
+@contextmanager
+def _state_set_aside(context: Context) -> Iterator[None]:
+    """Give ``context.state`` back as it was: round 1 does not begin with what a client kept of the full model."""
+
+    def stays(key: str) -> bool:
+        return key == wire.HEADER or key.startswith((f"{wire.HEADER}.", EXPLORED))
+
+    before = {key: copy.deepcopy(record) for key, record in context.state.items() if not stays(key)}
+    try:
+        yield
+    finally:
+        for key in [key for key in context.state if not stays(key)]:
+            del context.state[key]
+        context.state.update(before)
+
+
+def _result(content: RecordDict, mask: Mask, *, exploring: bool) -> tuple[str, Arrays]:
+    """The full arrays that the client's own code returned, in the model's dtypes.
+
+    An explorer's must be weights: integers in the place of floats are codes of something, and no weights.
+    """
     records = content.array_records
     if len(records) != 1:
         raise wire.WireError(f"the client returned {len(records)} ArrayRecords, expected 1")
@@ -171,6 +234,12 @@ def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
         mask.layout.check(arrays)
     except ValueError as error:
         raise wire.WireError(f"what the client returned does not fit: {error}") from error
+    for spec in mask.layout.specs if exploring else ():
+        if spec.floating and arrays[spec.name].dtype.kind != "f":
+            raise wire.WireError(
+                f"array {spec.name!r} came back with dtype {arrays[spec.name].dtype}, expected {spec.dtype}: explorers "
+                "return weights; if clients return codes that the strategy decodes, bring a mask (mask=)"
+            )
     return key, {name: array.astype(mask.layout[name].dtype, copy=False) for name, array in arrays.items()}
 
 

@@ -152,7 +152,7 @@ def test_a_strategy_with_a_loop_of_its_own_keeps_it():
     result = start(wrapped, grid, rounds=3)
     assert strategy.rounds == 2
     phases = [message.content[wire.HEADER]["phase"] for message in grid.sent]
-    assert phases == [wire.EXPLORE] * NODES + [wire.TRAIN] * 3 * NODES
+    assert phases == [wire.HELLO] * NODES + [wire.EXPLORE] * NODES + [wire.TRAIN] * 3 * NODES
     for arrays in (arrays_of(strategy.best), arrays_of(result.arrays)):
         assert {name: array.shape for name, array in arrays.items()} == FULL
         assert not any(arrays[name][~keep].any() for name, keep in wrapped.mask.keep.items())
@@ -304,7 +304,7 @@ def test_apply_mask_zeroes_arrays_in_place_by_name():
     assert weight.tolist() == [[1, 0], [0, 4]]
     assert bias.tolist() == [1, 1]
     apply_mask({"anything": weight}, None)
-    with pytest.raises(ValueError, match=r"the mask has no 'v'; its model has \['w', 'b'\]"):
+    with pytest.raises(ValueError, match=r"the server sent no 'v'; it sent \['w', 'b'\], 'w' fits"):
         apply_mask({"v": weight}, mask)
     with pytest.raises(ValueError, match=r"array 'w' has shape \(2,\), the mask \(2, 2\)"):
         apply_mask({"w": bias}, mask)

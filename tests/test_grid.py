@@ -84,7 +84,7 @@ def test_a_node_that_comes_after_the_roll_call_is_asked_for_its_partition_withou
 
 
 def test_a_roll_call_that_is_out_of_time_waits_a_little_for_answers_and_learns_later_ones(monkeypatch):
-    monkeypatch.setattr("autoflip_flwr.grid.ANSWERS", 0.2)
+    monkeypatch.setattr("autoflip_flwr.roll_call.ANSWERS", 0.2)
     inside = Filling(message_app(), 3)
     inside.late, inside.slow = False, True
     grid = OrderedGrid(inside)
