@@ -19,13 +19,13 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from autoflip_flwr._flower import KEY_NORM_BIT
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
 
-METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+NORM_BIT = "norm_bit"
+"""The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""
 
 _BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or AutoFlip's full ones
 _NOT_OF_THE_MEAN = ("__", "summary", "configure_", "aggregate_evaluate")
@@ -61,8 +61,17 @@ def metrics_needed(strategy: Strategy) -> dict[str, float]:
         if isinstance(layer, QFedAvg):
             needed[layer.train_loss_key] = 0.0
         if isinstance(layer, DifferentialPrivacyClientSideAdaptiveClipping):
-            needed[KEY_NORM_BIT] = 0.0
+            needed[NORM_BIT] = 0.0
     return needed
+
+
+def metrics_averaged(strategy: Strategy) -> set[str]:
+    """Phases (``"train"``, ``"evaluate"``) whose metrics Flower's own mean averages, not a function of the user's."""
+    return {
+        phase
+        for phase in ("train", "evaluate")
+        if _module(setting(strategy, f"{phase}_metrics_aggr_fn", None)).startswith("flwr.")
+    }
 
 
 def setting(strategy: Strategy, name: str, default: object) -> object:
@@ -120,7 +129,15 @@ def divides_by_norm(strategy: Strategy) -> bool:
 
 def nodes_needed(strategy: Strategy) -> int:
     """How many nodes the strategy waits for, or must have."""
-    names = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+    return _largest(strategy, "min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
+
+
+def nodes_waited_for(strategy: Strategy) -> int:
+    """How many nodes the strategy waits for, without a limit, before its first message."""
+    return _largest(strategy, "min_available_nodes", "min_train_nodes")
+
+
+def _largest(strategy: Strategy, *names: str) -> int:
     return max(int(getattr(layer, name, 1) or 1) for layer in layers(strategy) for name in names)
 
 
@@ -132,46 +149,33 @@ def averages_plainly(strategy: Strategy) -> bool:
     return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
 
 
-def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
-    """A strategy of the same class and with the same state, whose rounds are those of ``methods_of``.
-
-    With it a strategy that brings a ``start`` of its own (to keep the best model, say) runs its own loop.
-    """
-
-    def forward(name: str) -> Callable[..., object]:
-        return lambda _, *args, **kwargs: getattr(methods_of, name)(*args, **kwargs)
-
-    kind: Any = type(strategy)
-    result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
-    result.__dict__ = strategy.__dict__
-    return result
-
-
-def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes by name."""
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
-
-
-def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:
+def carry_state(
+    strategy: Strategy,
+    names: list[str],
+    old: Mask,
+    new: Mask,
+    shadow: Arrays,
+    *,
+    packed: bool,
+    was_packed: bool | None = None,
+) -> None:
     """Take the state of Flower's own server optimisers from one mask to the next.
 
     ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
     (``current_arrays``) are read off the dense shadow; moments are masked, and start at zero where a coordinate has
-    grown.
+    grown. The coordinates are as before, unless ``was_packed`` says otherwise.
     """
 
     def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
-        if not new.layout[name].prunable:
-            return values
         full = np.array(base, values.dtype)
-        if packed:
+        if was_packed and old.layout[name].prunable:
             full.reshape(-1)[old.indices[name]] = values
+        else:
+            np.copyto(full, values, where=old.keep.get(name, np.True_))
+        if packed and new.layout[name].prunable:
             return full.reshape(-1)[new.indices[name]]
-        np.copyto(full, values, where=old.keep[name])
-        full[~new.keep[name]] = 0
+        if new.layout[name].prunable:
+            full[~new.keep[name]] = 0
         return full
 
     def carried(state: Any, base: Callable[[str], NDArray[np.generic]]) -> Any:
@@ -181,12 +185,15 @@ def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shad
             return {name: move(name, values, base(name)) for name, values in state.items()}
         if isinstance(state, list) and len(state) == len(names):
             return [move(name, values, base(name)) for name, values in zip(names, state, strict=True)]
-        if packed:
+        if packed or was_packed:
             raise TypeError(
                 f"state of type {type(state).__name__} cannot follow a change of the mask: use coordinates='dense'"
             )
         return state
 
+    was_packed = packed if was_packed is None else was_packed
+    if old.digest == new.digest and packed == was_packed:
+        return
     for layer in layers(strategy):
         for attribute in (*_MOMENTS, _WEIGHTS):
             state = getattr(layer, attribute, None)

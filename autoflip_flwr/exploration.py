@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
-from autoflip_flwr import firewall, maskrecord, wire
+from autoflip_flwr import evidence, firewall, maskrecord, wire
 from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
 from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.ledger import Ledger, examples_processed
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
-from autoflip_flwr.quarantine import Quarantine, outliers
+from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
+from autoflip_flwr.norms import Update, joint_norm
+from autoflip_flwr.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")
+ROUND_KEY = "server-round"
+"""Key of the round in the config records of Flower's strategies; it is 0 in the exploration."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def explore(
     timeout: float | None,
     quarantine: Quarantine,
     checkpoints: Checkpoints | None = None,
+    per_client: bool = False,
 ) -> Exploration:
     """Run the exploration.
 
@@ -100,7 +103,7 @@ def explore(
     initial : dict[str, ndarray]
         W0, the full model.
     template : Template
-        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0.
+        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0, its round by 0.
     mask : Mask
         A mask that keeps everything.
     weight_key : str
@@ -110,16 +113,19 @@ def explore(
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
-        Seconds for each batch.
+        Seconds for each batch. A node that has not answered the roll call explores only where too few others would.
     quarantine : Quarantine
         Takes the replies that are left out.
     checkpoints : Checkpoints | None
         Where answers are kept as they come; those that are there already are not asked for again.
+    per_client : bool
+        Also average what ``normalisation="per-client"`` needs.
 
     Raises
     ------
     RuntimeError
-        If fewer than ``min_explorers`` nodes are connected or answer.
+        If fewer than ``min_explorers`` nodes are connected or answer, if none of them moved anything, or if most of
+        them returned updates instead of weights.
     """
     kept = {} if checkpoints is None else checkpoints.explorers()
     if kept:
@@ -131,30 +137,44 @@ def explore(
     names |= gone
     nodes = sorted(names, key=names.__getitem__) if gone else list(names)
     if len(nodes) < plan.min_explorers:
-        raise RuntimeError(f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected")
-    count = min(len(nodes), max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes))))
+        raise RuntimeError(
+            f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected: start more, or let "
+            f"fewer explore (min_explorers={max(len(nodes), 1)})"
+        )
+    count = max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes)))
+    able = [node for node in nodes if node not in grid.calls.mute or names[node] in kept]
+    nodes = able if len(able) >= plan.min_explorers else nodes
+    count = min(len(nodes), count)
     chosen = _sample(nodes, count, seed, {node for node in nodes if names[node] in kept})
     problems: dict[str, list[int]] = {}  # reason -> nodes
+    compared = mask.layout.prunable_names or [spec.name for spec in mask.layout.specs if spec.floating]
+    length = joint_norm(initial[name] for name in compared)
 
     def judge(reply: Message) -> Answer:
         weight, moves = firewall.judge_moves(
             reply, mask=mask, weight_key=weight_key, kind=plan.values, max_weight=quarantine.rules.max_examples
         )
         (record,) = reply.content.array_records.values()
-        with np.errstate(over="ignore"):
-            norm = math.hypot(*(float(np.linalg.norm(values)) for values in moves.values()))
-        if not math.isfinite(norm):
+        if not math.isfinite(joint_norm(moves.values())):
             raise wire.WireError("the norm of its moves overflows")
-        return Answer(weight, norm, record)
+        norm = joint_norm(moves[name] for name in compared)
+        return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
+
+    judged: dict[str, Answer | wire.WireError] = {}  # by the message's id: each reply is judged once
 
     def arrived(message: Message, reply: Message) -> None:
-        if checkpoints is None or reply.has_error():
+        if reply.has_error():
             return
-        with suppress(wire.WireError):
-            answer, cost = judge(reply), Ledger()
+        try:
+            answer = judged[message.metadata.message_id] = judge(reply)
+        except wire.WireError as error:
+            judged[message.metadata.message_id] = error
+            return
+        if checkpoints is not None:
+            cost = Ledger()
             cost.sent(message)
             cost.received(message, reply)
-            about = {"weight": answer.weight, "norm": answer.norm, "cost": cost.exploration_only()}
+            about = {"update": dataclasses.asdict(answer.update), "cost": cost.exploration_only()}
             checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.moves)
 
     def left_out(node: int, reason: str) -> None:
@@ -185,26 +205,28 @@ def explore(
             good: dict[int, Answer] = {}
             for node in batch:
                 if (before := kept.get(names[node])) is not None:
-                    good[node] = Answer(before[0]["weight"], before[0]["norm"], before[1])
+                    good[node] = Answer(Update(**before[0]["update"]), before[1])
                 elif (reply := came[node]) is None:
                     continue
                 elif reply.has_error():
                     problems.setdefault(firewall.explain(reply.error), []).append(node)
+                elif isinstance(answer := judged.pop(str(reply.metadata.reply_to_message_id)), wire.WireError):
+                    left_out(node, str(answer))
                 else:
-                    try:
-                        good[node] = judge(reply)
-                    except wire.WireError as error:
-                        left_out(node, str(error))
-            far = outliers({node: answer.norm for node, answer in good.items()}, quarantine.rules.norm_factor)
+                    good[node] = answer
+            far = quarantine.judge_norms({node: answer.update for node, answer in good.items()}, "exploration", 0)
             for node, answer in good.items():
                 if node in far:
                     left_out(node, far[node])
                     continue
-                weight = answer.weight if plan.weighting == "examples" else 1.0
-                yield weight, firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
+                weight = answer.update.weight if plan.weighting == "examples" else 1.0
+                moves = firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
+                updates.add(moves)
+                yield weight, moves
 
+    updates = evidence.Updates(mask.layout, initial)
     try:
-        found = combine(mask.layout, answers())
+        found = combine(mask.layout, answers(), per_client=per_client)
     except ValueError as error:
         reasons = _first(problems)
         hint = "" if firewall.FIRST in reasons else f" (if the clients run without it: {firewall.FIRST})"
@@ -215,20 +237,16 @@ def explore(
             f"{_first(problems)}"
         )
     log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
-    if not any(moves.any() for moves in found.deviation.values()):
-        log(
-            WARNING,
-            "no explorer moved any prunable parameter: the mask says nothing; do the clients return their work?",
-        )
+    evidence.check_moved(found)
+    updates.check()
     return found
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An explorer's reply that may be counted: its weight, the L2 norm of its moves, and those as they came."""
+    """An explorer's reply that may be counted: what its length is judged by, and its moves as they came."""
 
-    weight: float
-    norm: float
+    update: Update
     moves: ArrayRecord
 
 
@@ -254,7 +272,7 @@ def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, g
         random.setstate(state)
     if messages:
         return Template({message.metadata.dst_node_id: message.content for message in messages}, messages[0].content)
-    config["server-round"] = 1
+    config[ROUND_KEY] = 1
     arrays_key, config_key = (
         setting(strategy, "arrayrecord_key", "arrays"),
         setting(strategy, "configrecord_key", "config"),
@@ -266,9 +284,14 @@ def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, o
     content = RecordDict(dict(template))
     content[next(iter(content.array_records), "arrays")] = packed
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
-    content[config_key] = ConfigRecord(
-        {**config, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
-    )
+    told = {ROUND_KEY: 0} if ROUND_KEY in config else {}
+    asked: dict[str, float | str] = {
+        PHASE_KEY: wire.EXPLORE,
+        EPOCHS_KEY: plan.epochs,
+        PATIENCE_KEY: plan.patience,
+        WEIGHT_DECAY_KEY: 0.0,
+    }
+    content[config_key] = ConfigRecord({**config, **told, **asked})
     return RecordDict({**content, **ours})
 
 

@@ -42,12 +42,15 @@ class Judged:
         Its weight in the average, finite and > 0.
     norm : float
         L2 norm of its update.
+    kept_norm : float
+        The same of the kept prunable values alone; of all where the model has nothing prunable.
     """
 
     key: str
     vectors: dict[str, Vector]
     weight: float
     norm: float
+    kept_norm: float
 
 
 def judge(
@@ -89,17 +92,28 @@ def judge(
     ------
     WireError
         With the reason, if the reply must be left out: missing or extra records or keys, another dtype or length,
-        another mask, phase or round, a value or metric that is not finite, a weight that is not positive or too large,
-        an update whose norm overflows.
+        another mask, phase or round, a value that is not finite, a weight that is not positive or too large, a needed
+        metric that is no number in its range, an update whose norm overflows.
     """
     key, record, weight = _judge_record(reply, mask, wire.TRAIN, round_, weight_key, kind, max_weight)
     _judge_needed(reply, needed or {})
     vectors = wire.vectors(mask, record, kind, base)
-    norm = math.hypot(*(vectors[dtype].distance(values) for dtype, values in sent.items()))
+    ends = {dtype: compared(mask, dtype) for dtype in sent}
+    kept_norm = math.hypot(*(vectors[dtype].distance(values, 0, ends[dtype]) for dtype, values in sent.items()))
+    norm = math.hypot(kept_norm, *(vectors[dtype].distance(values, ends[dtype]) for dtype, values in sent.items()))
     if not math.isfinite(norm):  # not all values are, or the square of one is not
         _finite(mask, vectors)
         raise wire.WireError("the norm of its update overflows")
-    return Judged(key, vectors, weight, norm)
+    return Judged(key, vectors, weight, norm, kept_norm)
+
+
+def compared(mask: Mask, dtype: str) -> int:
+    """How many values of a flat vector, from the first, norms are compared by.
+
+    They are the kept prunable ones, or all where the model has nothing prunable: running statistics go their own ways.
+    """
+    kept, size = wire.kept_and_size(mask, mask.layout.by_dtype[dtype])
+    return kept if mask.layout.prunable_size else size
 
 
 def judge_moves(
@@ -113,8 +127,9 @@ def judge_moves(
 def read_moves(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
     """How far an explorer moved each floating array, from its reply's record. Raises as :func:`judge` does."""
     if kind == wire.LOG8:
-        return wire.unpack_moves(mask, record)
-    moves = mask.scatter(wire.arrays_of(mask, _finite(mask, wire.vectors(mask, record, kind))))
+        moves = wire.unpack_moves(mask, record)
+    else:
+        moves = mask.scatter(wire.arrays_of(mask, _finite(mask, wire.vectors(mask, record, kind))))
     for name, values in moves.items():
         if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
             raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
@@ -129,7 +144,7 @@ def _judge_record(
     arrays = [(key, record) for key, record in reply.content.items() if isinstance(record, ArrayRecord)]
     if len(arrays) != 1:
         raise wire.WireError(f"{len(arrays)} ArrayRecords, expected 1")
-    weight = judge_metrics(reply, weight_key)
+    weight = judge_weight(reply, weight_key)
     if weight_key and weight > max_weight:
         raise wire.WireError(f"metric {weight_key!r} is {weight:g}, expected at most {max_weight:g}")
     head = reply.content[wire.HEADER]
@@ -175,20 +190,20 @@ def _judge_needed(reply: Message, needed: Mapping[str, float]) -> None:
             )
 
 
-def judge_metrics(reply: Message, weight_key: str) -> float:
+def judge_weight(reply: Message, weight_key: str, *, or_none: bool = False) -> float:
     """Check a reply's one MetricRecord and return its weight; raises as :func:`judge` does.
 
-    Where there is no weight key, metrics need only be finite, and each reply weighs 1.
+    Where there is no weight key, nothing is asked of metrics, and each reply weighs 1. ``or_none`` accepts a weight of
+    0. Other metrics are the user's: whatever they are, they cost no reply.
     """
-    records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
-    if weight_key and len(records) != 1:
-        raise wire.WireError(f"{len(records)} MetricRecords, expected 1")
-    for key, value in (item for record in records for item in record.items()):
-        if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
-            raise wire.WireError(f"metric {key!r} is not finite")
     if not weight_key:
         return 1.0
+    records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
+    if len(records) != 1:
+        raise wire.WireError(f"{len(records)} MetricRecords, expected 1")
     weight = records[0].get(weight_key)
+    if or_none and weight == 0:
+        return 0.0
     if isinstance(weight, list) or weight is None or not 0 < weight <= MAX_WEIGHT:
         raise wire.WireError(f"metric {weight_key!r} is {weight!r}, expected a number in (0, {MAX_WEIGHT:g}]")
     return float(weight)

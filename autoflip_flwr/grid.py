@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from logging import INFO, WARNING
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.logger import log
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from autoflip_flwr import wire
 from autoflip_flwr.ledger import Ledger, phase_of
-
-ANSWERS = 10.0
-"""Seconds that a roll call that is out of time still waits for answers: a client's process takes some to start."""
+from autoflip_flwr.roll_call import RollCall, pause
 
 
 class OrderedGrid(Grid):
@@ -44,7 +38,6 @@ class OrderedGrid(Grid):
         self._grid = grid
         self._seed = seed
         self.ledger = ledger if ledger is not None else Ledger()
-        self.partitions: dict[int, int] = {}
         self.exchanges = 0
         self.repeat: Callable[[Message, Message], Message | None] | None = None
         """Given a message and its reply, the message to send instead in the same exchange, or ``None``."""
@@ -52,14 +45,19 @@ class OrderedGrid(Grid):
         """Called after each exchange with its phase (see :mod:`autoflip_flwr.ledger`) and its replies."""
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
-        self._told: Counter[int] = Counter()
-        self._greeted: set[int] = set()
-        self._asked: dict[str, Message] = {}  # what they were asked, by message id, until they answer
+        self.calls = RollCall(
+            self.push_messages, self.pull_messages, lambda message, reply: self.ledger.received(message, reply)
+        )
+
+    @property
+    def partitions(self) -> dict[int, int]:
+        """Partition id by node id, of the nodes that have told it."""
+        return self.calls.partitions
 
     @property
     def num_partitions(self) -> int:
-        """Number of partitions, as most nodes say (0: none has said); one alone cannot keep the others waiting."""
-        return max(self._told, key=lambda count: self._told[count], default=0)
+        """Number of partitions, as most nodes say; 0: none has said."""
+        return self.calls.num_partitions
 
     def set_run(self, run: object) -> None:
         """Forward to the grid."""
@@ -79,8 +77,8 @@ class OrderedGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """The connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
         nodes = list(self._grid.get_node_ids())
-        if self._greeted:
-            self._greet(nodes)
+        if self.calls.begun:
+            self.calls.greet(nodes)
         if self.partitions:
             nodes.sort(key=lambda node: (self.partitions.get(node, math.inf), node))
         if self.choose is not None:
@@ -158,8 +156,7 @@ class OrderedGrid(Grid):
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
-            # a twentieth of what it has taken so far: neither much of a short round nor many requests in a long one
-            time.sleep(min(max((time.monotonic() - started) / 20, 0.02), 1.0))
+            time.sleep(pause(started))
         self.ledger.seconds[phase] += time.monotonic() - started
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
         for reply in replies:
@@ -172,75 +169,35 @@ class OrderedGrid(Grid):
             self.observe(phase, replies)
         return replies
 
-    def roll_call(self, *, minimum: int = 1, timeout: float = 60.0) -> list[int]:
-        """Wait for the nodes and learn their partition ids (``partition-id`` of their node config).
+    def roll_call(
+        self,
+        *,
+        minimum: int = 1,
+        expected: int = 0,
+        fewest: int = 1,
+        timeout: float = 60.0,
+        longest: float | None = None,
+    ) -> list[int]:
+        """Wait for the nodes and learn their partitions: see :meth:`~autoflip_flwr.roll_call.RollCall.wait`.
 
-        Waits until ``minimum`` nodes are connected, and as many as the nodes' own ``num-partitions`` says, and have
-        answered, for at most ``timeout`` seconds and :data:`ANSWERS` more; who answers later is known from then on.
-        Nodes without ``autoflip_mod`` or without a partition id come last, in the order of their node ids.
+        Who answers later is known from then on. Nodes without ``autoflip_mod`` or without a partition id come last, in
+        the order of their node ids.
 
         Returns
         -------
         list[int]
             The node ids, in order.
-
-        Raises
-        ------
-        RuntimeError
-            If fewer than ``minimum`` nodes have connected in time.
         """
         started = time.monotonic()
-        deadline = started + timeout
-        while True:
-            nodes = set(self._grid.get_node_ids())
-            self._greet(nodes)
-            left = deadline - time.monotonic()
-            enough = len(nodes) >= max(minimum, self.num_partitions) or left < 0
-            if enough and (not self._asked or left < -ANSWERS):
-                break
-            time.sleep(0.05)
-        self.ledger.seconds["other"] += time.monotonic() - started
-        if len(nodes) < minimum:
-            raise RuntimeError(f"{len(nodes)} nodes have connected within {timeout:g} s, but {minimum} are needed")
-        expected = max(minimum, self.num_partitions)
-        if len(nodes) < expected:
-            log(
-                WARNING, "%d of %d nodes have connected within %g s; going on with those", len(nodes), expected, timeout
+        try:
+            self.calls.wait(
+                self._grid.get_node_ids,
+                minimum=minimum,
+                expected=expected,
+                fewest=fewest,
+                timeout=timeout,
+                longest=longest,
             )
-        log(INFO, "%d nodes are connected", len(nodes))
-        claims = Counter(self.partitions[node] for node in nodes & self.partitions.keys())
-        for partition in (partition for partition, count in claims.items() if count > 1):
-            alike = sorted(node for node in nodes if self.partitions.get(node) == partition)
-            log(
-                WARNING,
-                "nodes %s all say that they have partition %d: give each its own partition-id",
-                alike,
-                partition,
-            )
+        finally:
+            self.ledger.seconds["other"] += time.monotonic() - started
         return self.get_node_ids()
-
-    def _greet(self, nodes: Iterable[int]) -> None:
-        """Ask nodes that have not been asked for their partition, without waiting, and learn what others answer."""
-        if new := sorted(set(nodes) - self._greeted):
-            self._greeted |= set(new)
-            head = {wire.HEADER: wire.header(wire.HELLO, 0)}
-            hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
-            self.push_messages(hellos)
-            self._asked |= {hello.metadata.message_id: hello for hello in hellos}
-        if not self._asked:
-            return
-        for reply in self.pull_messages(list(self._asked)):
-            message = self._asked.pop(reply.metadata.reply_to_message_id, None)
-            if message is not None:
-                self.ledger.received(message, reply)
-                self._learn(reply)
-
-    def _learn(self, reply: Message) -> None:
-        head = reply.content.get(wire.HEADER) if reply.has_content() else None
-        if not isinstance(head, ConfigRecord):
-            return
-        partition, count = head.get("partition"), head.get("num-partitions")
-        if type(partition) is int and partition >= 0:
-            self.partitions[reply.metadata.src_node_id] = partition
-        if type(count) is int:
-            self._told[count] += 1

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from autoflip_flwr import wire
-from autoflip_flwr.traffic import Traffic, message_traffic, record_bytes, reply_traffic
+from autoflip_flwr.traffic import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
 
 EXAMPLES_PROCESSED = "examples-processed"
 """Metric in which a client may say how many examples it ran forward and backward (epochs count each time)."""
@@ -31,6 +31,12 @@ def phase_of(message: Message) -> str:
         return _PHASE_OF_HEADER.get(str(head.get("phase")), "other")
     category = message.metadata.message_type.partition(".")[0]
     return category if category in PHASES else "other"
+
+
+def examples_processed(content: RecordDict) -> int | None:
+    """Examples that a reply says it has processed, ``None`` if it does not say; it need not have been judged."""
+    counts = [record.get(EXAMPLES_PROCESSED) for record in content.metric_records.values()]
+    return next((int(count) for count in counts if isinstance(count, int | float) and 0 <= count < 2**63), None)
 
 
 def _short(reason: str) -> str:
@@ -61,7 +67,8 @@ class Ledger:
     partitions : dict[int, int]
         Partition ids of the nodes, as far as they are known.
     failures : Counter[str]
-        ``errors`` (error replies), ``absent`` (no reply in time), ``quarantined`` (replies left out by the firewall).
+        ``errors`` (error replies), ``absent`` (no reply in time), ``quarantined`` (replies left out by the firewall),
+        and the other kinds of incidents.
     examples : Counter[str]
         Examples that clients said they processed, by phase.
     messages, replies : Counter[str]
@@ -71,8 +78,9 @@ class Ledger:
     flops_per_example : float
         Floating-point operations of one example, forward and backward, through the dense model.
     incidents : list[dict[str, int or str or None]]
-        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``rested``: the node gets no
-        messages for a while; ``kept``: the round leaves the model as it was), ``phase``, ``round``, ``node`` (its
+        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``odd``: the reply counts, though
+        its update is longer than anything explains; ``rested``: the node gets no messages for a while; ``kept``: the
+        round leaves the model as it was), ``phase``, ``round``, ``node`` (its
         partition id where that is known; ``None`` for the round) and ``reason``.
     """
 
@@ -123,10 +131,8 @@ class Ledger:
             self.note("errors", node, phase, _round_of(message), _short(reason))
             return
         self.replies[phase] += 1
-        for record in reply.content.values():
-            count = record.get(EXAMPLES_PROCESSED) if isinstance(record, MetricRecord) else None
-            if isinstance(count, int | float) and 0 <= count < 2**63:  # it comes before the reply is judged
-                self.examples[phase] += int(count)
+        if count := examples_processed(reply.content):
+            self.examples[phase] += count
 
     def absorb(self, earlier: Mapping[str, Any]) -> None:
         """Add what an interrupted run has cost, given by its ledger's attributes."""
@@ -155,6 +161,20 @@ class Ledger:
         }
         other = table.pop("other_up") + table.pop("other_down")
         table |= {"mask_down": self.mask_down, "other": other}
+        return table | {"total": sum(table.values())}
+
+    def dense_bytes_by_phase(self, model: ArrayRecord) -> dict[str, int]:
+        """Bytes that the rounds' messages and replies would have been with plain FedAvg.
+
+        ``{"train_up": ..., "train_down": ..., "evaluate_up": ..., "evaluate_down": ..., "total": ...}``; FedAvg has
+        neither exploration nor masks. ``model`` is the full model as it is given to ``start``.
+        """
+        message, *replies = dense_traffic(model)
+        table = {
+            f"{phase}_{way}": self.messages[phase] * getattr(message, way) + self.replies[phase] * getattr(reply, way)
+            for phase, reply in zip(("train", "evaluate"), replies, strict=True)
+            for way in ("up", "down")
+        }
         return table | {"total": sum(table.values())}
 
     def bytes_by_node(self) -> dict[int, dict[str, int]]:

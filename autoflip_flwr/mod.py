@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,11 +23,17 @@ LAYOUT = "autoflip.layout"
 """Record of an explorer's state: the layout of the model that it was sent."""
 
 PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
+WEIGHT_DECAY_KEY = "autoflip-weight-decay"
 """Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
 
 A client that reads them explores as the method asks: it trains for up to ``autoflip-epochs`` epochs and stops after
-``autoflip-patience`` epochs without a better mean training loss. A client that ignores them trains as usual.
+``autoflip-patience`` epochs without a better mean training loss, with the weight decay ``autoflip-weight-decay``, which
+is 0: weight decay moves all clients' weights alike, where they agree on nothing. A client that ignores them trains as
+usual.
 """
+
+EXPLORED = "explored."
+"""Records of ``context.state`` whose names begin so outlive the exploration; a client's others are as before it."""
 
 
 def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -174,13 +182,14 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if head["phase"] != wire.EXPLORE:
         given = {}  # only moves need it: no second model in memory while the client trains
     message.content = inner
-    reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
+    with _state_set_aside(context) if head["phase"] == wire.EXPLORE else nullcontext():
+        reply = legacy.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
     if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
         return Message(reply.error, reply_to=message)
     content = RecordDict(dict(reply.content))
     if head["phase"] == wire.EVALUATE:
         return _reply(message, context, head, content, digest=mask.digest)
-    key, arrays = _result(content, mask)
+    key, arrays = _result(content, mask, exploring=head["phase"] == wire.EXPLORE)
     if head["phase"] == wire.EXPLORE:
         moves = {
             spec.name: np.subtract(arrays[spec.name], given[spec.name]) for spec in mask.layout.specs if spec.floating
@@ -195,8 +204,27 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     return _reply(message, context, head, content, **told)
 
 
-def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
-    """The full arrays that the client's own code returned, in the model's dtypes."""
+@contextmanager
+def _state_set_aside(context: Context) -> Iterator[None]:
+    """Give ``context.state`` back as it was: round 1 does not begin with what a client kept of the full model."""
+
+    def stays(key: str) -> bool:
+        return key == wire.HEADER or key.startswith((f"{wire.HEADER}.", EXPLORED))
+
+    before = {key: copy.deepcopy(record) for key, record in context.state.items() if not stays(key)}
+    try:
+        yield
+    finally:
+        for key in [key for key in context.state if not stays(key)]:
+            del context.state[key]
+        context.state.update(before)
+
+
+def _result(content: RecordDict, mask: Mask, *, exploring: bool) -> tuple[str, Arrays]:
+    """The full arrays that the client's own code returned, in the model's dtypes.
+
+    An explorer's must be weights: integers in the place of floats are codes of something, and no weights.
+    """
     records = content.array_records
     if len(records) != 1:
         raise wire.WireError(f"the client returned {len(records)} ArrayRecords, expected 1")
@@ -206,6 +234,12 @@ def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
         mask.layout.check(arrays)
     except ValueError as error:
         raise wire.WireError(f"what the client returned does not fit: {error}") from error
+    for spec in mask.layout.specs if exploring else ():
+        if spec.floating and arrays[spec.name].dtype.kind != "f":
+            raise wire.WireError(
+                f"array {spec.name!r} came back with dtype {arrays[spec.name].dtype}, expected {spec.dtype}: explorers "
+                "return weights; if clients return codes that the strategy decodes, bring a mask (mask=)"
+            )
     return key, {name: array.astype(mask.layout[name].dtype, copy=False) for name, array in arrays.items()}
 
 

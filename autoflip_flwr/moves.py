@@ -1,12 +1,16 @@
-"""How an explorer's moves are coded on the wire: one byte for each parameter, its sign and the logarithm of its size.
+"""How an explorer's moves are coded on the wire: a byte for each prunable parameter, its sign and its size's logarithm.
 
 Only the ranks of the scores matter for the mask, and they are those of squares or products: a relative error of the
 same size everywhere is the right one, which is what a logarithmic code has. Each array has a range of its own.
 
-    moves = for each floating array: top (float32), step (float32); then a byte a parameter, coded by Huffman (zlib)
+    moves = for each prunable array: top (float32), step (float32); then, in one zlib stream, for each floating array:
+            a byte a parameter if it is prunable, else its moves as they are
 
-Code 0 is no move; code +-k, k from 1 to 127, is +-top * exp((k - 127) * step). The smallest twentieth of an array's
-moves is not told apart: it gets code 1, or 0 below half of that.
+Code 0 is no move; code +-k, k from 1 to 127, is +-top * exp((k - 127) * step). The smallest 5 % of an array's moves are
+not told apart: they get code 1, or 0 below half of that.
+
+What is never pruned is not coded: a mean of exact differences never leaves the range of what the explorers hold, so
+that a running variance that starts from it cannot be negative.
 """
 
 from __future__ import annotations
@@ -45,54 +49,85 @@ def encode_moves(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) 
     Raises
     ------
     ValueError
-        If a move is not finite, or larger than ``LARGEST``.
+        If a move is not finite, or that of a prunable parameter larger than ``LARGEST``.
     """
-    ranges = np.zeros((len(specs), 2), "<f4")
-    codes = []
-    for number, spec in enumerate(specs):
+    ranges, parts = [], []
+    for spec in specs:
         values = moves[spec.name].reshape(-1)
-        with np.errstate(over="ignore"):  # found below
-            size = np.abs(values).astype(np.float32, copy=False)
-        if not (size <= LARGEST).all():
-            raise ValueError(f"array {spec.name!r} has moved by NaN, infinity or more than {LARGEST:g}")
-        moved = size[size > 0]
-        code = np.zeros(size.size, np.int8)
-        if moved.size:
-            top = moved.max()
-            low = np.partition(moved, int(_BLURRED * moved.size))[int(_BLURRED * moved.size)]
-            step = (np.log(top) - np.log(low)) / np.float32(LEVELS - 1)
-            with np.errstate(divide="ignore"):
-                levels = LEVELS + (np.log(size) - np.log(top)) / (step if step > 0 else np.float32(1))
-            code[:] = np.where(size > low / 2, np.clip(np.rint(levels), 1, LEVELS), 0)
-            code[values < 0] *= -1
-            ranges[number] = top, step
-        codes.append(code)
-    packer = zlib.compressobj(6, strategy=zlib.Z_HUFFMAN_ONLY)
-    parts = [packer.compress(code.data) for code in codes] + [packer.flush()]
-    return np.frombuffer(b"".join([ranges.tobytes(), *parts]), np.uint8)
+        if spec.prunable:
+            top, step, codes = _encode(spec.name, values)
+            ranges += [top, step]
+            parts.append(codes.tobytes())
+        elif np.isfinite(values).all():
+            parts.append(values.astype(np.dtype(spec.dtype).newbyteorder("<"), copy=False).tobytes())
+        else:
+            raise ValueError(f"array {spec.name!r} has moved by NaN or infinity")
+    packer = zlib.compressobj(6, strategy=zlib.Z_RLE)  # what nobody moved costs next to nothing
+    packed = [packer.compress(part) for part in parts] + [packer.flush()]
+    return np.frombuffer(b"".join([np.array(ranges, "<f4").tobytes(), *packed]), np.uint8)
+
+
+def _encode(name: str, values: NDArray[Any]) -> tuple[float, float, NDArray[np.int8]]:
+    """Top, step and codes of one array's moves."""
+    with np.errstate(over="ignore"):  # found below
+        size = np.abs(values).astype(np.float32, copy=False)
+    if not (size <= LARGEST).all():
+        raise ValueError(f"array {name!r} has moved by NaN, infinity or more than {LARGEST:g}")
+    moved = size[size > 0]
+    codes = np.zeros(size.size, np.int8)
+    if not moved.size:
+        return 0.0, 0.0, codes
+    top = moved.max()
+    low = np.partition(moved, int(_BLURRED * moved.size))[int(_BLURRED * moved.size)]
+    step = (np.log(top) - np.log(low)) / np.float32(LEVELS - 1)
+    with np.errstate(divide="ignore"):
+        levels = LEVELS + (np.log(size) - np.log(top)) / (step if step > 0 else np.float32(1))
+    codes[:] = np.where(size > low / 2, np.clip(np.rint(levels), 1, LEVELS), 0)
+    codes[values < 0] *= -1
+    return float(top), float(step), codes
 
 
 def decode_moves(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
-    """The moves that :func:`encode_moves` has coded, float32, in the arrays' shapes.
+    """The moves that :func:`encode_moves` has coded, in the arrays' shapes.
+
+    Those of prunable arrays are float32, the others in the arrays' own dtypes.
 
     Raises
     ------
     ValueError
         If ``data`` is not what it gives for these arrays.
     """
-    head = 8 * len(specs)
+    coded = [spec for spec in specs if spec.prunable]
+    head = 8 * len(coded)
     if len(data) < head:
-        raise ValueError(f"{len(data)} bytes of moves do not hold the ranges of {len(specs)} arrays")
+        raise ValueError(f"{len(data)} bytes of moves do not hold the ranges of {len(coded)} arrays")
     ranges = np.frombuffer(data[:head], "<f4").reshape(-1, 2)
     if not ((ranges >= 0) & (ranges <= LARGEST)).all():
         raise ValueError(f"the range of an array's moves is not a number in [0, {LARGEST:g}]")
-    codes = np.frombuffer(inflate(data[head:], sum(spec.size for spec in specs), "the moves", exact=True), np.uint8)
+    tables = dict(zip((spec.name for spec in coded), map(_table, ranges.astype(np.float64)), strict=True))
+    whole = inflate(data[head:], sum(map(_bytes, specs)), "the moves", exact=True)
     moves: Arrays = {}
     start = 0
-    levels = np.arange(1, LEVELS + 1, dtype=np.float64)
-    for spec, (top, step) in zip(specs, ranges.astype(np.float64), strict=True):
-        sizes = top * np.exp((levels - LEVELS) * step)
-        table = np.concatenate([[0], sizes, [0], -sizes[::-1]]).astype(np.float32)  # by code, as an unsigned byte
-        moves[spec.name] = table[codes[start : start + spec.size]].reshape(spec.shape)
-        start += spec.size
+    for spec in specs:
+        part = whole[start : start + _bytes(spec)]
+        if spec.prunable:
+            values = tables[spec.name][np.frombuffer(part, np.uint8)]
+        else:
+            values = np.frombuffer(part, np.dtype(spec.dtype).newbyteorder("<"))
+            if not np.isfinite(values).all():
+                raise ValueError(f"array {spec.name!r} has moved by NaN or infinity")
+        moves[spec.name] = values.reshape(spec.shape)
+        start += len(part)
     return moves
+
+
+def _table(range_: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The moves of all codes of an array, by code, as an unsigned byte."""
+    top, step = range_
+    sizes = top * np.exp((np.arange(1, LEVELS + 1) - LEVELS) * step)
+    return np.concatenate([[0], sizes, [0], -sizes[::-1]]).astype(np.float32)
+
+
+def _bytes(spec: ArraySpec) -> int:
+    """Bytes of an array's moves, before they are compressed."""
+    return spec.size * (1 if spec.prunable else np.dtype(spec.dtype).itemsize)

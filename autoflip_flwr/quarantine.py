@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import Message
 from flwr.common.logger import log
 
+from autoflip_flwr import firewall, norms, wire
 from autoflip_flwr.ledger import Ledger
 
 
@@ -23,8 +22,9 @@ class ReplyRules:
     Parameters
     ----------
     norm_factor : float
-        A reply is left out whose update (or exploration) has an L2 norm above so many times the median of those that
-        came with it, > 1; ``math.inf`` leaves none out. Only from :data:`FEWEST` replies on.
+        A reply is left out whose update (or exploration) has an L2 norm above so many times what the other replies,
+        earlier rounds and the work it states explain (:func:`~autoflip_flwr.norms.judge_norms`), > 1. From the default
+        on only an update that is longer than the model, too; ``math.inf`` leaves none out.
     max_examples : float
         A reply that weighs more (``num-examples``) is left out, > 0.
     min_replies : int
@@ -38,7 +38,7 @@ class ReplyRules:
         If one is out of range.
     """
 
-    norm_factor: float = 10.0
+    norm_factor: float = norms.FAR
     max_examples: float = 1e9
     min_replies: int = 1
     strikes: int = 3
@@ -54,54 +54,14 @@ class ReplyRules:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
-FEWEST = 5
-"""From so many replies on, norms are compared with their median."""
-
-
-def outliers(norms: Mapping[int, float], factor: float) -> dict[int, str]:
-    """Those (by any key) whose norm is above ``factor`` times the median, with the reason."""
-    median = statistics.median(norms.values()) if len(norms) >= FEWEST else 0.0
-    limit = factor * median if median > 0 else math.inf
-    return {
-        key: f"the norm of its update is {norm:.4g}, {norm / median:.3g} times the median of {len(norms)} replies"
-        for key, norm in norms.items()
-        if norm > limit
-    }
-
-
-Names = tuple[tuple[str, tuple[str, ...]], ...]
-"""Of a reply's records, and of the metrics in each."""
-
-
-def unlike(contents: Mapping[int, RecordDict], before: Names | None) -> tuple[dict[int, str], Names]:
-    """Those (by any key) whose names of records and metrics differ from most, with the reason; and those of most.
-
-    Strategies insist on it. Where as many say one thing as another, those are right that say what was said ``before``.
-    """
-    names = {key: _names(content) for key, content in contents.items()}
-    counts = Counter(names.values())
-    usual = max(counts, key=lambda name: (counts[name], name == before))
-    differ = {
-        key: f"its records and metrics {own} differ from most replies' {usual}"
-        for key, own in names.items()
-        if own != usual
-    }
-    return differ, usual
-
-
-def _names(content: RecordDict) -> Names:
-    return tuple(
-        sorted(
-            (key, tuple(sorted(map(_metric, record.items()))) if isinstance(record, MetricRecord) else ())
-            for key, record in content.items()
-        )
+def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object]]) -> str:
+    """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
+    reasons = Counter(firewall.explain(reply.error) for reply in replies if reply.has_error())
+    reasons.update(
+        str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == wire.TRAIN
     )
-
-
-def _metric(item: tuple[str, object]) -> str:
-    """A metric's name, and how many numbers it is: lists of different lengths cannot be averaged."""
-    name, value = item
-    return f"{name}[{len(value)}]" if isinstance(value, list) else name
+    told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
+    return "; ".join(told[:3]) or "no reply in time"
 
 
 class Quarantine:
@@ -119,17 +79,34 @@ class Quarantine:
         self.rules, self._ledger = rules, ledger
         self._strikes: Counter[int] = Counter()
         self._until: dict[int, int] = {}  # last round in which a node gets no messages
+        self._odd: set[int] = set()  # nodes that have had their warning
+        self.longest = 0.0
+        """The largest median norm of the updates that counted in a round or the exploration."""
 
     def strike(self, node: int, phase: str, round_: int, reason: str) -> None:
-        """Leave out a reply."""
+        """Leave out a reply; one to an evaluation is noted, and costs the node no more."""
         log(WARNING, "%s, round %d: left out the reply of node %d: %s", phase, round_, node, reason)
         self._ledger.note("quarantined", node, phase, round_, reason)
+        if phase == "evaluate":
+            return
         self._strikes[node] += 1
         if self._strikes[node] >= self.rules.strikes:
             self._until[node] = last = round_ + self.rules.rest
             reason = f"{self._strikes[node]} replies in a row were left out: no messages until round {last}"
             log(WARNING, "node %d: %s", node, reason)
             self._ledger.note("rested", node, phase, round_, reason)
+
+    def judge_norms(self, updates: Mapping[int, norms.Update], phase: str, round_: int) -> dict[int, str]:
+        """Find the nodes whose updates are too long, with the reason; note what is odd, and learn from what counts."""
+        far, odd = norms.judge_norms(updates, self.rules.norm_factor, self.longest)
+        for node, reason in odd.items():
+            if node not in self._odd:
+                log(WARNING, "%s, round %d: node %d counts, but %s (said once a node)", phase, round_, node, reason)
+            self._ledger.note("odd", node, phase, round_, reason)
+        self._odd |= odd.keys()
+        counted = norms.low_median(update.norm for node, update in updates.items() if node not in far)
+        self.longest = max(self.longest, counted)
+        return far
 
     def clear(self, node: int) -> None:
         """A reply of this node counts."""
@@ -162,6 +139,7 @@ class Quarantine:
         return {
             "strikes": {names.get(node, node): count for node, count in self._strikes.items()},
             "until": {names.get(node, node): last for node, last in self._until.items()},
+            "longest": self.longest,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -169,3 +147,4 @@ class Quarantine:
         nodes = {name: node for node, name in self._ledger.partitions.items()}
         self._strikes = Counter({nodes.get(name, name): count for name, count in state["strikes"].items()})
         self._until = {nodes.get(name, name): last for name, last in state["until"].items()}
+        self.longest = state["longest"]

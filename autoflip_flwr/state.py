@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from autoflip_flwr.coordinates import layers
+from autoflip_flwr.privacy import WRAPPERS
 from autoflip_flwr.translate import to_arrays, to_record
 
 Arrays = dict[str, NDArray[Any]]
@@ -140,6 +141,31 @@ def load_strategy_state(strategy: Strategy, state: list[Any], arrays: Mapping[st
 
     for layer, (_, tree) in zip(layers(strategy), state, strict=True):
         put(layer, tree, lambda _: None)
+
+
+def undo_of(strategy: Strategy) -> Callable[[], None]:
+    """A function that gives a strategy, and those inside it, the attributes that they have now.
+
+    Dicts, lists and sets get back the entries that they have now; what those hold is not copied. Wrappers for
+    differential privacy stay as they are then: what they have released is released.
+    """
+    kept = []
+    for layer in layers(strategy):
+        if isinstance(layer, WRAPPERS):
+            continue
+        attributes = dict(vars(layer))
+        entries = [(value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)]
+        kept.append((layer, attributes, entries))
+
+    def undo() -> None:
+        for layer, attributes, entries in kept:
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            for container, before in entries:
+                container.clear()
+                container.extend(before) if isinstance(container, list) else container.update(before)
+
+    return undo
 
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
+import math
 from collections.abc import Callable, Iterable
 from logging import INFO
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, privacy, wire
+from autoflip_flwr import guidance, health, loop, privacy, savings, subspace, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
-from autoflip_flwr.quarantine import Quarantine, ReplyRules
-from autoflip_flwr.state import settings_of, strategy_state
-from autoflip_flwr.translate import Translator, to_arrays, to_record
-from autoflip_flwr.values import KINDS
+from autoflip_flwr.quarantine import Quarantine, ReplyRules, why_none
+from autoflip_flwr.settings import Configured, check
+from autoflip_flwr.state import undo_of
+from autoflip_flwr.translate import Translator, model_of, to_arrays, to_record
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
-INITIALS = ("scratch", "scouts")
 
-
-class AutoFlip(Strategy):
+class AutoFlip(Configured):
     """Prune the model before training, informed by the clients, then train in the subspace that is kept.
 
     Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
@@ -61,23 +58,29 @@ class AutoFlip(Strategy):
         Prune biases too (the authors' code does).
     prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
         Which arrays are pruned: shell-style patterns of their names, or a function of name and shape; default: those
-        with two or more dimensions.
+        that are weights (:mod:`autoflip_flwr.weights`).
     exclude : the same, or None
         Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
-    output : str or None (default: "auto")
-        Name of the output layer's weight, of which each unit keeps an incoming weight; default: the last prunable one.
+    output : str, Sequence[str], Mapping[str, int] or None (default: "auto")
+        Weights of which each unit keeps an incoming weight: names or patterns, or these with the axis of their units;
+        default: those that can be outputs (:mod:`autoflip_flwr.outputs`).
+    prune_unmoved : bool (default: False)
+        Prune what no explorer moved (first of all) instead of keeping it whole.
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
+    exploration_timeout : float or None
+        Seconds for each batch of explorers, > 0; default: the rounds' ``timeout``.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
     exploration_public : bool (default: False)
         Declares that what explorers send may be known: under a differential-privacy wrapper they explore only then.
     mask : Mask or None
         A ready mask: nobody explores and nothing is chosen.
-    mask_schedule : Callable[[int], Mask or None] or None
-        Called before each round with its number; a mask that it returns replaces the one in force. Coordinates that
-        grow again resume from their last value.
+    mask_schedule : Callable[[int, Mask, Arrays], Mask or None] or None
+        Called before each round with as many as it takes by position of its number, the mask in force and the model
+        (full arrays by name); a mask that it returns replaces the one in force. Coordinates that grow again resume from
+        their last value.
     coordinates : str (default: "auto")
         What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
         ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
@@ -89,7 +92,14 @@ exploration_values
     values_up, values_down : str or None
         The same for replies alone, and for messages alone; default: ``values``.
     seed : int or None
-        Makes the choice of nodes reproducible; costs one small message to each node before the start.
+        Makes the choice of nodes reproducible.
+    nodes : int or None
+        How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
+        ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
+        needs.
+    node_timeout : float or None (default: 60.0)
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected; ``None``: the
+        rounds' ``timeout``, which holds for those that the wrapped strategy needs in any case.
     ledger : Ledger or None
         Where bytes and failures are counted.
     rules : ReplyRules or None
@@ -102,8 +112,11 @@ exploration_values
 
     Attributes
     ----------
+    strategy, sparsity, ..., checkpoints
+        Every parameter under its own name. One that is set is checked at once and holds for the next ``start``; while
+        rounds run only ``mask`` can be set.
     mask : Mask or None
-        The mask in force.
+        The mask in force; one that is set while rounds run is, from the next one on.
     exploration : Exploration or None
         What the explorers found.
     ledger : Ledger
@@ -114,9 +127,9 @@ exploration_values
     Raises
     ------
     TypeError
-        If ``strategy`` is no Message-API strategy.
+        If a parameter is of another type.
     ValueError
-        If a parameter is out of range.
+        If one is out of range, or two do not go together.
 
     Examples
     --------
@@ -136,7 +149,8 @@ exploration_values
         biases: bool = False,
         prunable: Rule | None = None,
         exclude: Rule | None = None,
-        output: str | None = AUTO,
+        output: Output | None = AUTO,
+        prune_unmoved: bool = False,
         explorers: float = 1.0,
         min_explorers: int = 2,
         exploration_rounds: int = 1,
@@ -144,87 +158,62 @@ exploration_values
         exploration_patience: int = 2,
         exploration_weighting: str = "uniform",
         exploration_values: str = "log8",
+        exploration_timeout: float | None = None,
         exploration: Exploration | None = None,
         exploration_public: bool = False,
         mask: Mask | None = None,
-        mask_schedule: Callable[[int], Mask | None] | None = None,
+        mask_schedule: Callable[..., Mask | None] | None = None,
         coordinates: str = "auto",
         values: str = "float32",
         values_up: str | None = None,
         values_down: str | None = None,
         seed: int | None = None,
+        nodes: int | None = None,
+        node_timeout: float | None = 60.0,
         ledger: Ledger | None = None,
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
-        if initial not in INITIALS:
-            raise ValueError(f"initial = {initial!r}: must be one of {', '.join(INITIALS)}")
-        if strategy is not None and not isinstance(strategy, Strategy):
-            raise TypeError(
-                f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."
-                f"{type(strategy).__name__}"
-            )
-        self.strategy = strategy if strategy is not None else FedAvg()
-        if any(isinstance(layer, AutoFlip) for layer in coords.layers(self.strategy)):
-            raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
-        self.initial = initial
-        self.mask_plan = MaskPlan(sparsity, scope, normalisation, gamma, prunable, exclude, biases, output)
-        self.exploration_plan = ExplorationPlan(
-            explorers,
-            min_explorers,
-            exploration_rounds,
-            exploration_epochs,
-            exploration_patience,
-            exploration_weighting,
-            exploration_values,
+        self.strategy, self.mask, self.exploration = strategy, mask, exploration  # type: ignore[assignment]
+        self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
+        self.initial, self.biases = initial, biases
+        self.prunable, self.exclude, self.output = prunable, exclude, output
+        self.prune_unmoved = prune_unmoved
+        self.explorers, self.min_explorers = explorers, min_explorers
+        self.exploration_rounds, self.exploration_epochs = exploration_rounds, exploration_epochs
+        self.exploration_patience, self.exploration_weighting = exploration_patience, exploration_weighting
+        self.exploration_values, self.exploration_public = exploration_values, exploration_public
+        self.mask_schedule, self.coordinates = mask_schedule, coordinates
+        self.values, self.values_up, self.values_down = values, values_up, values_down
+        self.nodes, self.node_timeout, self.exploration_timeout = nodes, node_timeout, exploration_timeout
+        self.seed, self.checkpoints = seed, checkpoints
+        self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
+        check(self._arguments())
+        self.privacy = privacy.budget_of(self.strategy)
+        self._made_from: tuple[MaskPlan, ExplorationPlan, Exploration | None] = (
+            self.mask_plan,
+            self.exploration_plan,
+            exploration,
         )
-        self.exploration, self.mask, self.mask_schedule = exploration, mask, mask_schedule
-        self.exploration_public, self.privacy = exploration_public, privacy.budget_of(self.strategy)
-        self._up, self._down = (values if way is None else way for way in (values_up, values_down))
-        for kind in (values, self._up, self._down):
-            if kind not in KINDS:
-                raise ValueError(f"values = {kind!r}: must be one of {', '.join(KINDS)}")
-        if self._up != "float32" and coords.clips_at_clients(self.strategy):
-            raise ValueError(
-                f"values_up = {self._up!r}: rounding may lengthen an update beyond the norm to which the clients have "
-                "clipped it, and the privacy is then not what was promised: values_up='float32'"
-            )
-        self.seed = seed
-        self.ledger = ledger if ledger is not None else Ledger()
-        self.checkpoints = checkpoints
-        self._given = self._chosen = mask  # by the user, and in force since
+        self._moved_by: Exploration | None = None
         self._progress = Progress()
-        self.rules = rules if rules is not None else ReplyRules()
         self._quarantine = Quarantine(self.rules, self.ledger)
         self._round = 0
-        self._coordinates = coordinates
         self._packed = coords.resolve(coordinates, self.strategy) == "packed"
         self._integers = False
-        self._weight_key = coords.weight_key_of(self.strategy)
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
-
-    def __getattr__(self, name: str) -> Any:
-        # a project that calls methods of its own strategy goes on doing so
-        if name == "strategy" or name.startswith("__"):  # not there yet, or a protocol, as in a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.strategy, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        inner = vars(self).get("strategy")
-        theirs = "_shadow" in vars(self) and name not in vars(self) and hasattr(inner, name)
-        if theirs:  # as reading
-            setattr(inner, name, value)
-        else:
-            super().__setattr__(name, value)
+        self._changed: Arrays | None = None  # the model of this round, where its mask is new
+        self._fresh, self._asked, self._noted = True, 0, 0
+        self._running = self._in_rounds = False
+        self._ready = True
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""
-        plan = self.mask_plan
         log(INFO, "\t├──> AutoFlip settings:")
         log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
-        log(INFO, "\t│\t├── Sparsity: %s (%s)", plan.sparsity, plan.scope)
-        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", plan.normalisation, plan.gamma)
+        log(INFO, "\t│\t├── Sparsity: %s (%s)", self.sparsity, self.scope)
+        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", self.normalisation, self.gamma)
         log(INFO, "\t│\t├── Values: %s up, %s down", self._up, self._down)
         log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
         self.strategy.summary()
@@ -242,9 +231,9 @@ exploration_values
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
-        ``timeout`` (seconds) holds for each exploration batch and each round. ``evaluate_fn(0, arrays)`` sees the
-        pruned start, in full arrays. A wrapped strategy with a ``start`` of its own gets those of these parameters
-        that it has, by name, and ``own``.
+        ``timeout`` (seconds) holds for each round, and for each exploration batch where ``exploration_timeout`` does
+        not. ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of
+        its own gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -253,74 +242,136 @@ exploration_values
             wrapper, before any client works.
         CheckpointError
             If a checkpoint is in the way, damaged or of another run.
+        TypeError
+            If an argument is of another type, or neither Flower's ``start`` nor the wrapped strategy's takes it.
         RuntimeError
-            If too few nodes are connected or too few explorers answer.
+            If too few nodes are connected, too few explorers answer, or no reply of the first round counts.
         """
-        initial = to_arrays(initial_arrays)
-        if self._translator is not None:  # a second start, from what FedAdam, say, has made float64 of
-            initial = self._translator.mask.layout.cast(initial)
-        self._packed = coords.resolve(self._coordinates, self.strategy) == "packed"
+        given = {
+            "grid": grid,
+            "initial_arrays": initial_arrays,
+            "num_rounds": num_rounds,
+            "timeout": timeout,
+            "train_config": train_config,
+            "evaluate_config": evaluate_config,
+            "evaluate_fn": evaluate_fn,
+        }
+        loop.check(grid, initial_arrays, given)
+        # a strategy with a loop of its own keeps it
+        own_loop = type(self.strategy).start is not Strategy.start
+        start = loop.twin(self.strategy, methods_of=self).start if own_loop else super().start
+        loop.bind(start, given, own)
+        self._running = True
+        try:
+            progress, first = self._prepare(given)
+            args, named = loop.bind(start, given, own)
+            result = start(*args, **named)
+        finally:
+            self._running = self._in_rounds = False
+        if given["grid"] is not grid:  # who brings the facade, as the shipped app does, has a summary of its own
+            self._tell_savings(initial_arrays)
+        return result if own_loop else progress.complete(result, first)
+
+    def _tell_savings(self, initial_arrays: ArrayRecord) -> None:
+        sent, dense = self.ledger.bytes_by_phase(), self.ledger.dense_bytes_by_phase(initial_arrays)
+        for line in savings.lines(sent, dense, pruned=not self._started.mask.is_full):
+            log(INFO, "%s", line)
+
+    def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
+        """All that comes before the rounds; puts what their loop is to get into ``given``."""
+        previous, initial = self._translator, model_of(given["initial_arrays"])
+        if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
+            initial = previous.mask.layout.cast(initial)
+        packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
-        if self.mask is not self._chosen:
-            self._given = self.mask
+        self._let_go(layout)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
         if self._explores and not self.exploration_public:
             privacy.check_exploration(self.strategy)
         progress = self._progress = Progress(self.checkpoints)
-        resumed = progress.open(self._settings(layout, initial))
-        facade = self._connect(grid, timeout)
+        resumed = progress.open(self._decisive(layout, initial, packed=self._packed))
+        timeout = math.inf if given["timeout"] is None else given["timeout"]
+        facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
+        own = vars(self)  # what is chosen here is not of the user's setting
         if self._explores:
-            self.exploration = progress.exploration(self.ledger)
+            own["exploration"] = progress.exploration(self.ledger)
         if self._explores and not resumed:
-            self.exploration = self._explore(facade, everything, initial, train_config or ConfigRecord(), timeout)
-            progress.explored(self.exploration, self.ledger)
+            config = given["train_config"] or ConfigRecord()
+            own["exploration"] = self._explore(facade, everything, initial, config, timeout)
+            progress.explored(own["exploration"], self.ledger)
         if resumed:
-            self.mask = progress.mask(layout)
+            own["mask"] = progress.mask(layout)
         elif self.mask is None and self.exploration is not None:
-            self.mask = self.mask_plan.choose(layout, initial, self.exploration)
-        self.mask = self._chosen = everything if self.mask is None else self.mask
-        if self.initial == "scouts" and self.exploration is not None and self._translator is None:
-            initial = guidance.start_arrays(initial, self.exploration)
-        log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
-        self._shadow = initial
-        self._translator = translator = self._translate(self.mask, initial)
+            own["mask"] = self.mask_plan.choose(layout, initial, self.exploration)
+        own["mask"] = mask = everything if self.mask is None else self.mask
+        self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
+        log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
+        health.warn(mask)
+        full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
+        if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
+            full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
+        self._shadow = full
+        if previous is not None and not resumed and subspace.same_arrays(previous.mask.layout, full):
+            moved = previous.shown, previous.mask, mask, full
+            coords.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
+        self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
-        first = to_record(self.mask.apply(initial))
+        first = to_record(mask.apply(full))
         parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
         if resumed:
-            first, self._shadow, translator.integers = progress.model()
+            first, shadow, translator.integers = progress.model(mask)
+            self._shadow = initial if shadow is None else shadow
+            own["mask"] = progress.next_mask(layout) or mask
             progress.restore(parts)
             if self._up == "int8":
                 log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
-            progress.keep(round_, arrays, self._shadow, translator, parts)
+            shadow = None if self._shadow is initial else self._shadow
+            next_mask = None if self.mask is translator.mask else self.mask
+            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
 
-        arguments = {
-            "num_rounds": max(num_rounds - progress.before, 0),
-            "timeout": timeout,
-            "train_config": train_config,
-            "evaluate_config": evaluate_config,
-            "evaluate_fn": evaluate_fn if self.checkpoints is None else progress.evaluation(evaluate_fn, keep),
-        }
-        if type(self.strategy).start is Strategy.start:
-            return progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
-        # a strategy with a loop of its own keeps it
-        start = coords.twin(self.strategy, methods_of=self).start
-        return start(facade, first, **coords.accepted(start, arguments), **own)
+        self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
+        given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
+        if self.checkpoints is not None:
+            given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
+        return progress, first
+
+    def _let_go(self, layout: Layout) -> None:
+        """Let go of a mask and an exploration that were made under other settings than those of now."""
+        mask_plan, exploration_plan, exploration = self._made_from
+        if self._brought["exploration"] is None and self.exploration is not None:
+            known = [self.exploration.deviation]
+            if self.normalisation == "per-client":
+                known.append(self.exploration.normalised)
+            lacks = any(each.keys() != {spec.name for spec in layout.prunable} for each in known)
+            if lacks or exploration_plan != self.exploration_plan:
+                vars(self)["exploration"] = None
+        if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
+            vars(self)["mask"] = None
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """The facade of the grid, with the nodes known by their partitions where they must be."""
+        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         needed = coords.nodes_needed(self.strategy)
         facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.partitions and (self.seed is not None or self.checkpoints is not None):
-            minimum = max(int(getattr(layer, "min_available_nodes", 1)) for layer in coords.layers(self.strategy))
-            facade.roll_call(minimum=minimum, timeout=timeout)
+        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
+            try:
+                facade.roll_call(
+                    minimum=coords.nodes_waited_for(self.strategy),
+                    expected=self.nodes or 0,
+                    fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
+                    timeout=min(self.node_timeout or timeout, timeout),
+                    longest=timeout,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}: start more nodes, or lower min_available_nodes and min_train_nodes of the strategy"
+                ) from error
         return facade
 
     def _explore(
@@ -333,34 +384,14 @@ exploration_values
             initial,
             template_of(self.strategy, seen, config, facade),
             mask=everything,
-            weight_key=self._weight_key,
+            weight_key=coords.weight_key_of(self.strategy),
             kind=self._down,
             seed=self.seed,
-            timeout=timeout,
+            timeout=self.exploration_timeout or timeout,
             quarantine=self._quarantine,
             checkpoints=self.checkpoints,
+            per_client=self.normalisation == "per-client",
         )
-
-    def _settings(self, layout: Layout, initial: Arrays) -> dict[str, object]:
-        """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
-        if self.checkpoints is None:
-            return {}
-        if type(self.strategy).start is not Strategy.start:
-            raise ValueError(
-                f"checkpoints: {type(self.strategy).__name__} has a start of its own, whose variables cannot be kept"
-            )
-        strategy_state(self.strategy, {})
-        start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
-        return {
-            "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
-            "prunable": [spec.name for spec in layout.prunable],
-            "initial values": start,
-            "mask": {**dataclasses.asdict(self.mask_plan), "ready": self._given and self._given.digest},
-            "exploration": dataclasses.asdict(self.exploration_plan),
-            "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
-            "rules": dataclasses.asdict(self.rules),
-            "strategy": settings_of(self.strategy),
-        }
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -368,26 +399,49 @@ exploration_values
         """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
         translator = self._started
         self._round = server_round = server_round + self._progress.before
-        full = self._follow_schedule(server_round, to_arrays(arrays), translator)
+        full = self._in_force(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
-        return translator.outgoing(messages, wire.TRAIN, server_round)
+        outgoing = translator.outgoing(messages, wire.TRAIN, server_round)
+        self._asked, self._noted = len(outgoing), len(self.ledger.incidents)
+        return outgoing
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
+        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays.
+
+        Raises
+        ------
+        RuntimeError
+            If no reply of the first round counts.
+        """
+        record, metrics = self._aggregate(server_round + self._progress.before, replies)
+        changed, self._changed = self._changed, None
+        if record is None and changed is not None:  # what the loop has is still under the mask before
+            record = to_record(changed)
+        return record, metrics
+
+    def _aggregate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         translator = self._started
-        server_round += self._progress.before
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
-        least = max(self.rules.min_replies, noised)
+        before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
         if plainly:
-            counted, mean = translator.average(replies, server_round, least)
+            counted, mean = translator.average(replies, server_round)
         else:
-            counted = translator.incoming(replies, server_round, least)
+            counted = translator.incoming(replies, server_round)
         valid = sum(not reply.has_error() for reply in counted)
+        if self._fresh and self._asked and not valid:
+            raise RuntimeError(
+                f"round {server_round}: no reply of {self._asked} nodes counts: "
+                f"{why_none(counted, self.ledger.incidents[self._noted :])}"
+            )
+        self._fresh = self._fresh and not self._asked
         if not self._quarantine.suffices(valid, noised, server_round):
+            translator.integers, self._quarantine.longest = before, longest
             privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
         if plainly:
@@ -397,7 +451,8 @@ exploration_values
             mean = None if record is None else translator.from_strategy(record)
             if mean is not None and not translator.mask.layout.is_finite(mean):
                 self._quarantine.keep_model(server_round, "what the strategy has made of the replies is not finite")
-                mean = None
+                translator.integers, self._quarantine.longest, mean = before, longest, None
+                undo()
         if metrics is not None:
             self._progress.train[server_round] = metrics
         return None if mean is None else to_record(mean), metrics
@@ -421,6 +476,29 @@ exploration_values
             self._progress.evaluate[server_round] = metrics
         return metrics
 
+    def initialize_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse Flower's old server API, which calls this first, unless the wrapped strategy has such a method.
+
+        Raises
+        ------
+        RuntimeError
+            That says how to start a run.
+        """
+        own = getattr(self.strategy, "initialize_parameters", None)
+        if own is None:
+            raise RuntimeError(
+                "AutoFlip works with Flower's Message API, not with ServerAppComponents or start_server: call "
+                "strategy.start(grid, initial_arrays) in a function under @app.main() of app = ServerApp()"
+            )
+        return own(*args, **kwargs)
+
+    def _check_running(self, name: str, value: object) -> None:
+        if name != "mask":
+            super()._check_running(name, value)
+        if not self._in_rounds:
+            raise RuntimeError("mask was set before the first round, while AutoFlip finds one: set it before start")
+        subspace.check(value, self._started.mask.layout, "strategy.mask = ...")
+
     @property
     def _explores(self) -> bool:
         return self.mask is None and self.exploration is None and self.mask_plan.sparsity > 0
@@ -440,25 +518,34 @@ exploration_values
             initial,
             packed=self._packed,
             integers=self._integers,
-            weight_key=self._weight_key,
+            weight_key=coords.weight_key_of(self.strategy),
             quarantine=self._quarantine,
             needed=coords.metrics_needed(self.strategy),
+            averaged=coords.metrics_averaged(self.strategy),
             nudges=coords.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
         )
 
-    def _follow_schedule(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
-        """The model under the mask that the schedule names for this round."""
+    def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
+        """The model under the mask of this round: one that was set since, and then the schedule's."""
+        if self.mask is not None and self.mask is not translator.mask:
+            full = self._change(self.mask, full, translator)
+        if self.mask_schedule is not None:
+            new = subspace.ask(self.mask_schedule, server_round, translator.mask, full)
+            full = full if new is None else self._change(new, full, translator)
+        return full
+
+    def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
+        """The model under a new mask, which is in force from now on."""
         old = translator.mask
-        new = None if self.mask_schedule is None else self.mask_schedule(server_round)
-        if new is None or new.digest == old.digest:
-            return full
-        if new.layout.specs != old.layout.specs:
-            raise ValueError(f"mask_schedule({server_round}): the mask's arrays are not those of the model")
-        if new.version <= old.version:
-            new = dataclasses.replace(new, version=old.version + 1)
-        self._shadow = old.scatter(old.gather(full), into=self._shadow)
-        coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
-        self.mask = self._chosen = translator.mask = new
-        return new.apply(self._shadow)
+        if new.digest != old.digest:
+            if new.version <= old.version:
+                new = dataclasses.replace(new, version=old.version + 1)
+            self._shadow = old.scatter(old.gather(full), into=self._shadow)
+            coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
+            translator.mask = new
+            health.warn(new)
+            self._changed = full = new.apply(self._shadow)
+        vars(self)["mask"] = translator.mask
+        return full

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from logging import WARNING
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -15,8 +16,11 @@ from autoflip_flwr import firewall, maskrecord, wire
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.firewall import Judged
 from autoflip_flwr.layout import Arrays
+from autoflip_flwr.ledger import examples_processed
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.quarantine import Names, Quarantine, outliers, unlike
+from autoflip_flwr.metrics import Likeness
+from autoflip_flwr.norms import Update, joint_norm
+from autoflip_flwr.quarantine import Quarantine
 from autoflip_flwr.values import is_coded
 
 KEPT_MASKS = 4
@@ -34,6 +38,27 @@ def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
 def to_arrays(record: ArrayRecord) -> Arrays:
     """Flower's record of arrays -> arrays by name (copies)."""
     return {name: array.numpy() for name, array in record.items()}
+
+
+def model_of(record: ArrayRecord) -> Arrays:
+    """The arrays of a model that can be pruned; ``ValueError`` if none of them holds floating-point numbers."""
+    coded = sorted({array.stype for array in record.values()} - {"numpy.ndarray"})
+    arrays = {} if coded else to_arrays(record)
+    kinds = coded or sorted({array.dtype.name for array in arrays.values()})
+    if not any(array.dtype.kind == "f" for array in arrays.values()):
+        raise ValueError(
+            f"nothing to prune: the model is {len(record)} arrays of {', '.join(kinds) or 'nothing'}, and AutoFlip "
+            "prunes floating-point ones; a model that travels as bytes, as XGBoost's does, runs with its strategy alone"
+        )
+    return arrays
+
+
+class Sent(NamedTuple):
+    """What a node was sent: exact floating vectors, what its reply's are added to, the norm of those compared."""
+
+    exact: Arrays
+    base: Arrays
+    norm: float
 
 
 class Translator:
@@ -55,6 +80,8 @@ class Translator:
         Takes the replies that are left out.
     needed : Mapping[str, float]
         Metrics that the strategy needs of each train reply, with the least value of each.
+    averaged : Collection[str]
+        Phases whose metrics Flower's own mean averages.
     nudges : bool
         Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
@@ -71,6 +98,7 @@ class Translator:
         weight_key: str,
         quarantine: Quarantine,
         needed: Mapping[str, float] | None = None,
+        averaged: Collection[str] = (wire.TRAIN, wire.EVALUATE),
         nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
@@ -81,10 +109,10 @@ class Translator:
         self._weight_key = weight_key
         self._needed = dict(needed or {})
         self._quarantine, self._nudges = quarantine, nudges
-        self._usual: dict[str, Names] = {}  # by phase
+        self._likeness = Likeness(averaged)
         self._down, self._up = down, up
         self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
-        self._sent: dict[int, tuple[Arrays, Arrays]] = {}  # node -> its values, what its reply's are added to
+        self._sent: dict[int, Sent] = {}  # by node
         self._confirmed: dict[int, str] = {}  # node -> digest
         self._older: dict[str, Mask] = {}  # by digest
         self._encoded: dict[str, ConfigRecord] = {}  # by the digest of the mask that it is the difference from
@@ -124,7 +152,7 @@ class Translator:
         self._sent = {}
         coding = wire.kinds(values=self._down, reply="float32" if phase == wire.EVALUATE else self._up)
         head = wire.header(phase, round_, self.mask, **wire.weight_key(self._weight_key), **coding)
-        values: dict[int, tuple[ArrayRecord, tuple[Arrays, Arrays]]] = {}
+        values: dict[int, tuple[ArrayRecord, Sent]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
             if len(content.array_records) != 1:
@@ -152,12 +180,9 @@ class Translator:
         sent = message.metadata
         return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
-    def incoming(self, replies: Iterable[Message], round_: int, least: int = 0) -> list[Message]:
-        """The train replies that count, as the strategy expects them, then the error replies.
-
-        Fewer than ``least`` will not be aggregated: integer and bool arrays then stay as they were, too.
-        """
-        admitted, judged = self._judge(replies, round_, least)
+    def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
+        """The train replies that count, as the strategy expects them, then the error replies."""
+        admitted, judged = self._judge(replies, round_)
         for reply, found in zip(admitted, judged, strict=False):  # errors come last
             arrays = wire.arrays_of(self.mask, found.vectors)
             if found.norm == 0 and self._nudges:
@@ -165,9 +190,9 @@ class Translator:
             reply.content[found.key] = self.to_strategy(arrays)
         return admitted
 
-    def average(self, replies: Iterable[Message], round_: int, least: int = 0) -> tuple[list[Message], Arrays | None]:
+    def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
         """The train replies that count, their metrics without their arrays, and FedAvg's mean: full, pruned arrays."""
-        admitted, judged = self._judge(replies, round_, least)
+        admitted, judged = self._judge(replies, round_)
         if not judged:
             return admitted, None
         weights = [found.weight for found in judged]
@@ -178,50 +203,60 @@ class Translator:
         }
         return admitted, self.mask.scatter(wire.split(self.mask, mean) | self.integers)
 
-    def _judge(self, replies: Iterable[Message], round_: int, least: int = 0) -> tuple[list[Message], list[Judged]]:
-        """The replies that count, with an empty record for their arrays, then the errors; what the former hold."""
+    def _judge(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], list[Judged]]:
+        """The replies that count, with an empty record for their arrays, then the errors; what the former hold.
+
+        Integer and bool arrays become those of the reply with the largest weight.
+        """
         seen: dict[int, Judged] = {}
+        updates: dict[int, Update] = {}
 
         def accept(reply: Message) -> RecordDict:
             node = reply.metadata.src_node_id
             if node not in self._sent:
                 raise wire.WireError("nothing was sent to this node in this round")
-            sent, base = self._sent[node]
+            sent = self._sent[node]
             judged = firewall.judge(
                 reply,
                 mask=self.mask,
                 round_=round_,
                 weight_key=self._weight_key,
-                sent=sent,
+                sent=sent.exact,
                 kind=self._up,
-                base=base,
+                base=sent.base,
                 max_weight=self._quarantine.rules.max_examples,
                 needed=self._needed,
             )
-            seen[id(reply)] = judged
+            seen[node] = judged
+            processed = examples_processed(reply.content)
+            updates[node] = Update(judged.kept_norm, judged.weight, processed, sent.norm)
             return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
 
         counted, errors = self._admit(replies, wire.TRAIN, round_, accept)
-        norms = {id(reply): seen[id(reply)].norm for reply in counted}
-        counted = self._without(outliers(norms, self._quarantine.rules.norm_factor), counted, wire.TRAIN, round_)
-        judged = [seen[id(reply)] for reply in counted]
+        nodes = [reply.metadata.src_node_id for reply in counted]
+        far = self._quarantine.judge_norms({node: updates[node] for node in nodes}, wire.TRAIN, round_)
+        counted = self._without(far, counted, wire.TRAIN, round_)
+        if self._weight_key:
+            self._likeness.drop_disputed(counted, wire.TRAIN, round_)
+        judged = [seen[reply.metadata.src_node_id] for reply in counted]
         for reply in counted:
             self._quarantine.clear(reply.metadata.src_node_id)
-        if len(judged) >= max(least, 1) and self.integers:
+        if judged and self.integers:
             largest = max(judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
             self.integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}
         return counted + errors, judged
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
-        """The evaluate replies that count, without our header, then the error replies."""
+        """The evaluate replies that count, without our header, then the error replies; a weight of 0 does not count."""
 
-        def accept(reply: Message) -> RecordDict:
+        def accept(reply: Message) -> RecordDict | None:
             firewall.judge_header(reply, mask=self.mask, phase=wire.EVALUATE, round_=round_)
-            firewall.judge_metrics(reply, self._weight_key)
-            return _without_ours(reply)
+            return _without_ours(reply) if firewall.judge_weight(reply, self._weight_key, or_none=True) else None
 
         counted, errors = self._admit(replies, wire.EVALUATE, round_, accept)
+        if self._weight_key:
+            self._likeness.drop_disputed(counted, wire.EVALUATE, round_)
         return counted + errors
 
     def _mask_record(self, had: str = "") -> ConfigRecord:
@@ -235,12 +270,12 @@ class Translator:
             self._encoded[had] = min(difference, whole, key=ConfigRecord.count_bytes)
         return self._encoded.get(had, whole)
 
-    def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, tuple[Arrays, Arrays]]:
-        """The message's values; the exact ones, floating, and what those of its reply are added to.
+    def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, Sent]:
+        """The message's values, and what its reply is read and judged by.
 
-        The latter are the server's exact values to an update. A reply in full is corrected by what the coding of the
-        message has changed, so that rounding the values on their way down shifts where a client starts, but never adds
-        up in the model.
+        A reply's values are added to the server's exact ones where it holds an update. A reply in full is corrected by
+        what the coding of the message has changed, so that rounding the values on their way down shifts where a client
+        starts, but never adds up in the model.
         """
         arrays = to_arrays(record) | self.integers
         packed = arrays if self._packed else self.mask.gather(arrays)
@@ -255,12 +290,16 @@ class Translator:
                     base[dtype] = values
                 elif is_coded(self._down, dtype):
                     base[dtype] = values - read[dtype].whole()
-        return sent, (exact, base)
+        parts = [values[: firewall.compared(self.mask, dtype)] for dtype, values in exact.items()]
+        return sent, Sent(exact, base, joint_norm(parts))
 
     def _admit(
-        self, replies: Iterable[Message], phase: str, round_: int, accept: Callable[[Message], RecordDict]
+        self, replies: Iterable[Message], phase: str, round_: int, accept: Callable[[Message], RecordDict | None]
     ) -> tuple[list[Message], list[Message]]:
-        """The replies that count, each judged alone and then beside the others, and the error replies."""
+        """The replies that count, each judged alone and then beside the others, and the error replies.
+
+        ``accept`` returns what of a reply the strategy is to see, or ``None`` to skip it without a word.
+        """
         counted: list[Message] = []
         errors: list[Message] = []
         answered: set[int] = set()
@@ -274,24 +313,24 @@ class Translator:
             try:
                 if node in answered:
                     raise wire.WireError("the node has answered before")
-                reply.content = accept(reply)
+                content = accept(reply)
             except wire.WireError as error:
                 self._quarantine.strike(node, phase, round_, str(error))
                 continue
             answered.add(node)
             self._confirmed[node] = self.mask.digest
-            counted.append(reply)
-        other: dict[int, str] = {}
-        if counted and self._weight_key:  # else the strategy asks nothing of metrics
-            contents = {id(reply): reply.content for reply in counted}
-            other, self._usual[phase] = unlike(contents, self._usual.get(phase))
+            if content is not None:
+                reply.content = content
+                counted.append(reply)
+        # without a weight key the strategy asks nothing of metrics
+        other = self._likeness.unlike(counted, phase) if self._weight_key else {}
         return self._without(other, counted, phase, round_), errors
 
     def _without(self, bad: Mapping[int, str], replies: list[Message], phase: str, round_: int) -> list[Message]:
-        for reply in replies:
-            if id(reply) in bad:
-                self._quarantine.strike(reply.metadata.src_node_id, phase, round_, bad[id(reply)])
-        return [reply for reply in replies if id(reply) not in bad]
+        """The replies but for those of the nodes that are ``bad``, with the reason of each."""
+        for node, reason in bad.items():
+            self._quarantine.strike(node, phase, round_, reason)
+        return [reply for reply in replies if reply.metadata.src_node_id not in bad]
 
 
 def _nudged(arrays: Arrays) -> Arrays:

@@ -151,14 +151,18 @@ class Vector:
         """All values."""
         return self.read(0, self.size)
 
-    def distance(self, other: NDArray[Any]) -> float:
-        """L2 norm of the difference from another vector of its dtype; infinity or NaN if it is not all finite."""
+    def distance(self, other: NDArray[Any], first: int = 0, last: int | None = None) -> float:
+        """L2 norm of the difference from another vector of its dtype, of values ``first`` to ``last`` (default: all).
+
+        It is infinity or NaN if they are not all finite.
+        """
+        end = self.size if last is None else last
         wide = np.promote_types(self.dtype, np.float32)
-        difference = np.empty(min(self.size, DISTANCE_CHUNK), wide)
+        difference = np.empty(min(end - first, DISTANCE_CHUNK), wide)
         total = 0.0
         with np.errstate(over="ignore", invalid="ignore"):
-            for start in range(0, self.size, DISTANCE_CHUNK):
-                stop = min(start + DISTANCE_CHUNK, self.size)
+            for start in range(first, end, DISTANCE_CHUNK):
+                stop = min(start + DISTANCE_CHUNK, end)
                 part = np.subtract(self.read(start, stop), other[start:stop], difference[: stop - start], dtype=wide)
                 total += float(part @ part)
         return math.sqrt(total) if total >= 0 else math.nan

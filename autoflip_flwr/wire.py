@@ -33,7 +33,7 @@ from autoflip_flwr.mask import Mask
 from autoflip_flwr.moves import decode_moves, encode_moves
 from autoflip_flwr.values import KINDS, Coded, Vector, coded_size, encode, is_coded
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "autoflip"
 MASK = "autoflip.mask"
 LOG8 = "log8"

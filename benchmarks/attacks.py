@@ -4,7 +4,8 @@
 
 Two of the ten clients attack from the exploration on: ``sign`` returns what it was sent less its own update, ``noise``
 what it was sent and Gaussian noise of standard deviation 1. What they send keeps to the wire format and is finite, so
-nothing but its norm (``--norm-factor 10``, AutoFlip's default) or the wrapped strategy can tell it from honest work.
+nothing but its norm (``--norm-factor 10``; the default of AutoFlip is 1000) or the wrapped strategy can tell it from
+honest work.
 Runs on all cores. Prints a row of a markdown table for each strategy; the last line is one JSON object. An accuracy is
 the mean of the last five rounds' on the server's test images, and over the seeds. Without ``--alpha`` the clients' data
 are alike: Krum keeps one client's model, which with skewed labels is itself a loss.
@@ -59,7 +60,7 @@ def attacker(lie: Lie, seed: int) -> Mod:
         sent = to_arrays(message.content.array_records["arrays"])
         server_round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
         reply = call_next(message, context)
-        draw = np.random.default_rng([seed, server_round, part])
+        draw = np.random.default_rng([seed, max(server_round, 1), part])  # an explorer's lie is that of round 1
         trained = to_arrays(reply.content.array_records["arrays"])
         lies = {
             name: lie(sent[name], array, draw) if array.dtype.kind == "f" else array  # type: ignore[arg-type]

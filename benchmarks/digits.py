@@ -104,14 +104,15 @@ def model(seed: int = 0, *, counter: bool = True) -> Arrays:
     return arrays | {"out.weight": weight(CLASSES, HIDDEN), "out.bias": np.zeros(CLASSES, np.float32)}
 
 
-def _forward(weights: Mapping[str, Floats], images: Floats) -> tuple[Floats, Floats]:
+def forward(weights: Mapping[str, Floats], images: Floats) -> tuple[Floats, Floats]:
+    """The hidden units (n, units) and the logits (n, classes) of images (n, pixels)."""
     hidden = np.maximum(images @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
     return hidden, hidden @ weights["out.weight"].T + weights["out.bias"]
 
 
 def loss_and_gradients(weights: Weights, images: Floats, labels: NDArray[np.int64]) -> tuple[float, Weights]:
     """Mean cross entropy of a batch, and its gradients."""
-    hidden, logits = _forward(weights, images)
+    hidden, logits = forward(weights, images)
     logits -= logits.max(axis=1, keepdims=True)
     log_shares = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     rows = np.arange(len(labels))
@@ -159,7 +160,7 @@ def accuracy(arrays: Mapping[str, NDArray[np.generic]]) -> float:
     """Share of the test images that are classified right."""
     images, labels = load().test
     weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"}
-    return float((_forward(weights, images)[1].argmax(axis=1) == labels).mean())
+    return float((forward(weights, images)[1].argmax(axis=1) == labels).mean())
 
 
 def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
@@ -178,6 +179,7 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
     def handle(message: Message, context: Context) -> Message:
         config = message.content.config_records["config"]
         part, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+        server_round = max(int(config["server-round"]), 1)  # type: ignore[arg-type]  # explorers' draws are round 1's
         mine = partitions(nodes, alpha, seed)[part]
         images, labels = load().train
         arrays = to_arrays(message.content.array_records["arrays"])
@@ -187,7 +189,7 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
             {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"},
             images[mine],
             labels[mine],
-            np.random.default_rng([seed, PHASE_KEY in config, int(config["server-round"]), part]),  # type: ignore[arg-type]
+            np.random.default_rng([seed, PHASE_KEY in config, server_round, part]),
             epochs=int(config.get(EPOCHS_KEY, 1)),  # type: ignore[arg-type]
             keep=None if mask is None else mask.keep,
             proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]

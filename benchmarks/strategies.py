@@ -70,7 +70,7 @@ def run(strategy: Strategy, mods: Sequence[Mod], rounds: int, seed: int, *, mask
     initial = to_record(digits.model(seed, counter=False))
     result = strategy.start(LocalGrid(app, digits.NODES), initial, rounds, evaluate_fn=digits.evaluate)
     accuracies = [float(record["accuracy"]) for record in result.evaluate_metrics_serverapp.values()]  # type: ignore[arg-type]
-    failed = strategy.ledger.failures.total() if isinstance(strategy, AutoFlip) else 0
+    failed = sum(strategy.ledger.failure_counts().values()) if isinstance(strategy, AutoFlip) else 0
     complete = len(result.train_metrics_clientapp) == rounds and not failed
     return Run(to_arrays(result.arrays), accuracies[1:], complete)
 

@@ -62,7 +62,7 @@ def message_app(seen: Callable[[Message, Context], None] | None = None, mods: li
         if seen is not None:
             seen(message, context)
         config = message.content["config"]
-        new = step(arrays_of(message.content["arrays"]), context, config["server-round"], PHASE_KEY in config)
+        new = step(arrays_of(message.content["arrays"]), context, max(config["server-round"], 1), PHASE_KEY in config)
         metrics = MetricRecord({"num-examples": examples(context), "train-loss": 1.0})
         return Message(RecordDict({"arrays": record(new), "metrics": metrics}), reply_to=message)
 
@@ -89,7 +89,7 @@ def numpy_app(made: list[int] | None = None, mods: list | None = None, floats: b
 
         def fit(self, parameters, config):
             arrays = dict(zip(names, parameters, strict=True))
-            new = step(arrays, self.context, config["server-round"], PHASE_KEY in config)
+            new = step(arrays, self.context, max(config["server-round"], 1), PHASE_KEY in config)
             return list(new.values()), examples(self.context), {"train-loss": 1.0}
 
         def evaluate(self, parameters, config):

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: where the real data lie, and a cache folder of the session's own."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,12 @@ import torch
 torch.set_num_threads(1)  # the tests are many small steps: threads only wait for each other
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what is loaded: Flower collects garbage for every array that it converts, and would go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

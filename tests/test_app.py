@@ -246,6 +246,7 @@ def only(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.runs
 def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
     done = autoflip("-c", f'num-server-rounds=8 output-dir="{tmp_path}"')
     assert done.returncode == 0, done.stdout + done.stderr
@@ -257,6 +258,7 @@ def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
     assert "[round 8/8] accuracy" in done.stdout
 
 
+@pytest.mark.runs
 def test_nothing_pruned_equals_fedavg_bit_for_bit_under_ray(tmp_path):
     models = []
     for name, settings in (("autoflip", "sparsity=0.0"), ("fedavg", 'method="fedavg"')):

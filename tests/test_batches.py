@@ -42,8 +42,8 @@ def test_every_example_comes_once_and_batches_are_otherwise_as_they_were(count: 
 
 def trained(model: nn.Module, count: int, batch_size: int) -> nn.Module:
     x = torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    config = Config(batch_size=batch_size)
-    done = train(model, x, torch.arange(count) % 2, config, epochs=2, patience=None, lr=0.1, mask=None, seed=1)
+    plain = {"patience": None, "lr": 0.1, "weight_decay": 0.0, "mask": None, "seed": 1}
+    done = train(model, x, torch.arange(count) % 2, Config(batch_size=batch_size), epochs=2, **plain)
     assert (done.epochs, done.examples) == (2, 2 * count)
     assert all(value.isfinite().all() for value in model.state_dict().values())
     return model

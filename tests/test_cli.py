@@ -399,6 +399,7 @@ class Started:
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
+@pytest.mark.runs
 @needs_proc
 def test_a_real_run(tiny_app: Path) -> None:
     run = Started(tiny_app.parent, "tiny-app", "--nodes", "3", "-c", "note='a \"b\"'")
@@ -408,6 +409,7 @@ def test_a_real_run(tiny_app: Path) -> None:
     run.close()
 
 
+@pytest.mark.runs
 @needs_proc
 def test_a_real_run_that_fails(tiny_app: Path) -> None:
     run = Started(tiny_app.parent, "tiny-app", "--nodes", "3", "-c", "failure=true note='x'")

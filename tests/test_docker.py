@@ -190,7 +190,7 @@ def test_all_that_the_images_hold_is_pinned():
     pinned = pins()
     cuda = re.compile("(cuda|nvidia)-")
     assert all(re.fullmatch(r"[a-z0-9-]+", name) and not cuda.match(name) for name in pinned)
-    assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)+", version) for version in pinned.values())
+    assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)+(\.post[0-9]+)?", version) for version in pinned.values())
     named = {
         name
         for line in re.findall(r"uv pip install --python /venv (.*)", DOCKERFILE)

@@ -82,6 +82,7 @@ def test_the_readme_shows_these_lines(example: str) -> None:
     assert [line for line in changed_lines(example) if line not in readme] == []
 
 
+@pytest.mark.runs
 @every_example
 def test_it_runs_plain_and_pruned(example: str, tmp_path: Path) -> None:
     suffix = ".npz" if example == "sklearn" else ".pt"

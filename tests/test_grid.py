@@ -6,8 +6,9 @@ import pytest
 from apps import message_app, model, record
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.supercore.differential_privacy import KEY_NORM_BIT
 
-from autoflip_flwr import _flower, testing
+from autoflip_flwr import _flower, coordinates, testing
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import MOD_REFUSED
@@ -83,7 +84,7 @@ def test_a_node_that_comes_after_the_roll_call_is_asked_for_its_partition_withou
 
 
 def test_a_roll_call_that_is_out_of_time_waits_a_little_for_answers_and_learns_later_ones(monkeypatch):
-    monkeypatch.setattr("autoflip_flwr.grid.ANSWERS", 0.2)
+    monkeypatch.setattr("autoflip_flwr.roll_call.ANSWERS", 0.2)
     inside = Filling(message_app(), 3)
     inside.late, inside.slow = False, True
     grid = OrderedGrid(inside)
@@ -130,6 +131,7 @@ def test_the_local_grid_is_as_strict_as_deployment():
 
 
 def test_flowers_private_names_and_error_codes_are_still_there():
+    assert coordinates.NORM_BIT == KEY_NORM_BIT
     assert all(hasattr(_flower, name) for name in _flower.__all__)
     assert MOD_REFUSED == ErrorCode.MOD_FAILED_PRECONDITION
     assert testing.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION

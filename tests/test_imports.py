@@ -16,16 +16,19 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "layout", "traffic", "_flower"},
+    {"files", "loop", "metrics", "norms", "savings", "traffic", "weights", "_flower"},
+    {"outputs"},
+    {"layout"},
     {"mask", "testing", "values"},
-    {"average", "bits", "guidance"},
-    {"moves"},
+    {"average", "bits", "guidance", "health", "subspace"},
+    {"evidence", "moves"},
     {"wire"},
-    {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan"},
+    {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},
     {"grid", "mod", "quarantine", "privacy"},
     {"translate"},
     {"state", "checkpoint"},
     {"exploration", "progress"},
+    {"settings"},
     {"strategy"},
     {"__init__"},
 ]
@@ -67,6 +70,36 @@ def test_importing_the_library_loads_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+WITHOUT_PRIVATE_PARTS = """
+import sys
+import flwr.app, flwr.clientapp.mod, flwr.common.logger, flwr.serverapp.strategy  # public, with what they need
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(private):
+            raise ModuleNotFoundError(f"no module {name}", name=name)
+
+private = ("flwr.supercore", "flwr.proto", "flwr.common.constant", "flwr.common.serde")
+for name in [name for name in sys.modules if name.startswith(private)]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Refuse())
+
+from autoflip_flwr import AutoFlip, autoflip_mod
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideAdaptiveClipping, FedAvg
+AutoFlip(DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 100), exploration_public=True)
+try:
+    import autoflip_flwr.testing
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_flowers_private_parts_are_needed_for_testing_only():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PRIVATE_PARTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no module flwr.supercore")
 
 
 def test_a_client_does_not_load_the_servers_modules():

@@ -18,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from uv import find_uv_bin
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 STEM = f"autoflip_flwr-{PROJECT['version']}"

@@ -96,7 +96,7 @@ class Config:
     nodes : int (0)
         SuperNodes to wait for: 0 (as many as connect) or >= 2.
     node_timeout : float (60.0)
-        Seconds to wait for them, > 0.
+        Seconds without a new node after which a run no longer waits for more, > 0.
     model : str ("cnn")
         cnn, twocnn, resnet18 or resnet18-gn.
     optimizer : str ("adam")
@@ -147,6 +147,8 @@ class Config:
         Most epochs an explorer trains, >= 1.
     exploration_patience : int (2)
         Epochs without a better loss after which an explorer stops, >= 1.
+    exploration_timeout : float (0.0)
+        Seconds for each batch of explorers, >= 0. 0: as `round_timeout`.
     exploration_weighting : str ("uniform")
         Weights of the explorers: uniform or examples.
     exploration_values : str ("log8")
@@ -164,8 +166,9 @@ class Config:
 
     min_replies : int (1)
         A round in which fewer replies count keeps the model (method autoflip), >= 1.
-    norm_factor : float (10.0)
-        A reply is left out whose update is longer than so many times the median of 5 or more (method autoflip), > 1.
+    norm_factor : float (1000.0)
+        A reply is left out whose update is so many times longer than the others, its work and earlier rounds explain
+        (method autoflip), > 1; from the default on only if it is longer than the model, too.
     max_examples : float (1e9)
         A reply that says it has more examples is left out (method autoflip), > 0.
     checkpoints : int (2)
@@ -215,6 +218,7 @@ class Config:
     exploration_rounds: int = _setting(1, _COUNT)
     exploration_epochs: int = _setting(5, _COUNT)
     exploration_patience: int = _setting(2, _COUNT)
+    exploration_timeout: float = _setting(0.0, _NOT_NEGATIVE)
     exploration_weighting: str = _setting("uniform", _choice("uniform", "examples"))
     exploration_values: str = _setting("log8", _choice("log8", "float32"))
     min_explorers: int = _setting(2, _COUNT)
@@ -224,7 +228,7 @@ class Config:
     exploration: str = _setting("", _TEXT)
 
     min_replies: int = _setting(1, _COUNT)
-    norm_factor: float = _setting(10.0, _ABOVE_ONE)
+    norm_factor: float = _setting(1000.0, _ABOVE_ONE)
     max_examples: float = _setting(1e9, _POSITIVE)
     checkpoints: int = _setting(2, _NOT_BELOW_ZERO)
     resume: str = _setting("", _TEXT)
@@ -299,6 +303,7 @@ _FREE = (
     "nodes",
     "node-timeout",
     "round-timeout",
+    "exploration-timeout",
     "num-server-rounds",
     "checkpoints",
     "resume",

@@ -107,7 +107,7 @@ def run(grid: Grid, config: Config) -> Path:
 def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
     minimum = max(2, config.nodes, config.min_explorers if config.method == "autoflip" else 0)
     try:
-        ordered.roll_call(minimum=minimum, timeout=config.node_timeout)
+        ordered.roll_call(minimum=minimum, expected=config.nodes, timeout=config.node_timeout)
     except RuntimeError as error:
         raise ConfigError(
             f"nodes = {config.nodes}: {error}; start more SuperNodes "
@@ -167,6 +167,7 @@ def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, c
         exploration_rounds=config.exploration_rounds,
         exploration_epochs=config.exploration_epochs,
         exploration_patience=config.exploration_patience,
+        exploration_timeout=config.exploration_timeout or None,
         exploration_weighting=config.exploration_weighting,
         exploration_values=config.exploration_values,
         values=config.values,

@@ -117,10 +117,10 @@ def with_floats(content: RecordDict, floats: Array) -> RecordDict:
 def headers(good: RecordDict) -> dict[str, RecordDict]:
     """Headers that neither side takes."""
     changes: dict[str, dict[str, Any]] = {
-        "format-of-another-version": {"format": 1},
-        "format-a-float": {"format": 2.0},
+        "format-of-another-version": {"format": wire.FORMAT - 1},
+        "format-a-float": {"format": float(wire.FORMAT)},
         "format-a-bool": {"format": True},
-        "format-a-list": {"format": [2]},
+        "format-a-list": {"format": [wire.FORMAT]},
         "format-huge": {"format": 2**64 - 1},
         "format-missing": {"format": None},
         "phase-unknown": {"phase": "exec"},
@@ -141,7 +141,7 @@ def headers(good: RecordDict) -> dict[str, RecordDict]:
         "values-of-the-kind-of-moves": {"values": "log8"},
     }
     found = {f"header-{name}": alter(good, wire.HEADER, **change) for name, change in changes.items()}
-    found["header-of-metrics"] = swap(good, wire.HEADER, MetricRecord({"format": 2, "round": 1}))
+    found["header-of-metrics"] = swap(good, wire.HEADER, MetricRecord({"format": wire.FORMAT, "round": 1}))
     found["header-of-arrays"] = swap(good, wire.HEADER, ArrayRecord({"format": Array(np.zeros(1))}))
     found["header-empty"] = swap(good, wire.HEADER, ConfigRecord())
     return found
@@ -400,7 +400,7 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
     for name, change in (("loss-nan", {"loss": math.nan}), ("loss-a-list", {"loss": [1.0, 2.0]})):
         evaluated = alter(reply(wire.EVALUATE), "metrics", **change)  # type: ignore[arg-type]
         found[f"evaluate-metrics-{name}"] = ({"phase": "evaluate", "values": "float32"}, evaluated)
-    for name, change in (("format-a-float", {"format": 2.0}), ("digest-missing", {"digest": None})):
+    for name, change in (("format-a-float", {"format": float(wire.FORMAT)}), ("digest-missing", {"digest": None})):
         evaluated = alter(reply(wire.EVALUATE), wire.HEADER, **change)  # type: ignore[arg-type]
         found[f"evaluate-header-{name}"] = ({"phase": "evaluate", "values": "float32"}, evaluated)
     return found
@@ -410,20 +410,27 @@ def moves() -> dict[str, tuple[str, RecordDict]]:
     """Explorers' moves that the server does not take: how they should be coded, and the reply."""
     good = reply(wire.EXPLORE, wire.LOG8)
     data = good["arrays"]["float32"].numpy().tobytes()
-    assert data[16:17] == b"\x78"
+    assert data[8:9] == b"\x78"
 
     def log8(changed: bytes) -> tuple[str, RecordDict]:
         return wire.LOG8, with_floats(good, Array(np.frombuffer(changed, np.uint8)))
 
+    def inside(codes: int, *plain: float) -> tuple[str, RecordDict]:
+        return log8(data[:8] + zlib.compress(bytes(codes) + struct.pack(f"<{len(plain)}f", *plain)))
+
     found = {
         "moves-empty": log8(b""),
-        "moves-without-codes": log8(data[:16]),
+        "moves-without-codes": log8(data[:8]),
         "moves-cut-off": log8(data[:-1]),
         "moves-with-garbage-behind": log8(data + b"x"),
-        "moves-one-too-few": log8(data[:16] + zlib.compress(bytes(19))),
-        "moves-one-too-many": log8(data[:16] + zlib.compress(bytes(21))),
-        "moves-a-bomb": log8(data[:16] + BOMB),
-        "moves-not-compressed": log8(data[:16] + bytes(20)),
+        "moves-one-too-few": inside(15, *[0.0] * 4),
+        "moves-one-too-many": inside(17, *[0.0] * 4),
+        "moves-without-what-is-never-pruned": inside(16),
+        "moves-of-what-is-never-pruned-one-too-few": inside(16, *[0.0] * 3),
+        "moves-of-what-is-never-pruned-nan": inside(16, 0.0, math.nan, 0.0, 0.0),
+        "moves-of-what-is-never-pruned-infinite": inside(16, 0.0, 0.0, 0.0, -math.inf),
+        "moves-a-bomb": log8(data[:8] + BOMB),
+        "moves-not-compressed": log8(data[:8] + bytes(32)),
         "moves-not-coded": (wire.LOG8, with_floats(good, Array(np.zeros(20, np.float32)))),
         "moves-without-a-dtype": (wire.LOG8, alter(good, "arrays", int64=None)),
         "moves-of-integers": (wire.LOG8, alter(good, "arrays", int64=Array(np.ones(9, np.uint8)))),

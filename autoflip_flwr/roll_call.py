@@ -1,0 +1,201 @@
+"""The roll call: who is there, which partition each node has, and waiting until those that are expected have come."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from logging import INFO, WARNING
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
+
+from autoflip_flwr import wire
+
+SETTLE = 10.0
+"""Seconds without a new node after which all have come, where nobody knows how many there are."""
+
+ANSWERS = 15.0
+"""Seconds without a new node or answer after which nodes that have not answered are mute."""
+
+EVERY = 10.0
+"""Seconds after which it is said again for whom a run waits."""
+
+
+class RollCall:
+    """Ask each node for its ``partition-id`` and ``num-partitions``, once.
+
+    Parameters
+    ----------
+    push : Callable[[list[Message]], object]
+        Sends messages.
+    pull : Callable[[list[str]], list[Message]]
+        Fetches the replies that have come to the messages of these ids.
+    received : Callable[[Message, Message], None]
+        Told of each message with its reply.
+
+    Attributes
+    ----------
+    partitions : dict[int, int]
+        Partition id by node id, of those that have told it.
+    """
+
+    def __init__(
+        self,
+        push: Callable[[list[Message]], object],
+        pull: Callable[[list[str]], list[Message]],
+        received: Callable[[Message, Message], None],
+    ) -> None:
+        self._push, self._pull, self._received = push, pull, received
+        self.partitions: dict[int, int] = {}
+        self._told: Counter[int] = Counter()
+        self._greeted: set[int] = set()
+        self._asked: dict[str, Message] = {}  # what they were asked, by message id, until they answer
+
+    @property
+    def begun(self) -> bool:
+        """Whether any node has been asked."""
+        return bool(self._greeted)
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of partitions, as most nodes say (0: none has said); one alone cannot keep the others waiting."""
+        return max(self._told, key=lambda count: self._told[count], default=0)
+
+    @property
+    def mute(self) -> set[int]:
+        """The nodes that have not answered yet."""
+        return {message.metadata.dst_node_id for message in self._asked.values()}
+
+    def greet(self, nodes: Iterable[int]) -> int:
+        """Ask those that have not been asked, without waiting; returns how many answers have come since before."""
+        if new := sorted(set(nodes) - self._greeted):
+            self._greeted |= set(new)
+            head = {wire.HEADER: wire.header(wire.HELLO, 0)}
+            hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
+            self._push(hellos)
+            self._asked |= {hello.metadata.message_id: hello for hello in hellos}
+        replies = self._pull(list(self._asked)) if self._asked else []
+        for reply in replies:
+            message = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if message is not None:
+                self._received(message, reply)
+                self._learn(reply)
+        return len(replies)
+
+    def wait(
+        self,
+        connected: Callable[[], Iterable[int]],
+        *,
+        minimum: int = 1,
+        expected: int = 0,
+        fewest: int = 1,
+        timeout: float = 60.0,
+        longest: float | None = None,
+    ) -> set[int]:
+        """Wait until the expected nodes are connected and have answered; the log says at once for how many.
+
+        As many are expected as the caller says, else as the nodes' ``num-partitions`` says. Where nobody says it, all
+        have come once no new node has for :data:`SETTLE` seconds. A node that does not answer holds the others for
+        :data:`ANSWERS` seconds (``timeout`` while nobody has answered), and is then :attr:`mute`; it may answer later.
+
+        Parameters
+        ----------
+        connected : Callable[[], Iterable[int]]
+            The nodes that are connected now.
+        minimum : int
+            Fewest with which a run can go on.
+        expected : int
+            How many are expected; 0: as many as the nodes say.
+        fewest : int
+            How many are expected at least, where nobody says how many.
+        timeout : float
+            Seconds without a new node after which it goes on with those that are there, if they are ``minimum``.
+        longest : float | None
+            Seconds without a new node after which it gives up on ``minimum``; ``None``: ``timeout``.
+
+        Returns
+        -------
+        set[int]
+            Ids of the nodes that are connected.
+
+        Raises
+        ------
+        RuntimeError
+            If fewer than ``minimum`` nodes have connected in time.
+        """
+        started = came = heard = time.monotonic()
+        most, answered, said = 0, False, _Said()
+        while True:
+            nodes = set(connected())
+            answers, now = self.greet(nodes), time.monotonic()
+            answered |= answers > 0
+            heard = now if answers else heard
+            if len(nodes) > most:
+                most, came = len(nodes), now
+            known = expected or self.num_partitions
+            wanted = max(minimum, known or fewest)
+            # fewer than the strategy needs, and not because the nodes know of no others
+            lacking = len(nodes) < min(minimum, known or minimum)
+            limit = timeout if longest is None or not lacking else longest
+            late = now - came > limit
+            all_there = len(nodes) >= wanted and (known > 0 or now - came > min(SETTLE, timeout))
+            patience = min(timeout, ANSWERS) if answered else timeout  # a first client process takes long to start
+            waited_for = self.mute & nodes
+            if (late or all_there) and (not waited_for or now - max(came, heard) > patience):
+                break
+            if late or all_there:
+                said.say(f"waiting for answers: {len(nodes - waited_for)} of {len(nodes)} nodes have answered")
+            elif len(nodes) < wanted:
+                said.say(f"waiting for nodes: {len(nodes)} of {wanted} connected")
+            else:
+                said.say(f"waiting for nodes: {len(nodes)} connected; none says yet how many there are")
+            time.sleep(pause(started))
+        if len(nodes) < minimum:
+            raise RuntimeError(f"{len(nodes)} nodes have connected within {limit:g} s, but {minimum} are needed")
+        if len(nodes) < wanted:
+            log(WARNING, "%d of %d nodes have connected: no new one for %g s, going on", len(nodes), wanted, limit)
+        log(INFO, "%d nodes are connected", len(nodes))
+        self._warn(nodes)
+        return nodes
+
+    def _warn(self, nodes: set[int]) -> None:
+        if mute := sorted(self.mute & nodes):
+            log(WARNING, "nodes %s are connected, but have not answered: going on without waiting for them", mute)
+        claims = Counter(self.partitions[node] for node in nodes & self.partitions.keys())
+        for partition in (partition for partition, count in claims.items() if count > 1):
+            alike = sorted(node for node in nodes if self.partitions.get(node) == partition)
+            log(
+                WARNING,
+                "nodes %s all say that they have partition %d: give each its own partition-id",
+                alike,
+                partition,
+            )
+
+    def _learn(self, reply: Message) -> None:
+        head = reply.content.get(wire.HEADER) if reply.has_content() else None
+        if not isinstance(head, ConfigRecord):
+            return
+        partition, count = head.get("partition"), head.get("num-partitions")
+        if type(partition) is int and partition >= 0:
+            self.partitions[reply.metadata.src_node_id] = partition
+        if type(count) is int and count > 0:
+            self._told[count] += 1
+
+
+class _Said:
+    """Says for whom a run waits: at once, when that changes (once a second), and every :data:`EVERY` seconds."""
+
+    def __init__(self) -> None:
+        self._text, self._when = "", 0.0
+
+    def say(self, text: str) -> None:
+        since = time.monotonic() - self._when
+        if not self._text or since > EVERY or (text != self._text and since > 1):
+            log(INFO, "%s", text)
+            self._text, self._when = text, time.monotonic()
+
+
+def pause(started: float) -> float:
+    """Seconds until replies are asked for again: a twentieth of what it has taken, from 0.02 s to 1 s."""
+    return min(max((time.monotonic() - started) / 20, 0.02), 1.0)
