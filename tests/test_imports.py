@@ -29,6 +29,7 @@ ROWS = [
     {"state", "checkpoint"},
     {"exploration", "progress"},
     {"settings"},
+    {"rounds"},
     {"strategy"},
     {"__init__"},
 ]
