@@ -18,7 +18,7 @@ from autoflip_flwr import guidance, health, loop, privacy, savings, subspace, wi
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Output, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
@@ -77,9 +77,10 @@ exploration_values
         Declares that what explorers send may be known: under a differential-privacy wrapper they explore only then.
     mask : Mask or None
         A ready mask: nobody explores and nothing is chosen.
-    mask_schedule : Callable[[int], Mask or None] or None
-        Called before each round with its number; a mask that it returns replaces the one in force. Coordinates that
-        grow again resume from their last value.
+    mask_schedule : Callable[[int, Mask, Arrays], Mask or None] or None
+        Called before each round with as many as it takes by position of its number, the mask in force and the model
+        (full arrays by name); a mask that it returns replaces the one in force. Coordinates that grow again resume from
+        their last value.
     coordinates : str (default: "auto")
         What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
         ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
@@ -111,8 +112,11 @@ exploration_values
 
     Attributes
     ----------
+    strategy, sparsity, ..., checkpoints
+        Every parameter under its own name. One that is set is checked at once and holds for the next ``start``; while
+        rounds run only ``mask`` can be set.
     mask : Mask or None
-        The mask in force.
+        The mask in force; one that is set while rounds run is, from the next one on.
     exploration : Exploration or None
         What the explorers found.
     ledger : Ledger
@@ -123,9 +127,9 @@ exploration_values
     Raises
     ------
     TypeError
-        If ``strategy`` is no Message-API strategy.
+        If a parameter is of another type.
     ValueError
-        If a parameter is out of range.
+        If one is out of range, or two do not go together.
 
     Examples
     --------
@@ -238,8 +242,10 @@ exploration_values
             wrapper, before any client works.
         CheckpointError
             If a checkpoint is in the way, damaged or of another run.
+        TypeError
+            If an argument is of another type, or neither Flower's ``start`` nor the wrapped strategy's takes it.
         RuntimeError
-            If too few nodes are connected or too few explorers answer.
+            If too few nodes are connected, too few explorers answer, or no reply of the first round counts.
         """
         given = {
             "grid": grid,
@@ -279,7 +285,7 @@ exploration_values
         packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
-        self._let_go()
+        self._let_go(layout)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
         if self._explores and not self.exploration_public:
@@ -308,9 +314,9 @@ exploration_values
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
             full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
         self._shadow = full
-        alike = previous is not None and packed == self._packed and previous.mask.layout.specs == layout.specs
-        if previous is not None and alike and not resumed:
-            coords.carry_state(self.strategy, previous.shown, previous.mask, mask, full, packed=packed)
+        if previous is not None and not resumed and subspace.same_arrays(previous.mask.layout, full):
+            moved = previous.shown, previous.mask, mask, full
+            coords.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
         self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
         first = to_record(mask.apply(full))
@@ -328,17 +334,22 @@ exploration_values
             next_mask = None if self.mask is translator.mask else self.mask
             progress.keep(round_, arrays, shadow, translator, parts, next_mask)
 
-        self._fresh, self._changed, self._in_rounds = progress.before == 0, None, True
+        self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
         given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
         if self.checkpoints is not None:
             given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
         return progress, first
 
-    def _let_go(self) -> None:
+    def _let_go(self, layout: Layout) -> None:
         """Let go of a mask and an exploration that were made under other settings than those of now."""
         mask_plan, exploration_plan, exploration = self._made_from
-        if self._brought["exploration"] is None and exploration_plan != self.exploration_plan:
-            vars(self)["exploration"] = None
+        if self._brought["exploration"] is None and self.exploration is not None:
+            known = [self.exploration.deviation]
+            if self.normalisation == "per-client":
+                known.append(self.exploration.normalised)
+            lacks = any(each.keys() != {spec.name for spec in layout.prunable} for each in known)
+            if lacks or exploration_plan != self.exploration_plan:
+                vars(self)["exploration"] = None
         if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
             vars(self)["mask"] = None
 
