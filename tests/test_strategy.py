@@ -142,7 +142,7 @@ def test_client_code_sees_what_it_would_see_without_autoflip():
         assert same == {name: (array.shape, array.dtype) for name, array in model().items()}
     assert dict(training["config"]) == {"server-round": 1, "proximal-mu": 0.25}
     assert dict(exploration["config"]) == {
-        "server-round": 1,
+        "server-round": 0,
         "proximal-mu": 0.25,
         PHASE_KEY: "explore",
         EPOCHS_KEY: 5,
