@@ -28,7 +28,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1
+FORMAT = 2
 EXPLORATION = "exploration.safetensors"
 EXPLORERS = "explorers"
 LOCK = "lock"
@@ -36,6 +36,7 @@ LOCK = "lock"
 Arrays = dict[str, NDArray[Any]]
 
 _ROUND = re.compile(r"round-(\d{6,})\.safetensors")
+_SHADOW = "shadow-{:06d}.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -85,9 +86,11 @@ class Checkpoints:
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}: must be at least 1")
         self._settings: dict[str, Any] = {}
+        self._shadow: tuple[Arrays, list[str]] | None = None  # the last one, and its file's name and digest
+        self._needed: dict[str, str] = {}  # by the file of a round: that of its shadow
 
-    def open(self, settings: Mapping[str, object]) -> tuple[dict[str, Any], Arrays] | None:
-        """State and arrays of the last finished round, or ``None`` if the run begins.
+    def open(self, settings: Mapping[str, object]) -> tuple[dict[str, Any], Arrays, Arrays | None] | None:
+        """State, arrays and shadow of the last finished round, or ``None`` if the run begins.
 
         Parameters
         ----------
@@ -122,29 +125,75 @@ class Checkpoints:
             self._restore(None if found is None else found[0].get("extra"))
             return None
         try:
-            state, arrays = _read(rounds[-1], self._settings)
+            state, arrays, shadow = self._read_round(rounds[-1])
         except DamagedError as error:
             raise DamagedError(f"{error}{self._offer(rounds[:-1])}") from error
+        self._needed = state.pop("shadows")
+        self._shadow = None if shadow is None else (shadow, state["shadow"])
         self._restore(state.pop("extra"))
-        return state, arrays
+        return state, arrays, shadow
+
+    def _read_round(self, path: Path) -> tuple[dict[str, Any], Arrays, Arrays | None]:
+        state, arrays = _read(path, self._settings)
+        if state["shadow"] is None:
+            return state, arrays, None
+        name, digest = state["shadow"]
+        shadow = path.with_name(name)
+        if not shadow.exists():
+            raise DamagedError(f"{path} is of no use without {name}, which is not there: remove it")
+        try:
+            about, values = _read(shadow, self._settings)
+        except DamagedError as error:
+            raise DamagedError(f"{error}, and {path.name}, which needs it") from error
+        if about["digest"] != digest:
+            raise DamagedError(f"{shadow} is not the one that {path.name} was written with: remove both")
+        return state, arrays, values
 
     def _offer(self, rounds: list[Path]) -> str:
         """From where the run can go on without its last checkpoint."""
         for path in reversed(rounds):
             with suppress(CheckpointError):
-                _read(path, self._settings)
+                self._read_round(path)
                 return f"; without it the run goes on from {path.name}"
         return ""
 
-    def write(self, round_: int, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep the state after a round, then let go of the oldest; a failure is logged, and the run goes on."""
+    def write(
+        self,
+        round_: int,
+        state: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+        shadow: tuple[int, Arrays] | None = None,
+    ) -> None:
+        """Keep the state after a round, then let go of the oldest; a failure is logged, and the run goes on.
+
+        ``shadow`` is the version of the mask in force, and the last values of what that prunes (full arrays by name):
+        they go to a file of their own, once for each version. ``None`` where they are those of the initial model, which
+        a run that goes on is given again.
+        """
+        path = self._folder / f"round-{round_:06d}.safetensors"
         whole = {**state, "extra": self._extra()}
         try:
-            _write(self._folder / f"round-{round_:06d}.safetensors", whole, arrays, self._settings)
+            whole["shadow"] = None if shadow is None else self._write_shadow(*shadow)
+            if shadow is not None:
+                self._needed[path.name] = whole["shadow"][0]
+            _write(path, {**whole, "shadows": self._needed}, arrays, self._settings)
             for old in self._rounds()[: -self.keep]:
                 old.unlink()
+            rounds = {kept.name for kept in self._rounds()}
+            self._needed = {name: its for name, its in self._needed.items() if name in rounds}
+            for left in self._folder.glob("shadow-*.safetensors"):
+                if left.name not in self._needed.values():
+                    left.unlink()
         except OSError as error:
             log(ERROR, "the checkpoint of round %d could not be written: %s; the one before it stays", round_, error)
+
+    def _write_shadow(self, version: int, arrays: Arrays) -> list[str]:
+        """Name and digest of the file that holds a shadow; it is written where the last one was another."""
+        if self._shadow is None or self._shadow[0] is not arrays:
+            name, digest = _SHADOW.format(version), _digest("", arrays)
+            _write(self._folder / name, {"digest": digest}, arrays, self._settings)
+            self._shadow = arrays, [name, digest]
+        return self._shadow[1]
 
     def write_exploration(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep a finished exploration, in place of its explorers' answers; a failure is logged, and the run goes on."""
@@ -250,7 +299,10 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Arra
     if not whole:
         raise DamagedError(f"{path} is damaged (its digest is another): remove it")
     if found["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {found['format']}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {found['format']}, this version reads {FORMAT}: finish the run with the version that "
+            "wrote it, or begin it anew in another folder"
+        )
     if found["settings"] != settings:
         raise CheckpointError(f"{path} belongs to another run: {_difference(found['settings'], settings)}")
     return found["state"], tensors

@@ -27,8 +27,6 @@ COORDINATES = ("auto", "packed", "dense")
 NORM_BIT = "norm_bit"
 """The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""
 
-METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
-
 _BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or AutoFlip's full ones
 _NOT_OF_THE_MEAN = ("__", "summary", "configure_", "aggregate_evaluate")
 _FLOATS_ONLY = (
@@ -151,29 +149,6 @@ def averages_plainly(strategy: Strategy) -> bool:
     return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
 
 
-def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
-    """A strategy of the same class and with the same state, whose rounds are those of ``methods_of``.
-
-    With it a strategy that brings a ``start`` of its own (to keep the best model, say) runs its own loop.
-    """
-
-    def forward(name: str) -> Callable[..., object]:
-        return lambda _, *args, **kwargs: getattr(methods_of, name)(*args, **kwargs)
-
-    kind: Any = type(strategy)
-    result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
-    result.__dict__ = strategy.__dict__
-    return result
-
-
-def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes by name."""
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
-
-
 def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:
     """Take the state of Flower's own server optimisers from one mask to the next.
 
@@ -206,6 +181,8 @@ def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shad
             )
         return state
 
+    if old.digest == new.digest:
+        return
     for layer in layers(strategy):
         for attribute in (*_MOMENTS, _WEIGHTS):
             state = getattr(layer, attribute, None)

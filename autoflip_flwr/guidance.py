@@ -7,9 +7,10 @@ neither settles is marked "our reading".
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,22 +21,28 @@ from autoflip_flwr.mask import Mask
 NORMALISATIONS = ("none", "layer", "per-client")
 SCOPES = ("global", "layer")
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
+
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Exploration:
     """What the explorers found, averaged over those that answered.
 
+    It is summed in float64 and held in float32, array by array, unless an array has values beyond what float32 tells
+    apart (squares of tiny moves, say) or is of float64 itself: that one stays in float64.
+
     Parameters
     ----------
     deviation : dict[str, ndarray]
-        ``D = sum_k p_k Delta_k ** 2`` of each prunable array, float64, with ``Delta_k = W_k - W0`` (paper, code).
+        ``D = sum_k p_k Delta_k ** 2`` of each prunable array, with ``Delta_k = W_k - W0`` (paper, code).
     signed_mean : dict[str, ndarray]
-        ``A = sum_k p_k Delta_k`` of each floating array, float64.
+        ``A = sum_k p_k Delta_k`` of each floating array.
     normalised : dict[str, ndarray]
         ``sum_k p_k minmax(Delta_k ** 2)`` of each prunable array: each explorer's deviation min-max normalised per
-        array before averaging (FedLEx).
+        array before averaging (FedLEx). Empty where it was not asked for.
     explorers : int
         How many explorers answered.
     """
@@ -46,7 +53,9 @@ class Exploration:
     explorers: int
 
 
-def combine(layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]]]) -> Exploration:
+def combine(
+    layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]]], *, per_client: bool = False
+) -> Exploration:
     """Average the explorers' answers, one at a time (memory does not grow with their number).
 
     Parameters
@@ -56,6 +65,8 @@ def combine(layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[
     answers : Iterable[tuple[float, Mapping[str, ndarray]]]
         For each explorer its weight ``> 0`` (1 for ``p_k = 1/|X|``, or its number of examples) and ``Delta_k`` for
         each floating array, in the layout's shapes.
+    per_client : bool
+        Also average the deviations that are normalised per explorer, which ``normalisation="per-client"`` needs.
 
     Raises
     ------
@@ -63,7 +74,7 @@ def combine(layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[
         If there is no answer, or a weight is not positive and finite.
     """
     deviation: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
-    normalised: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
+    normalised: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable if per_client}
     mean: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.specs if spec.floating}
     total, explorers = 0.0, 0
     for weight, delta in answers:
@@ -77,17 +88,29 @@ def combine(layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[
             if name in deviation:
                 square = values**2
                 deviation[name] += weight * square
-                normalised[name] += weight * minmax(square)
+                if per_client:
+                    normalised[name] += weight * minmax(square)
     if not explorers:
         raise ValueError("no explorer answered")
     for sums in (deviation, normalised, mean):
-        for values in sums.values():
+        for name, values in sums.items():
             values /= total
+            sums[name] = _held(values, layout[name].dtype)
     return Exploration(deviation, mean, normalised, explorers)
 
 
+def _held(values: Floats, dtype: str) -> Floats:
+    """The values in float32 if that tells them apart as well as it does a model's of this dtype, else as they are."""
+    if np.dtype(dtype).itemsize > 4:
+        return values
+    size = np.abs(values)
+    fits = not size.size or (size.max() <= _LARGEST and size.min(initial=np.inf, where=size > 0) >= _SMALLEST)
+    return values.astype(np.float32) if fits else values
+
+
 def minmax(values: Floats) -> Floats:
-    """``(x - min) / (max - min)``; all 0 where max equals min."""
+    """``(x - min) / (max - min)``, float64; all 0 where max equals min."""
+    values = np.asarray(values, np.float64)
     low, high = values.min(), values.max()
     if not high > low:
         return np.zeros_like(values)
@@ -96,11 +119,12 @@ def minmax(values: Floats) -> Floats:
 
 
 def agreement(deviation: Floats, signed_mean: Floats) -> Floats:
-    """Client agreement ``a = A ** 2 / D`` in [0, 1] (our reading).
+    """Client agreement ``a = A ** 2 / D`` in [0, 1], float64 (our reading).
 
     1 where the explorers moved a parameter the same way, 0 where they cancel or nobody moved it.
     """
-    share = np.divide(signed_mean**2, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+    square = np.asarray(signed_mean, np.float64) ** 2
+    share = np.divide(square, deviation, out=np.zeros_like(square), where=deviation > 0)
     return np.minimum(share, 1.0)
 
 
@@ -126,11 +150,18 @@ def scores(exploration: Exploration, normalisation: str = "none", gamma: float =
         raise ValueError(f"normalisation = {normalisation!r}: must be one of {', '.join(NORMALISATIONS)}")
     if not 0 <= gamma < np.inf:
         raise ValueError(f"gamma = {gamma}: must be a number >= 0")
+    if normalisation == "per-client" and exploration.normalised.keys() != exploration.deviation.keys():
+        raise ValueError(
+            "normalisation = 'per-client': the exploration was made without it and no longer tells the explorers "
+            "apart; explore again with this setting"
+        )
     result = {}
-    for name, deviation in exploration.deviation.items():
-        guidance = {"none": deviation, "per-client": exploration.normalised[name]}.get(normalisation)
-        if guidance is None:
-            guidance = minmax(deviation)
+    for name, held in exploration.deviation.items():
+        deviation = np.asarray(held, np.float64)
+        if normalisation == "per-client":
+            guidance = np.asarray(exploration.normalised[name], np.float64)
+        else:
+            guidance = minmax(deviation) if normalisation == "layer" else deviation
         result[name] = guidance * agreement(deviation, exploration.signed_mean[name]) ** gamma if gamma else guidance
     return result
 
@@ -167,12 +198,13 @@ def choose_mask(
     scope: str = "global",
     version: int = 0,
     tied: Mapping[str, str] | None = None,
+    spared: Collection[str] = (),
 ) -> Mask:
     """Prune exactly the share ``sparsity`` of the prunable entries, those with the lowest scores.
 
     Ties are broken by index: of equal scores the earlier entry is pruned first. Each array keeps at least one entry
-    and each unit of the output layer at least one incoming weight; where such a floor binds, the next-lowest entries
-    make up the count.
+    and each unit of the output layers at least one incoming weight (:func:`protected_outputs`); where such a floor
+    binds, the next-lowest entries make up the count.
 
     Parameters
     ----------
@@ -188,6 +220,8 @@ def choose_mask(
         Version of the mask.
     tied : Mapping[str, str] | None
         Arrays that are another one's weight under a second name (:func:`tied`): they count once, and get its mask.
+    spared : Collection[str]
+        Prunable arrays that keep all of their entries; they do not count.
 
     Raises
     ------
@@ -200,33 +234,67 @@ def choose_mask(
         raise ValueError(f"scope = {scope!r}: must be one of {', '.join(SCOPES)}")
     if not layout.prunable:
         raise ValueError("no array of the model is prunable: weights have two or more dimensions; else give `prunable`")
-    if tied:
-        own = tuple(spec for spec in layout.specs if spec.name not in tied)
-        kept = choose_mask(Layout(own, tied.get(layout.output or "", layout.output)), score, sparsity, scope).keep
-        return Mask.from_bool(layout, {**kept, **{name: kept[other] for name, other in tied.items()}}, version)
+    if tied or spared:
+        whole = {name: np.ones(layout[name].shape, bool) for name in spared}
+        keep = choose_mask(_narrowed(layout, tied or {}, spared), score, sparsity, scope).keep | whole
+        keep |= {name: keep[other] for name, other in (tied or {}).items()}
+        return Mask.from_bool(layout, keep, version)
     flat = {spec.name: np.asarray(score[spec.name], np.float64).reshape(-1) for spec in layout.prunable}
     for name, values in flat.items():
         if not np.isfinite(values).all():
             raise ValueError(f"the scores of {name!r} are not finite")
-    protected = {spec.name: _protected(flat[spec.name], layout, spec.name) for spec in layout.prunable}
+    outputs = protected_outputs(layout, sparsity, scope)
+    protected = {
+        spec.name: _protected(flat[spec.name].reshape(spec.shape), outputs.get(spec.name)) for spec in layout.prunable
+    }
     if scope == "layer":
         keep = {name: _keep(flat[name], protected[name], sparsity, name) for name in flat}
     else:
-        whole = _keep(
+        every = _keep(
             np.concatenate(list(flat.values())), np.concatenate(list(protected.values())), sparsity, "the model"
         )
         ends = np.cumsum([values.size for values in flat.values()])[:-1]
-        keep = dict(zip(flat, np.split(whole, ends), strict=True))
+        keep = dict(zip(flat, np.split(every, ends), strict=True))
     return Mask.from_bool(layout, {spec.name: keep[spec.name].reshape(spec.shape) for spec in layout.prunable}, version)
 
 
-def _protected(values: Floats, layout: Layout, name: str) -> NDArray[np.bool_]:
-    """The entry that is pruned last of the array, and of each row where it is the output layer's."""
-    rows = values.reshape(layout[name].shape[0], -1) if name == layout.output else values.reshape(1, -1)
+def protected_outputs(layout: Layout, sparsity: float, scope: str) -> dict[str, int]:
+    """The output layers of which each unit keeps an incoming weight -> the axis of their units.
+
+    Of the layout's guesses those are left out, the later first, with which there are fewer entries left than must stay.
+    """
+    found = {name: axis for name, axis in layout.output.items() if name not in layout.guesses}
+    room = {spec.name: spec.size - pruned_count(sparsity, spec.size) for spec in layout.prunable}
+    units = {name: layout[name].shape[axis] for name, axis in layout.output.items()}
+    left = layout.prunable_size - pruned_count(sparsity, layout.prunable_size)
+    left -= sum(units[spec.name] if spec.name in found else 1 for spec in layout.prunable)
+    for name in layout.guesses:
+        if units[name] <= room[name] if scope == "layer" else units[name] - 1 <= left:
+            found[name] = layout.output[name]
+            left -= units[name] - 1
+    return found
+
+
+def _narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -> Layout:
+    """The layout without second names, in which what is spared is not prunable."""
+    specs = (replace(spec, prunable=spec.prunable and spec.name not in spared) for spec in layout.specs)
+    output = {tied.get(name, name): axis for name, axis in layout.output.items()}
+    return Layout(
+        tuple(spec for spec in specs if spec.name not in tied),
+        {name: axis for name, axis in output.items() if name not in spared},
+        tuple(name for name in dict.fromkeys(tied.get(name, name) for name in layout.guesses) if name not in spared),
+    )
+
+
+def _protected(values: Floats, axis: int | None) -> NDArray[np.bool_]:
+    """The entry that is pruned last of the array, and of each unit along ``axis`` where it is an output layer's; 1-D."""
+    protected = np.zeros(values.shape, dtype=bool)
+    units = values.shape[axis] if axis is not None else 1
+    rows = np.moveaxis(values, axis or 0, 0).reshape(units, -1)
     # the last of equal maxima, since of equal scores the earlier entry is pruned first
     top = rows.shape[1] - 1 - np.argmax(rows[:, ::-1], axis=1)
-    protected = np.zeros(rows.shape, dtype=bool)
-    protected[np.arange(rows.shape[0]), top] = True
+    places = np.moveaxis(np.arange(values.size).reshape(values.shape), axis or 0, 0).reshape(units, -1)
+    protected.reshape(-1)[places[np.arange(units), top]] = True
     return protected.reshape(-1)
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.outputs import outputs_of, unit_axis
+from autoflip_flwr.weights import biases_of, weights_of
+
 Arrays = dict[str, NDArray[np.generic]]
 Rule = str | Sequence[str] | Callable[[str, tuple[int, ...]], bool]
 """Chooses arrays: shell-style patterns of names (``"encoder.*.weight"``), or a function of name and shape."""
+
+Output = str | Sequence[str] | Mapping[str, int]
+"""Names or patterns of the output layers' weights, or these with the axis of their units."""
 
 AUTO = "auto"
 
@@ -46,22 +52,25 @@ class Layout:
     ----------
     specs : tuple[ArraySpec, ...]
         The arrays.
-    output : str | None
-        Name of the output layer's weight. Each of its units (entries of axis 0) keeps at least one incoming weight.
-        ``None``: no such floor.
+    output : dict[str, int]
+        The weights of the output layers -> the axis of their units. Each unit keeps at least one incoming weight.
+    guesses : tuple[str, ...]
+        Those of them that are guesses: they give way where a sparsity cannot be had with them.
     """
 
     specs: tuple[ArraySpec, ...]
-    output: str | None = None
+    output: Mapping[str, int] = field(default_factory=dict, hash=False)
+    guesses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.specs]
         if len(set(names)) != len(names):
             raise ValueError("array names must differ")
-        if self.output is not None and (
-            self.output not in names or not self[self.output].prunable or not self[self.output].shape
-        ):
-            raise ValueError(f"output = {self.output!r}: must be one of the prunable arrays {self.prunable_names}")
+        for name, axis in self.output.items():
+            if name not in self or not self[name].prunable or not 0 <= axis < len(self[name].shape):
+                raise ValueError(
+                    f"output = {{{name!r}: {axis}}}: must be prunable arrays, of {self.prunable_names}, with an axis each"
+                )
 
     @classmethod
     def of(
@@ -71,7 +80,7 @@ class Layout:
         prunable: Rule | None = None,
         exclude: Rule | None = None,
         biases: bool = False,
-        output: str | None = AUTO,
+        output: Output | None = AUTO,
     ) -> Layout:
         """Describe a model given by its arrays.
 
@@ -81,37 +90,43 @@ class Layout:
             Name -> array, in the model's order.
         prunable : str | Sequence[str] | Callable[[str, tuple[int, ...]], bool] | None
             Which floating arrays are pruned entry by entry: patterns of names, or a function of name and shape.
-            Default: those with two or more dimensions, and biases if ``biases``.
+            Default: weights (:mod:`autoflip_flwr.weights`), and biases if ``biases``.
         exclude : the same, or None
             Which of them are not.
         biases : bool
-            Prune 1-D arrays named ``*bias*`` that stand beside an array of the same prefix with two or more dimensions
-            (the authors' code does; normalisation layers are never meant).
-        output : str | None
-            The output layer's weight; ``"auto"`` is the last prunable array with two or more dimensions.
+            Prune arrays named ``*bias*`` that stand beside a weight of the same prefix (the authors' code does;
+            normalisation layers are never meant).
+        output : str | Sequence[str] | Mapping[str, int] | None
+            The output layers' weights: names or patterns, or these -> the axis of their units, negative ones counted
+            from the end (default: 0, of a ``kernel`` the last). ``"auto"``: those that can be outputs
+            (:mod:`autoflip_flwr.outputs`), the last prunable weight first. ``None``: none.
 
         Raises
         ------
         ValueError
-            If an array is neither a number nor a bool, a pattern matches no array, or ``output`` names no prunable one.
+            If an array is neither a number nor a bool, a pattern matches no array, ``output`` names no prunable one, or
+            an axis is out of range.
         """
         names = list(arrays)
         chosen = None if prunable is None else _predicate(prunable, "prunable", names)
         spared = None if exclude is None else _predicate(exclude, "exclude", names)
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+        weights = weights_of(shapes)
+        default = weights | (biases_of(shapes) if biases else set())
         specs = []
         for name, array in arrays.items():
             if array.dtype.kind not in "fiub":
                 raise ValueError(
                     f"array {name!r} has dtype {array.dtype}: only float, integer and bool arrays can travel"
                 )
-            shape = tuple(array.shape)
-            pruned = chosen(name, shape) if chosen else _default_prunable(name, shape, arrays, biases)
+            shape = shapes[name]
+            pruned = chosen(name, shape) if chosen else name in default
             pruned = pruned and array.dtype.kind == "f" and array.size > 0 and not (spared and spared(name, shape))
             specs.append(ArraySpec(name, shape, array.dtype.name, bool(pruned)))
         if output == AUTO:
-            weights = [spec.name for spec in specs if spec.prunable and len(spec.shape) >= 2]
-            output = weights[-1] if weights else None
-        return cls(tuple(specs), output)
+            guess = outputs_of(shapes, [spec.name for spec in specs if spec.prunable and len(spec.shape) >= 2], weights)
+            return cls(tuple(specs), guess, tuple(guess)[1:])
+        return cls(tuple(specs), {} if output is None else _outputs(output, specs))
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -195,19 +210,18 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)  # a name may hold what is special in a pattern
 
 
-def _default_prunable(
-    name: str, shape: tuple[int, ...], arrays: Mapping[str, NDArray[np.generic]], biases: bool
-) -> bool:
-    if len(shape) >= 2:
-        return True
-    if not biases or len(shape) != 1 or "bias" not in _leaf(name).lower():
-        return False
-    return any(other.ndim >= 2 and _prefix(key) == _prefix(name) for key, other in arrays.items())
-
-
-def _prefix(name: str) -> str:
-    return name.replace("/", ".").rpartition(".")[0]
-
-
-def _leaf(name: str) -> str:
-    return name.replace("/", ".").rpartition(".")[2]
+def _outputs(output: Output, specs: Sequence[ArraySpec]) -> dict[str, int]:
+    """The arrays that the user's names and patterns mean -> the axis of their units."""
+    wanted = output if isinstance(output, Mapping) else dict.fromkeys([output] if isinstance(output, str) else output)
+    found: dict[str, int] = {}
+    for pattern, axis in wanted.items():
+        meant = [spec for spec in specs if spec.prunable and spec.shape and _matches(spec.name, pattern)]
+        if not meant:
+            names = [spec.name for spec in specs if spec.prunable]
+            raise ValueError(f"output = {pattern!r}: must be one of the prunable arrays {names}, or a pattern of some")
+        for spec in meant:
+            where = unit_axis(spec.name, spec.shape) if axis is None else axis
+            if type(where) is not int or not -len(spec.shape) <= where < len(spec.shape):
+                raise ValueError(f"output = {{{pattern!r}: {where!r}}}: {spec.name!r} has {len(spec.shape)} axes")
+            found[spec.name] = where % len(spec.shape)
+    return found

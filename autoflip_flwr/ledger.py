@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from autoflip_flwr import wire
-from autoflip_flwr.traffic import Traffic, message_traffic, record_bytes, reply_traffic
+from autoflip_flwr.traffic import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
 
 EXAMPLES_PROCESSED = "examples-processed"
 """Metric in which a client may say how many examples it ran forward and backward (epochs count each time)."""
@@ -160,6 +160,20 @@ class Ledger:
         }
         other = table.pop("other_up") + table.pop("other_down")
         table |= {"mask_down": self.mask_down, "other": other}
+        return table | {"total": sum(table.values())}
+
+    def dense_bytes_by_phase(self, model: ArrayRecord) -> dict[str, int]:
+        """Bytes that the rounds' messages and replies would have been with plain FedAvg.
+
+        ``{"train_up": ..., "train_down": ..., "evaluate_up": ..., "evaluate_down": ..., "total": ...}``; FedAvg has
+        neither exploration nor masks. ``model`` is the full model as it is given to ``start``.
+        """
+        message, *replies = dense_traffic(model)
+        table = {
+            f"{phase}_{way}": self.messages[phase] * getattr(message, way) + self.replies[phase] * getattr(reply, way)
+            for phase, reply in zip(("train", "evaluate"), replies, strict=True)
+            for way in ("up", "down")
+        }
         return table | {"total": sum(table.values())}
 
     def bytes_by_node(self) -> dict[int, dict[str, int]]:

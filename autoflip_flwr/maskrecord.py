@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from functools import lru_cache
+from typing import cast
 
 from flwr.app import ConfigRecord
 
@@ -99,6 +100,16 @@ def check_entries(entries: int, carried: int, *, full: bool) -> None:
 def _decode_mask(layout_bytes: bytes, encoding: str, data: bytes, version: int) -> Mask:
     layout = _decode_layout(layout_bytes)
     return Mask(layout, bits.decode(layout, encoding, data), version)
+
+
+def encode_layout(layout: Layout) -> ConfigRecord:
+    """The record of a layout alone: what an explorer's state keeps of a mask that keeps everything."""
+    return ConfigRecord({"layout": _encode_layout(layout)})
+
+
+def decode_layout(record: ConfigRecord) -> Layout:
+    """The layout of an ``encode_layout`` record, from the node's own state."""
+    return _decode_layout(cast(bytes, record["layout"]))
 
 
 def _encode_layout(layout: Layout) -> bytes:

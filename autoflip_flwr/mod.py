@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 
 from autoflip_flwr import legacy, maskrecord, wire
 from autoflip_flwr.feedback import pack_reply
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.layout import Arrays, ArraySpec, Layout
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.values import KINDS
+
+LAYOUT = "autoflip.layout"
+"""Record of an explorer's state: the layout of the model that it was sent."""
 
 PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
 """Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
@@ -78,10 +82,41 @@ def current_mask(context: Context) -> Mask | None:
     return maskrecord.decode_mask(context.state[wire.MASK])
 
 
+def mask_and_layout(mask: Mask | Context | None) -> tuple[Mask | None, Layout | None]:
+    """The mask in force, and the layout of the model that the server sent.
+
+    While a client explores there is a layout without a mask: names can be checked before the exploration is spent.
+    """
+    if isinstance(mask, Context):
+        context, mask = mask, current_mask(mask)
+        phase = context.state.get(wire.HEADER, ConfigRecord()).get("phase")
+        if phase == wire.EXPLORE and LAYOUT in context.state:
+            return None, maskrecord.decode_layout(context.state.config_records[LAYOUT])
+    return mask, None if mask is None else mask.layout
+
+
+def sent_array(layout: Layout, name: str, shape: tuple[int, ...]) -> ArraySpec:
+    """The array of this name and shape that the server sent.
+
+    Raises
+    ------
+    ValueError
+        If there is none. The text says what was sent, and which of it fits.
+    """
+    if name not in layout:
+        sent = [spec.name for spec in layout.specs][:5]
+        fits = get_close_matches(name, [spec.name for spec in layout.specs if spec.shape == shape], 1, cutoff=0)
+        raise ValueError(f"the server sent no {name!r}; it sent {sent}" + "".join(f", {fit!r} fits" for fit in fits))
+    if shape != layout[name].shape:
+        raise ValueError(f"array {name!r} has shape {shape}, the mask {layout[name].shape}")
+    return layout[name]
+
+
 def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Context | None) -> None:
     """Set the pruned entries of NumPy arrays to zero, in place.
 
-    A client calls it after each step of its training: ``apply_mask({"coef": model.coef_}, context)``.
+    A client calls it after each step of its training: ``apply_mask({"coef": model.coef_}, context)``. While it explores
+    nothing is changed, and names and shapes are checked.
 
     Parameters
     ----------
@@ -93,19 +128,16 @@ def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Context |
     Raises
     ------
     ValueError
-        If a name is not one of the model's, or a shape is not the mask's.
+        If a name or shape is not that of an array that the server sent; then nothing is changed.
     """
-    if isinstance(mask, Context):
-        mask = current_mask(mask)
-    if mask is None:
+    mask, layout = mask_and_layout(mask)
+    if layout is None:
         return
     for name, array in arrays.items():
-        if name not in mask.layout:
-            raise ValueError(f"the mask has no {name!r}; its model has {[spec.name for spec in mask.layout.specs][:5]}")
-        if array.shape != mask.layout[name].shape:
-            raise ValueError(f"array {name!r} has shape {array.shape}, the mask {mask.layout[name].shape}")
-        if name in mask.keep:
-            array[~mask.keep[name]] = 0
+        sent_array(layout, name, array.shape)
+    keep = {} if mask is None else mask.keep
+    for name in arrays.keys() & keep.keys():
+        arrays[name][~keep[name]] = 0
 
 
 def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> Mask | None:
@@ -122,8 +154,11 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     mask = maskrecord.decode_mask(record, mine, carried=wire.carried(message.content))
     if mask.digest != head.get("digest"):
         raise wire.WireError("the mask that came along is not the one that the message is packed with")
-    if not exploring:
+    if exploring:
+        context.state[LAYOUT] = maskrecord.encode_layout(mask.layout)
+    else:
         context.state[wire.MASK] = maskrecord.encode_mask(mask) if base else record
+        context.state.pop(LAYOUT, None)
     return mask
 
 

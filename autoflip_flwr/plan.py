@@ -10,7 +10,7 @@ from flwr.common.logger import log
 
 from autoflip_flwr import guidance
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.mask import Mask
 
 
@@ -31,7 +31,7 @@ class MaskPlan:
     prunable: Rule | None = None
     exclude: Rule | None = None
     biases: bool = False
-    output: str | None = AUTO
+    output: Output | None = AUTO
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

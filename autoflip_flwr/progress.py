@@ -22,7 +22,7 @@ from autoflip_flwr.mask import Mask
 from autoflip_flwr.privacy import Budget
 from autoflip_flwr.quarantine import Quarantine
 from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state
-from autoflip_flwr.translate import Translator
+from autoflip_flwr.translate import Translator, to_arrays, to_record
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -62,6 +62,7 @@ class Progress:
     central: dict[int, MetricRecord] = dataclasses.field(default_factory=dict)
     _saved: dict[str, Any] | None = None
     _arrays: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    _shadow: Arrays | None = None
 
     def open(self, settings: Mapping[str, object]) -> bool:
         """Look for an interrupted run of these settings; whether one of its rounds is finished (0 is the start)."""
@@ -69,7 +70,7 @@ class Progress:
             return False
         found = self.checkpoints.open(settings)
         if found is not None:
-            self._saved, self._arrays = found
+            self._saved, self._arrays, self._shadow = found
             self.before = self._saved["round"]
             for name in ("train", "evaluate", "central"):
                 setattr(self, name, self._read(name))
@@ -97,11 +98,19 @@ class Progress:
 
     def mask(self, layout: Layout) -> Mask:
         """The mask in force when the run was interrupted."""
-        return Mask(layout, self._read("mask"), self._read("version"))
+        return Mask(layout, *self._read("mask"))
 
-    def model(self) -> tuple[ArrayRecord, Arrays, Arrays]:
-        """The model as the loop carries it, its dense shadow, and its integer arrays."""
-        return self._read("model"), self._read("shadow"), self._read("integers")
+    def next_mask(self, layout: Layout) -> Mask | None:
+        """The mask that was set, but not yet in force, if there was one."""
+        found = self._read("next mask")
+        return None if found is None else Mask(layout, *found)
+
+    def model(self, mask: Mask) -> tuple[ArrayRecord, Arrays | None, Arrays]:
+        """The model as the loop carries it, the last values of what its mask prunes, and its integer arrays.
+
+        The last values are ``None`` where they are those of the initial model.
+        """
+        return to_record(mask.scatter(self._read("model"))), self._shadow, self._read("integers")
 
     def restore(self, parts: Parts) -> None:
         """Set the parts and the random states as they were."""
@@ -122,17 +131,28 @@ class Progress:
         np.random.set_state(self._read("numpy"))
         log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", self.before)
 
-    def keep(self, round_: int, model: ArrayRecord, shadow: Arrays, translator: Translator, parts: Parts) -> None:
-        """Keep all state after a round; a failure is logged, and the run goes on."""
+    def keep(
+        self,
+        round_: int,
+        model: ArrayRecord,
+        shadow: Arrays | None,
+        translator: Translator,
+        parts: Parts,
+        next_mask: Mask | None,
+    ) -> None:
+        """Keep all state after a round; a failure is logged, and the run goes on.
+
+        ``shadow`` is as :meth:`model` returns it; ``next_mask`` is one that comes into force with the next round.
+        """
         if self.checkpoints is None:
             return
+        mask = translator.mask
         arrays: dict[str, NDArray[Any]] = {}
         values: dict[str, object] = {
-            "model": model,
-            "shadow": shadow,
+            "model": mask.gather(to_arrays(model)),  # outside the mask it is zero
             "integers": translator.integers,
-            "mask": translator.mask.bits,
-            "version": translator.mask.version,
+            "mask": (mask.bits, mask.version),
+            "next mask": next_mask and (next_mask.bits, next_mask.version),
             "ledger": vars(parts.ledger),
             "quarantine": parts.quarantine.state(),
             "privacy": None if parts.budget is None else vars(parts.budget),
@@ -150,7 +170,10 @@ class Progress:
         except ValueError as error:
             log(ERROR, "round %d has no checkpoint: %s", round_, error)
             return
-        self.checkpoints.write(round_, state, arrays)
+        if shadow is None:
+            self.checkpoints.write(round_, state, arrays)
+        else:
+            self.checkpoints.write(round_, state, arrays, (mask.version, shadow))
 
     def evaluation(self, evaluate_fn: Evaluate | None, keep: Callable[[int, ArrayRecord], None]) -> Evaluate:
         """What Flower's loop calls before its first round and at the end of each: evaluates, then keeps the round."""

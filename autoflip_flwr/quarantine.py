@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
+from flwr.app import Message
 from flwr.common.logger import log
 
-from autoflip_flwr import norms
+from autoflip_flwr import firewall, norms, wire
 from autoflip_flwr.ledger import Ledger
 
 
@@ -51,6 +52,16 @@ class ReplyRules:
         for name in ("min_replies", "strikes", "rest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object]]) -> str:
+    """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
+    reasons = Counter(firewall.explain(reply.error) for reply in replies if reply.has_error())
+    reasons.update(
+        str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == wire.TRAIN
+    )
+    told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
+    return "; ".join(told[:3]) or "no reply in time"
 
 
 class Quarantine:

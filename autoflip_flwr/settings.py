@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
+import zlib
 from collections.abc import Callable, Mapping
-from itertools import takewhile
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr import coordinates as coords
+from autoflip_flwr import subspace
 from autoflip_flwr.exploration import ExplorationPlan
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import Layout
+from autoflip_flwr.layout import Arrays, Layout
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.values import KINDS
 
 INITIALS = ("scratch", "scouts")
@@ -32,7 +36,10 @@ _TYPES: dict[str, tuple[type, str]] = {
     "exploration": (Exploration, "an Exploration, which an AutoFlip has as its attribute after a run, or None"),
 }
 
-_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_NUMBERS = {"sparsity", "gamma", "explorers", "node_timeout", "exploration_timeout"}
+_WHOLE = {"min_explorers", "exploration_rounds", "exploration_epochs", "exploration_patience", "nodes", "seed"}
+
+_OPTIONAL = {"exploration_timeout", "nodes", "seed"}
 
 _Plan = TypeVar("_Plan", MaskPlan, ExplorationPlan)
 
@@ -46,6 +53,10 @@ class Configured(Strategy):
     strategy: Strategy
     ledger: Ledger
     rules: ReplyRules
+    mask: Mask | None
+    exploration: Exploration | None
+    _brought: dict[str, Any]
+    """A mask and an exploration of the user's own, by these names."""
     _defaults: ClassVar[dict[str, object]]
     _ready = False  # its constructor is through
     _running = False  # its start is not
@@ -68,6 +79,8 @@ class Configured(Strategy):
                 self._check_running(name, value)
             if self._ready:
                 check({**self._arguments(), name: value})
+            if name in ("mask", "exploration") and not self._running:
+                vars(self)["_brought"] = {**vars(self).get("_brought", {}), name: value}
             vars(self)[name] = value
         elif self._ready and name not in vars(self) and hasattr(self.strategy, name):
             setattr(self.strategy, name, value)  # as reading
@@ -103,6 +116,31 @@ class Configured(Strategy):
     def _arguments(self) -> dict[str, Any]:
         """The constructor's arguments as they are now."""
         return {name: vars(self)[name] for name in self._defaults}
+
+    def _decisive(self, layout: Layout, initial: Arrays, *, packed: bool) -> dict[str, object]:
+        """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
+        if self.checkpoints is None:
+            return {}
+        if type(self.strategy).start is not Strategy.start:
+            raise ValueError(
+                f"checkpoints: {type(self.strategy).__name__} has a start of its own, whose variables cannot be kept"
+            )
+        strategy_state(self.strategy, {})
+        ready = self._brought["mask"]
+        start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
+        return {
+            "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
+            "prunable": [spec.name for spec in layout.prunable],
+            "initial values": start,
+            "mask": {
+                **dataclasses.asdict(self.mask_plan),
+                "ready": ready and ready.digest,
+            },
+            "exploration": dataclasses.asdict(self.exploration_plan),
+            "autoflip": [self.initial, packed, self._up, self._down, self.seed],
+            "rules": dataclasses.asdict(self.rules),
+            "strategy": settings_of(self.strategy),
+        }
 
     def _check_running(self, name: str, value: object) -> None:
         """Raise an error unless a setting may be set to this while rounds run."""
@@ -142,6 +180,10 @@ def check(settings: Mapping[str, Any]) -> None:
     for name, (kind, told) in _TYPES.items():
         if settings[name] is not None and not isinstance(settings[name], kind):
             raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
+    for names, number, told in ((_NUMBERS, numbers.Real, "a number"), (_WHOLE, numbers.Integral, "a whole number")):
+        for name in sorted(names & settings.keys()):
+            if not isinstance(settings[name], number) and (settings[name] is not None or name not in _OPTIONAL):
+                raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
     kept = settings["checkpoints"]
     if kept is not None and not hasattr(kept, "read_exploration"):  # its class needs safetensors
         raise TypeError(
@@ -157,7 +199,7 @@ def check(settings: Mapping[str, Any]) -> None:
         if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name} = {settings[name]}: must be a number of seconds > 0")
     if settings["mask_schedule"] is not None:
-        schedule_takes(settings["mask_schedule"])
+        subspace.takes(settings["mask_schedule"])
     for name in ("values", "values_up", "values_down"):
         if settings[name] not in (*KINDS, *([] if name == "values" else [None])):
             raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(KINDS)}")
@@ -169,55 +211,11 @@ def check(settings: Mapping[str, Any]) -> None:
         )
 
 
-def schedule_takes(schedule: Callable[..., Mask | None]) -> int:
-    """How many of the round, the mask in force and the model a mask schedule takes by position.
-
-    A parameter with a default other than None keeps that: it may hold something for the function's own use.
-
-    Raises
-    ------
-    TypeError
-        If it is no function, or takes none of them, or needs more.
-    """
-    if not callable(schedule):
-        raise TypeError(f"mask_schedule = {_short(schedule)}: must be a function of (round, mask, model), or None")
-    try:
-        parameters = list(inspect.signature(schedule).parameters.values())
-    except ValueError:  # some that are written in C do not say
-        return 1
-    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    given = len(list(takewhile(lambda each: each.default in (each.empty, None), positional)))
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters) and given == len(positional):
-        given = 3
-    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in _MANY]
-    if not given or len(needed) > len([each for each in positional[:3] if each.name in needed]):
-        raise TypeError(
-            f"mask_schedule takes {', '.join(needed) or 'nothing'}; it is called with the round, or the round and the "
-            "mask in force, or those and the model (full arrays by name): let it take one, two or three of them"
-        )
-    return min(given, 3)
-
-
-def check_mask(mask: object, layout: Layout, origin: str) -> Mask:
-    """Check a mask that is to be in force from the next round on; ``origin`` says what it comes from.
-
-    Raises
-    ------
-    TypeError
-        If it is no mask.
-    ValueError
-        If its arrays are not those of the layout.
-    """
-    if not isinstance(mask, Mask):
-        raise TypeError(
-            f"{origin}: must be a Mask, not {type(mask).__name__}: make one with Mask.from_bool(mask.layout, keep)"
-        )
-    if mask.layout.specs != layout.specs:
-        raise ValueError(f"{origin}: the mask's arrays are not those of the model")
-    return mask
-
-
 def _check_strategy(strategy: object) -> None:
+    if isinstance(strategy, type):
+        raise TypeError(f"AutoFlip wraps a strategy, not a class: AutoFlip({strategy.__name__}(...))")
+    if isinstance(strategy, str | int | float):
+        raise TypeError(f"AutoFlip wraps a strategy, not {strategy!r}: AutoFlip(FedAvg(...), sparsity=0.7)")
     if not isinstance(strategy, Strategy):
         raise TypeError(
             f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."

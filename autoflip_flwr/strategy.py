@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
+import math
 from collections.abc import Callable, Iterable
 from logging import INFO
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, privacy, wire
-from autoflip_flwr.exploration import explore, template_of
+from autoflip_flwr import guidance, loop, privacy, savings, subspace, wire
+from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.progress import Parts, Progress
-from autoflip_flwr.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.quarantine import Quarantine, ReplyRules, why_none
 from autoflip_flwr.settings import Configured, check
-from autoflip_flwr.state import settings_of, strategy_state, undo_of
-from autoflip_flwr.translate import Translator, to_arrays, to_record
+from autoflip_flwr.state import undo_of
+from autoflip_flwr.translate import Translator, model_of, to_arrays, to_record
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -93,9 +93,9 @@ exploration_values
         How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
         ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
         needs.
-    node_timeout : float (default: 60.0)
-        Seconds without a new node, > 0, after which a run goes on without those that are still expected. For those that
-        the wrapped strategy needs it waits as long as for a round.
+    node_timeout : float or None (default: 60.0)
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected; ``None``: the
+        rounds' ``timeout``, which holds for those that the wrapped strategy needs in any case.
     ledger : Ledger or None
         Where bytes and failures are counted.
     rules : ReplyRules or None
@@ -154,14 +154,14 @@ exploration_values
         exploration: Exploration | None = None,
         exploration_public: bool = False,
         mask: Mask | None = None,
-        mask_schedule: Callable[[int], Mask | None] | None = None,
+        mask_schedule: Callable[..., Mask | None] | None = None,
         coordinates: str = "auto",
         values: str = "float32",
         values_up: str | None = None,
         values_down: str | None = None,
         seed: int | None = None,
         nodes: int | None = None,
-        node_timeout: float = 60.0,
+        node_timeout: float | None = 60.0,
         ledger: Ledger | None = None,
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
@@ -181,7 +181,12 @@ exploration_values
         self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
         check(self._arguments())
         self.privacy = privacy.budget_of(self.strategy)
-        self._given = self._chosen = mask  # by the user, and in force since
+        self._made_from: tuple[MaskPlan, ExplorationPlan, Exploration | None] = (
+            self.mask_plan,
+            self.exploration_plan,
+            exploration,
+        )
+        self._moved_by: Exploration | None = None
         self._progress = Progress()
         self._quarantine = Quarantine(self.rules, self.ledger)
         self._round = 0
@@ -189,7 +194,10 @@ exploration_values
         self._integers = False
         self._translator: Translator | None = None
         self._shadow: Arrays = {}
-        self._running, self._ready = False, True
+        self._changed: Arrays | None = None  # the model of this round, where its mask is new
+        self._fresh, self._asked, self._noted = True, 0, 0
+        self._running = self._in_rounds = False
+        self._ready = True
 
     def summary(self) -> None:
         """Log the settings, then those of the wrapped strategy."""
@@ -228,61 +236,105 @@ exploration_values
         RuntimeError
             If too few nodes are connected or too few explorers answer.
         """
-        initial = to_arrays(initial_arrays)
-        if self._translator is not None:  # a second start, from what FedAdam, say, has made float64 of
-            initial = self._translator.mask.layout.cast(initial)
-        self._packed = coords.resolve(self.coordinates, self.strategy) == "packed"
+        given = {
+            "grid": grid,
+            "initial_arrays": initial_arrays,
+            "num_rounds": num_rounds,
+            "timeout": timeout,
+            "train_config": train_config,
+            "evaluate_config": evaluate_config,
+            "evaluate_fn": evaluate_fn,
+        }
+        loop.check(grid, initial_arrays, given)
+        # a strategy with a loop of its own keeps it
+        own_loop = type(self.strategy).start is not Strategy.start
+        start = loop.twin(self.strategy, methods_of=self).start if own_loop else super().start
+        loop.bind(start, given, own)
+        self._running = True
+        try:
+            progress, first = self._prepare(given)
+            args, named = loop.bind(start, given, own)
+            result = start(*args, **named)
+        finally:
+            self._running = self._in_rounds = False
+        if given["grid"] is not grid:  # who brings the facade, as the shipped app does, has a summary of its own
+            self._tell_savings(initial_arrays)
+        return result if own_loop else progress.complete(result, first)
+
+    def _tell_savings(self, initial_arrays: ArrayRecord) -> None:
+        sent, dense = self.ledger.bytes_by_phase(), self.ledger.dense_bytes_by_phase(initial_arrays)
+        for line in savings.lines(sent, dense, pruned=not self._started.mask.is_full):
+            log(INFO, "%s", line)
+
+    def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
+        """All that comes before the rounds; puts what their loop is to get into ``given``."""
+        previous, initial = self._translator, model_of(given["initial_arrays"])
+        if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
+            initial = previous.mask.layout.cast(initial)
+        packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
-        if self.mask is not self._chosen:
-            self._given = self.mask
+        self._let_go()
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
         if self._explores and not self.exploration_public:
             privacy.check_exploration(self.strategy)
         progress = self._progress = Progress(self.checkpoints)
-        resumed = progress.open(self._settings(layout, initial))
-        facade = self._connect(grid, timeout)
+        resumed = progress.open(self._decisive(layout, initial, packed=self._packed))
+        timeout = math.inf if given["timeout"] is None else given["timeout"]
+        facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
+        own = vars(self)  # what is chosen here is not of the user's setting
         if self._explores:
-            self.exploration = progress.exploration(self.ledger)
+            own["exploration"] = progress.exploration(self.ledger)
         if self._explores and not resumed:
-            self.exploration = self._explore(facade, everything, initial, train_config or ConfigRecord(), timeout)
-            progress.explored(self.exploration, self.ledger)
+            config = given["train_config"] or ConfigRecord()
+            own["exploration"] = self._explore(facade, everything, initial, config, timeout)
+            progress.explored(own["exploration"], self.ledger)
         if resumed:
-            self.mask = progress.mask(layout)
+            own["mask"] = progress.mask(layout)
         elif self.mask is None and self.exploration is not None:
-            self.mask = self.mask_plan.choose(layout, initial, self.exploration)
-        self.mask = self._chosen = everything if self.mask is None else self.mask
-        if self.initial == "scouts" and self.exploration is not None and self._translator is None:
-            initial = guidance.start_arrays(initial, self.exploration)
-        log(INFO, "mask: %d of %d prunable parameters kept", self.mask.kept, layout.prunable_size)
-        self._shadow = initial
-        self._translator = translator = self._translate(self.mask, initial)
+            own["mask"] = self.mask_plan.choose(layout, initial, self.exploration)
+        own["mask"] = mask = everything if self.mask is None else self.mask
+        self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
+        log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
+        full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
+        if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
+            full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
+        self._shadow = full
+        alike = previous is not None and packed == self._packed and previous.mask.layout.specs == layout.specs
+        if previous is not None and alike and not resumed:
+            coords.carry_state(self.strategy, previous.shown, previous.mask, mask, full, packed=packed)
+        self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
-        first = to_record(self.mask.apply(initial))
+        first = to_record(mask.apply(full))
         parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
         if resumed:
-            first, self._shadow, translator.integers = progress.model()
+            first, shadow, translator.integers = progress.model(mask)
+            self._shadow = initial if shadow is None else shadow
+            own["mask"] = progress.next_mask(layout) or mask
             progress.restore(parts)
             if self._up == "int8":
                 log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
-            progress.keep(round_, arrays, self._shadow, translator, parts)
+            shadow = None if self._shadow is initial else self._shadow
+            next_mask = None if self.mask is translator.mask else self.mask
+            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
 
-        arguments = {
-            "num_rounds": max(num_rounds - progress.before, 0),
-            "timeout": timeout,
-            "train_config": train_config,
-            "evaluate_config": evaluate_config,
-            "evaluate_fn": evaluate_fn if self.checkpoints is None else progress.evaluation(evaluate_fn, keep),
-        }
-        if type(self.strategy).start is Strategy.start:
-            return progress.complete(super().start(facade, first, **arguments, **own), first)  # type: ignore[arg-type]
-        # a strategy with a loop of its own keeps it
-        start = coords.twin(self.strategy, methods_of=self).start
-        return start(facade, first, **coords.accepted(start, arguments), **own)
+        self._fresh, self._changed, self._in_rounds = progress.before == 0, None, True
+        given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
+        if self.checkpoints is not None:
+            given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
+        return progress, first
+
+    def _let_go(self) -> None:
+        """Let go of a mask and an exploration that were made under other settings than those of now."""
+        mask_plan, exploration_plan, exploration = self._made_from
+        if self._brought["exploration"] is None and exploration_plan != self.exploration_plan:
+            vars(self)["exploration"] = None
+        if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
+            vars(self)["mask"] = None
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
         """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
@@ -296,7 +348,7 @@ exploration_values
                     minimum=coords.nodes_waited_for(self.strategy),
                     expected=self.nodes or 0,
                     fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
-                    timeout=min(self.node_timeout, timeout),
+                    timeout=min(self.node_timeout or timeout, timeout),
                     longest=timeout,
                 )
             except RuntimeError as error:
@@ -323,44 +375,39 @@ exploration_values
             checkpoints=self.checkpoints,
         )
 
-    def _settings(self, layout: Layout, initial: Arrays) -> dict[str, object]:
-        """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
-        if self.checkpoints is None:
-            return {}
-        if type(self.strategy).start is not Strategy.start:
-            raise ValueError(
-                f"checkpoints: {type(self.strategy).__name__} has a start of its own, whose variables cannot be kept"
-            )
-        strategy_state(self.strategy, {})
-        start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
-        return {
-            "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
-            "prunable": [spec.name for spec in layout.prunable],
-            "initial values": start,
-            "mask": {**dataclasses.asdict(self.mask_plan), "ready": self._given and self._given.digest},
-            "exploration": dataclasses.asdict(self.exploration_plan),
-            "autoflip": [self.initial, self._packed, self._up, self._down, self.seed],
-            "rules": dataclasses.asdict(self.rules),
-            "strategy": settings_of(self.strategy),
-        }
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
         translator = self._started
         self._round = server_round = server_round + self._progress.before
-        full = self._follow_schedule(server_round, to_arrays(arrays), translator)
+        full = self._in_force(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
-        return translator.outgoing(messages, wire.TRAIN, server_round)
+        outgoing = translator.outgoing(messages, wire.TRAIN, server_round)
+        self._asked, self._noted = len(outgoing), len(self.ledger.incidents)
+        return outgoing
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays."""
+        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays.
+
+        Raises
+        ------
+        RuntimeError
+            If no reply of the first round counts.
+        """
+        record, metrics = self._aggregate(server_round + self._progress.before, replies)
+        changed, self._changed = self._changed, None
+        if record is None and changed is not None:  # what the loop has is still under the mask before
+            record = to_record(changed)
+        return record, metrics
+
+    def _aggregate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         translator = self._started
-        server_round += self._progress.before
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
         before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
@@ -369,6 +416,12 @@ exploration_values
         else:
             counted = translator.incoming(replies, server_round)
         valid = sum(not reply.has_error() for reply in counted)
+        if self._fresh and self._asked and not valid:
+            raise RuntimeError(
+                f"round {server_round}: no reply of {self._asked} nodes counts: "
+                f"{why_none(counted, self.ledger.incidents[self._noted :])}"
+            )
+        self._fresh = self._fresh and not self._asked
         if not self._quarantine.suffices(valid, noised, server_round):
             translator.integers, self._quarantine.longest = before, longest
             privacy.refuse(self.strategy, server_round, self.privacy)
@@ -405,6 +458,29 @@ exploration_values
             self._progress.evaluate[server_round] = metrics
         return metrics
 
+    def initialize_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse Flower's old server API, which calls this first, unless the wrapped strategy has such a method.
+
+        Raises
+        ------
+        RuntimeError
+            That says how to start a run.
+        """
+        own = getattr(self.strategy, "initialize_parameters", None)
+        if own is None:
+            raise RuntimeError(
+                "AutoFlip works with Flower's Message API, not with ServerAppComponents or start_server: call "
+                "strategy.start(grid, initial_arrays) in a function under @app.main() of app = ServerApp()"
+            )
+        return own(*args, **kwargs)
+
+    def _check_running(self, name: str, value: object) -> None:
+        if name != "mask":
+            super()._check_running(name, value)
+        if not self._in_rounds:
+            raise RuntimeError("mask was set before the first round, while AutoFlip finds one: set it before start")
+        subspace.check(value, self._started.mask.layout, "strategy.mask = ...")
+
     @property
     def _explores(self) -> bool:
         return self.mask is None and self.exploration is None and self.mask_plan.sparsity > 0
@@ -433,17 +509,24 @@ exploration_values
             up=self._up,
         )
 
-    def _follow_schedule(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
-        """The model under the mask that the schedule names for this round."""
+    def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
+        """The model under the mask of this round: one that was set since, and then the schedule's."""
+        if self.mask is not None and self.mask is not translator.mask:
+            full = self._change(self.mask, full, translator)
+        if self.mask_schedule is not None:
+            new = subspace.ask(self.mask_schedule, server_round, translator.mask, full)
+            full = full if new is None else self._change(new, full, translator)
+        return full
+
+    def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
+        """The model under a new mask, which is in force from now on."""
         old = translator.mask
-        new = None if self.mask_schedule is None else self.mask_schedule(server_round)
-        if new is None or new.digest == old.digest:
-            return full
-        if new.layout.specs != old.layout.specs:
-            raise ValueError(f"mask_schedule({server_round}): the mask's arrays are not those of the model")
-        if new.version <= old.version:
-            new = dataclasses.replace(new, version=old.version + 1)
-        self._shadow = old.scatter(old.gather(full), into=self._shadow)
-        coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
-        self.mask = self._chosen = translator.mask = new
-        return new.apply(self._shadow)
+        if new.digest != old.digest:
+            if new.version <= old.version:
+                new = dataclasses.replace(new, version=old.version + 1)
+            self._shadow = old.scatter(old.gather(full), into=self._shadow)
+            coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
+            translator.mask = new
+            self._changed = full = new.apply(self._shadow)
+        vars(self)["mask"] = translator.mask
+        return full

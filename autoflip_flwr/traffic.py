@@ -24,7 +24,8 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 # An object is "<class> <ids of its children> <length>\0<body>"; an id is a SHA-256 in hex, so equal siblings are one.
 
@@ -69,6 +70,23 @@ def reply_traffic(reply: Message) -> Traffic:
 def message_bytes(message: Message) -> int:
     """Bytes that a message moves in its own direction: down to a node, up if it is a reply."""
     return reply_traffic(message).up if message.metadata.reply_to_message_id else message_traffic(message).down
+
+
+def dense_traffic(model: ArrayRecord) -> tuple[Traffic, Traffic, Traffic]:
+    """Bytes of plain FedAvg's messages for a model: one to a node, a train reply to it, and an evaluation reply.
+
+    Clients are taken to return a loss and their number of examples, and no two arrays to be equal, as some are that
+    training has not reached yet.
+    """
+    random = np.random.default_rng(0)
+    model = ArrayRecord(
+        {k: Array(each.dtype, each.shape, each.stype, random.bytes(len(each.data))) for k, each in model.items()}
+    )
+    message = Message(RecordDict({"arrays": model, "config": ConfigRecord({"server-round": 1})}), 1, MessageType.TRAIN)
+    metrics = MetricRecord({"train-loss": 1.0, "num-examples": 1})
+    reply = Message(RecordDict({"arrays": model, "metrics": metrics}), reply_to=message)
+    evaluation = Message(RecordDict({"metrics": metrics}), reply_to=message)
+    return message_traffic(message), reply_traffic(reply), reply_traffic(evaluation)
 
 
 def record_bytes(content: RecordDict, key: str) -> int:

@@ -40,6 +40,19 @@ def to_arrays(record: ArrayRecord) -> Arrays:
     return {name: array.numpy() for name, array in record.items()}
 
 
+def model_of(record: ArrayRecord) -> Arrays:
+    """The arrays of a model that can be pruned; ``ValueError`` if none of them holds floating-point numbers."""
+    coded = sorted({array.stype for array in record.values()} - {"numpy.ndarray"})
+    arrays = {} if coded else to_arrays(record)
+    kinds = coded or sorted({array.dtype.name for array in arrays.values()})
+    if not any(array.dtype.kind == "f" for array in arrays.values()):
+        raise ValueError(
+            f"nothing to prune: the model is {len(record)} arrays of {', '.join(kinds) or 'nothing'}, and AutoFlip "
+            "prunes floating-point ones; a model that travels as bytes, as XGBoost's does, runs with its strategy alone"
+        )
+    return arrays
+
+
 class Sent(NamedTuple):
     """What a node was sent: exact floating vectors, what its reply's are added to, the norm of those compared."""
 

@@ -304,7 +304,7 @@ def test_apply_mask_zeroes_arrays_in_place_by_name():
     assert weight.tolist() == [[1, 0], [0, 4]]
     assert bias.tolist() == [1, 1]
     apply_mask({"anything": weight}, None)
-    with pytest.raises(ValueError, match=r"the mask has no 'v'; its model has \['w', 'b'\]"):
+    with pytest.raises(ValueError, match=r"the server sent no 'v'; it sent \['w', 'b'\], 'w' fits"):
         apply_mask({"v": weight}, mask)
     with pytest.raises(ValueError, match=r"array 'w' has shape \(2,\), the mask \(2, 2\)"):
         apply_mask({"w": bias}, mask)

@@ -16,9 +16,9 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "layout", "metrics", "norms", "traffic", "_flower"},
+    {"files", "layout", "loop", "metrics", "norms", "savings", "traffic", "_flower"},
     {"mask", "testing", "values"},
-    {"average", "bits", "guidance"},
+    {"average", "bits", "guidance", "subspace"},
     {"moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},

@@ -87,17 +87,17 @@ def test_an_empty_array_is_never_pruned():
 def test_the_output_is_the_last_prunable_weight_even_where_a_bias_comes_after_it():
     layout = Layout.of(zeros(**NETWORK), biases=True)
     assert layout.prunable_names[-1] == "fc.bias"
-    assert layout.output == "fc.weight"
+    assert layout.output == {"fc.weight": 0}
 
 
 def test_the_output_may_be_named_or_left_out():
-    assert Layout.of(zeros(**NETWORK), output="conv.weight").output == "conv.weight"
-    assert Layout.of(zeros(**NETWORK), output=None).output is None
+    assert Layout.of(zeros(**NETWORK), output="conv.weight").output == {"conv.weight": 0}
+    assert Layout.of(zeros(**NETWORK), output=None).output == {}
 
 
 def test_a_model_without_prunable_weights_has_no_output():
     layout = Layout.of(zeros(a=(3,), b=()))
-    assert (layout.output, layout.prunable, layout.prunable_size, layout.size) == (None, (), 0, 4)
+    assert (layout.output, layout.prunable, layout.prunable_size, layout.size) == ({}, (), 0, 4)
 
 
 @pytest.mark.parametrize("output", ["nothing", "fc.bias", "bn.weight"])
@@ -208,10 +208,10 @@ def test_a_pattern_may_match_what_is_not_pruned_anyway():
 
 
 def test_the_output_is_the_last_of_those_that_are_left():
-    assert Layout.of(zeros(**NETWORK), exclude="fc.weight").output == "lstm.weight_ih_l0"
-    assert Layout.of(zeros(**NETWORK), exclude=["fc.*", "lstm.*"], biases=True).output == "conv.weight"
-    assert Layout.of(zeros(**NETWORK), prunable=["embed.*", "fc.bias"]).output == "embed.weight"
-    assert Layout.of(zeros(**NETWORK), prunable="fc.bias").output is None
+    assert Layout.of(zeros(**NETWORK), exclude="fc.weight").output == {"lstm.weight_ih_l0": 0}
+    assert Layout.of(zeros(**NETWORK), exclude=["fc.*", "lstm.*"], biases=True).output == {"conv.weight": 0}
+    assert Layout.of(zeros(**NETWORK), prunable=["embed.*", "fc.bias"]).output == {"embed.weight": 0}
+    assert Layout.of(zeros(**NETWORK), prunable="fc.bias").output == {}
 
 
 def test_an_excluded_output_is_refused_by_name():
@@ -223,7 +223,7 @@ def test_an_excluded_output_is_refused_by_name():
 def test_integers_and_bools_are_not_pruned_even_where_the_user_chooses_them(rule: object):
     arrays = {"w": np.zeros((2, 2)), "table": np.zeros((3, 3), np.int64), "used": np.zeros((2, 2), bool)}
     layout = Layout.of(arrays, prunable=rule)
-    assert (layout.prunable_names, layout.output) == (["w"], "w")
+    assert (layout.prunable_names, layout.output) == (["w"], {"w": 0})
 
 
 def test_a_name_that_holds_what_is_special_in_a_pattern_means_itself():

@@ -12,6 +12,8 @@ from flwr.serverapp.strategy import FedAvg
 from autoflip_flwr import AutoFlip, roll_call
 from autoflip_flwr.testing import LocalGrid
 
+SOON = 20  # seconds: far below a round's time limit, on a busy machine too
+
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
@@ -48,7 +50,7 @@ class Booting(LocalGrid):
         return reply.has_content() and reply.content["autoflip"]["phase"] in self.to
 
 
-def started(grid, rounds=1, timeout=5.0, strategy=None, **settings):
+def started(grid, rounds=1, timeout=60.0, strategy=None, **settings):
     strategy = AutoFlip(strategy or FedAvg(fraction_evaluate=0.0), **settings)
     strategy.start(grid, record(model()), num_rounds=rounds, timeout=timeout)
     return strategy
@@ -84,7 +86,7 @@ def test_a_number_of_partitions_that_is_wrong_holds_the_start_for_the_node_timeo
     began = time.monotonic()
     strategy = started(Booting(message_app(), 3, gap=0, told=7), node_timeout=0.3)
     assert strategy.exploration.explorers == 3
-    assert 0.3 < time.monotonic() - began < 1.5
+    assert 0.3 < time.monotonic() - began < SOON
     assert "3 of 7 nodes have connected: no new one for 0.3 s, going on" in caplog.messages
 
 
@@ -108,7 +110,7 @@ def test_one_node_that_knows_of_no_other_is_told_at_once_what_to_do():
 def test_a_mute_node_holds_the_start_for_seconds_is_named_and_does_not_explore(caplog):
     grid, began = Booting(message_app(), 4, gap=0, silent={102}, to=("hello", "explore")), time.monotonic()
     strategy = started(grid)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < SOON
     assert strategy.exploration.explorers == 3
     assert "nodes [102] are connected, but have not answered: going on without waiting for them" in caplog.messages
     assert "waiting for answers: 3 of 4 nodes have answered" in caplog.messages
@@ -133,8 +135,8 @@ def test_nodes_that_are_all_slow_to_start_are_given_more_time():
 
 def test_an_exploration_has_a_time_limit_of_its_own():
     grid, began = Booting(message_app(), 4, gap=0, silent={102}, to=("explore",)), time.monotonic()
-    strategy = started(grid, timeout=60, exploration_timeout=0.3)
-    assert time.monotonic() - began < 1.5
+    strategy = started(grid, exploration_timeout=0.3)
+    assert time.monotonic() - began < SOON
     assert strategy.exploration.explorers == 3
     assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 1}
     ttl = {message.content["autoflip"]["phase"]: message.metadata.ttl for message in grid.sent}

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.startup import light_imports
@@ -69,6 +68,8 @@ def flops_per_example(model: nn.Module, input_shape: tuple[int, int, int]) -> in
     """
     # Evaluation mode costs the same, and lets batch normalisation accept a single example.
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(True)
+    from torch.utils.flop_counter import FlopCounterMode  # here, not above: it loads a compiler that clients do without
+
     counter = FlopCounterMode(display=False)
     with counter:
         shadow(torch.empty(1, *input_shape, device="meta")).sum().backward()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_CALLS_IT_A_LEAK = "triton"  # torch's compiler: where it was set aside, dozens of lines end the process
+
+atexit.register(gc.disable)  # Python looks for garbage once more, but a last time is enough
 
 
 @contextmanager
@@ -16,24 +19,15 @@ def light_imports() -> Iterator[None]:
 
     While modules are loaded, Python's collector goes through all of them again and again, and once more when the
     process ends: with torch that is a third of a short process's time. If the block has loaded something, all that
-    there is at its end is set aside for good; the collector then works as before on what comes later.
+    there is at its end is set aside for good, unless torch's compiler is among it; the collector then works as before
+    on what comes later.
     """
     loaded, enabled = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > loaded:
+        if len(sys.modules) > loaded and _CALLS_IT_A_LEAK not in sys.modules:
             gc.freeze()
         if enabled:
             gc.enable()
-
-
-@atexit.register
-def _end() -> None:
-    gc.disable()
-    if gc.get_freeze_count():
-        # What is set aside goes with the process, not object by object. Some extension modules call that leaks, in
-        # dozens of lines a message, when everything else has been said.
-        sys.stderr.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno() if sys.__stderr__ else 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.logger import log
 from torch import nn
 
@@ -19,10 +19,8 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record import RunRecord, summary_table
-from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import EXAMPLES_PROCESSED, Ledger
+from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.traffic import message_traffic, reply_traffic
 from autoflip_flwr.translate import to_arrays, to_record
 
 
@@ -67,7 +65,6 @@ class Tracker:
         self._resumed: list[int] = []
         # since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
-        self._dense = _dense_sizes(training.get_arrays(model))
         ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
 
     def state(self) -> dict[str, object]:
@@ -135,7 +132,6 @@ class Tracker:
         final, mask, ledger = to_arrays(arrays), self._mask(), self._ledger
         table = ledger.bytes_by_phase()
         replies = ledger.replies["train"]
-        message, reply = self._dense
         trained = {round_: value for round_, value in self._accuracies.items() if round_}
         flops = ledger.flops()
         summary: dict[str, object] = {
@@ -151,7 +147,7 @@ class Tracker:
             "parameters": sum(array.size for array in final.values()),
             "bytes": table,
             "bytes_by_node": ledger.bytes_by_node(),
-            "dense_bytes": ledger.messages["train"] * message + replies * reply,
+            "dense_bytes": ledger.dense_bytes_by_phase(to_record(training.get_arrays(self._model)))["total"],
             "train_up_per_client_round": table["train_up"] / replies if replies else 0.0,
             "flops": flops,
             "flops_total": sum(flops.values()),
@@ -202,13 +198,3 @@ class Tracker:
 
     def _megabytes(self) -> str:
         return f"{self._ledger.bytes_by_phase()['total'] / 1e6:.2f} MB"
-
-
-def _dense_sizes(arrays: Arrays) -> tuple[int, int]:
-    """Bytes, both ways, of one dense FedAvg message and of its reply for this model."""
-    record = to_record(arrays)
-    metrics = MetricRecord({"train-loss": 1.0, "epochs": 1, EXAMPLES_PROCESSED: 1, "num-examples": 1})
-    down = RecordDict({"arrays": record, "config": ConfigRecord({"server-round": 1})})
-    message = Message(down, 1, MessageType.TRAIN)
-    reply = Message(RecordDict({"arrays": record, "metrics": metrics}), reply_to=message)
-    return sum(message_traffic(message)), sum(reply_traffic(reply))

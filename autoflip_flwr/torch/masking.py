@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from threading import Lock
+from collections.abc import Iterator, Mapping
+from threading import RLock
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from flwr.app import Context
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.mod import current_mask
+from autoflip_flwr.mod import mask_and_layout
+from autoflip_flwr.torch.names import Names
+from autoflip_flwr.torch.targets import Holder, Key, Model, Parameters, target_of
 
 
 class _Drop:
@@ -46,41 +50,97 @@ class _Drop:
             self.zero(grad)
 
 
-class MaskedTraining:
-    """A model that is kept in a mask's subspace, until :meth:`remove` or the end of a ``with`` block."""
+class _Masking:
+    """A target that is kept in a mask's subspace, until it is ended."""
 
-    def __init__(self, dropped: Mapping[torch.Tensor, _Drop]) -> None:
-        self._dropped = dict(dropped)
+    def __init__(self, target: Model | Parameters, mask: Mask) -> None:
+        self._target, self._mask = target, mask
+        self._dropped: dict[int, tuple[Holder, _Drop]] = {}
         self._known: WeakSet[torch.optim.Optimizer] = WeakSet()
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(drop.zero_grad)  # type: ignore[no-untyped-call]
-            for parameter, drop in dropped.items()
-            if parameter.requires_grad
-        ]
-        self._after_step()
+        self._handles: list[RemovableHandle] = []
+        self.ended = False
+        self.bind()
 
-    def remove(self) -> None:
-        """Let go of the model; it then trains dense."""
+    def bind(self) -> None:
+        """Take hold of the parameters that the target has now.
+
+        Raises
+        ------
+        ValueError
+            If they are not those that the server sent; then nothing is changed.
+        """
+        dropped = _dropped(self._target, self._mask)
+        self.release()
+        for parameter, drop in dropped.items():
+            if parameter.requires_grad:
+                # torch.utils.swap_tensors takes the hooks along, but not what calls them
+                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+                handle = parameter.register_post_accumulate_grad_hook(drop.zero_grad)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+        self._target.watch(dropped.keys())
+        self._dropped = {id(parameter): (self._target.hold(parameter), drop) for parameter, drop in dropped.items()}
+        self._known = WeakSet()
+        self.after_step()
+
+    def release(self) -> None:
+        """Let go of the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._dropped = [], {}
 
-    def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        return any(parameter in self._dropped for group in optimizer.param_groups for parameter in group["params"])
+    def trained_by(self, parameters: set[int]) -> bool:
+        """Whether an optimizer of parameters with these ids trains the target."""
+        return not parameters.isdisjoint(self._dropped)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow(self, parameters: set[int]) -> None:
+        """Bind again if parameters were replaced and an optimizer of these trains the target."""
+        if self._target.replaced() and (self.trained_by(parameters) or not parameters.isdisjoint(self._target.now())):
+            try:
+                self.bind()
+            except ValueError as error:
+                raise ValueError(
+                    f"since masked_training was called the model's parameters were replaced, and no longer fit: {error}"
+                ) from error
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What was done to the gradients by hand is undone, and moments from before the mask are dropped."""
         new = optimizer not in self._known
         self._known.add(optimizer)
-        for parameter, drop in self._dropped.items():
+        for parameter, drop in self._bound():
             drop.zero_grad(parameter)
             for value in optimizer.state.get(parameter, {}).values() if new else ():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     drop.zero(value)
 
-    def _after_step(self) -> None:
-        for parameter, drop in self._dropped.items():
+    def after_step(self) -> None:
+        """Set the pruned weights to zero."""
+        for parameter, drop in self._bound():
             drop.zero(parameter.data)  # no change in autograd's books: another loss may still go back through it
+
+    def _bound(self) -> Iterator[tuple[torch.Tensor, _Drop]]:
+        for hold, drop in self._dropped.values():
+            if (parameter := hold()) is not None:
+                yield parameter, drop
+
+
+class MaskedTraining:
+    """A model that is kept in a mask's subspace, until :meth:`remove` or the end of a ``with`` block.
+
+    After the block the mask is in force that was so before it.
+    """
+
+    def __init__(self, key: Key, masking: _Masking | None, outer: _Masking | None) -> None:
+        self._key, self._masking, self._outer = key, masking, outer
+
+    def remove(self) -> None:
+        """Let go of the model; it then trains dense."""
+        with _lock:
+            if self._masking is not None:
+                self._masking.ended = True
+                self._masking.release()
+                if _in_force.get(self._key) is self._masking:
+                    del _in_force[self._key]
+        self._masking = None
 
     def __enter__(self) -> MaskedTraining:
         return self
@@ -88,28 +148,43 @@ class MaskedTraining:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        with _lock:
+            ours = _in_force.get(self._key) is self._masking  # a call in the block may have taken its place
+            self.remove()
+            if ours and self._outer is not None and not self._outer.ended:
+                self._outer.bind()
+                _in_force[self._key] = self._outer
 
 
 # one model trains under one mask: a second call takes the place of the first
-_in_force: WeakKeyDictionary[torch.nn.Module, MaskedTraining] = WeakKeyDictionary()
-_lock = Lock()  # threads may train models of their own
+_in_force: dict[Key, _Masking] = {}
+_lock = RLock()  # threads may train models of their own
 
 
-def _trainings(optimizer: torch.optim.Optimizer) -> list[MaskedTraining]:
+def _gone(key: Key) -> None:
+    _in_force.pop(key, None)  # without the lock: Python may collect a model at any time
+
+
+def _maskings(optimizer: torch.optim.Optimizer) -> tuple[list[_Masking], set[int]]:
+    """Those in force, and the ids of the optimizer's parameters."""
     with _lock:
-        trainings = list(_in_force.values())
-    return [training for training in trainings if training._trained_by(optimizer)]
+        maskings = list(_in_force.values())
+    return maskings, {id(p) for group in optimizer.param_groups for p in group["params"]} if maskings else set()
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for training in _trainings(optimizer):
-        training._before_step(optimizer)
+    maskings, parameters = _maskings(optimizer)
+    for masking in maskings:
+        masking.follow(parameters)
+        if masking.trained_by(parameters):
+            masking.before_step(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for training in _trainings(optimizer):
-        training._after_step()
+    maskings, parameters = _maskings(optimizer)
+    for masking in maskings:
+        if masking.trained_by(parameters):
+            masking.after_step()
 
 
 # of all optimizers: the one that will train the model need not exist yet
@@ -117,38 +192,52 @@ register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
 
-def apply_mask(model: torch.nn.Module, mask: Mask | Context | None) -> None:
+def apply_mask(
+    model: nn.Module | Mapping[str, torch.Tensor], mask: Mask | Context | None, *, names: Names | None = None
+) -> None:
     """Set the pruned parameters of a model to zero, in place.
 
-    ``mask`` and the errors are those of :func:`masked_training`.
+    The parameters and the errors are those of :func:`masked_training`.
     """
-    for parameter, drop in _dropped(model, mask).items():
-        drop.zero(parameter)
+    target = target_of(model, names, _gone)
+    mask, layout = mask_and_layout(mask)
+    if mask is not None:
+        for parameter, drop in _dropped(target, mask).items():
+            drop.zero(parameter)
+    elif layout is not None:
+        target.find(layout)
 
 
-def masked_training(model: torch.nn.Module, mask: Mask | Context | None) -> MaskedTraining:
+def masked_training(
+    model: nn.Module | Mapping[str, torch.Tensor], mask: Mask | Context | None, *, names: Names | None = None
+) -> MaskedTraining:
     """Keep a model in a mask's subspace, whatever trains it.
 
     Pruned weights are set to zero now and after every step of any optimizer; their gradients are as soon as they are
     there, so that moments stay at zero and clipping sees what is kept alone. Nothing is added to the model or its state
-    dict, and a copy of the model is free.
+    dict, and a copy of the model is free. Parameters that are replaced later on (``load_state_dict(assign=True)``) are
+    bound by the next step of an optimizer.
 
     Call it once before the training loop; the mask then holds until the next call for the same model. In a ``with``
-    block it ends with the block.
+    block it ends with the block, after which the mask is in force that was so before.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Its ``state_dict`` (or its parameters) has the names of the model that the server sent; where those are
-        positions (``"0"``, ``"1"``, ..., as ``ArrayRecord`` names a list), its order.
+    model : Module | Mapping[str, Tensor]
+        The model whose ``state_dict`` (or whose parameters) the server sent, compiled or wrapped for data-parallel
+        training or not; where a list was sent, in that order. Or parameters under the names that the server sent.
     mask : Mask | Context | None
         The mask, or the context of the Flower client: then it is :func:`~autoflip_flwr.mod.current_mask` of it.
-        ``None`` trains dense, as explorers do.
+        ``None`` trains dense. So do explorers, but from their context the names are checked already.
+    names : Mapping[str, str | Tensor] | None
+        The server's name of an array -> the model's own name of the parameter, or the parameter, where they differ.
+        Components that ``torch.compile``, ``DataParallel`` or PEFT (``lora_A.default.weight``) put in need none.
 
     Raises
     ------
     ValueError
-        If the model lacks a name of the mask, or a parameter's shape is not the mask's.
+        If the model lacks a prunable array that the server sent, or has it in another shape; from an optimizer's step
+        if that is so of parameters that were replaced.
 
     Examples
     --------
@@ -164,49 +253,27 @@ def masked_training(model: torch.nn.Module, mask: Mask | Context | None) -> Mask
     >>> model.weight[0, 1].item()
     0.0
     """
-    dropped = _dropped(model, mask)
+    target = target_of(model, names, _gone)
+    mask, layout = mask_and_layout(mask)
+    if mask is None and layout is not None:
+        target.find(layout)
     with _lock:
-        earlier = _in_force.pop(model, None)
-        if earlier is not None:
-            earlier.remove()
-        training = MaskedTraining(dropped)
-        if dropped:
-            _in_force[model] = training
-    return training
+        masking = None if mask is None else _Masking(target, mask)
+        outer = _in_force.pop(target.key, None)
+        if outer is not None:
+            outer.release()
+        if masking is not None:
+            _in_force[target.key] = masking
+    return MaskedTraining(target.key, masking, outer)
 
 
-def _dropped(model: torch.nn.Module, mask: Mask | Context | None) -> dict[torch.Tensor, _Drop]:
+def _dropped(target: Model | Parameters, mask: Mask) -> dict[torch.Tensor, _Drop]:
     """The parameters that lose entries."""
-    if isinstance(mask, Context):
-        mask = current_mask(mask)
-    if mask is None:
-        return {}
-    names = _names(model, mask)
-    unknown = [name for name in mask.keep if name not in names.values()]
-    if unknown:
-        raise ValueError(f"the model has no {unknown[:3]}: the mask's names are those of the model's state dict")
     dropped: dict[torch.Tensor, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        keep = mask.keep.get(names.get(name, ""))
-        if keep is None:
-            continue
-        if keep.shape != tuple(parameter.shape):
-            raise ValueError(f"parameter {name!r} has shape {tuple(parameter.shape)}, the mask {keep.shape}")
+    for name, parameter in target.find(mask.layout).items():
+        keep = mask.keep[name]
         if not keep.all():
             drop = torch.from_numpy(~keep).to(parameter.device)
             # tied weights go by several names: what one of them prunes is pruned
             dropped[parameter] = drop | dropped[parameter] if parameter in dropped else drop
     return {parameter: _Drop(drop) for parameter, drop in dropped.items()}
-
-
-def _names(model: torch.nn.Module, mask: Mask) -> dict[str, str]:
-    """The model's names of its arrays -> the mask's, which are positions where a list of arrays was sent."""
-    state = list(model.state_dict())
-    given = [spec.name for spec in mask.layout.specs]
-    if given == [str(position) for position in range(len(given))]:
-        shapes = [spec.shape for spec in mask.layout.specs]
-        parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
-        for own in (list(model.state_dict().items()), parameters, [*parameters, *buffers]):
-            if [tuple(tensor.shape) for _, tensor in own] == shapes:
-                return dict(zip([name for name, _ in own], given, strict=True))
-    return dict(zip(state, state, strict=True))

@@ -1,0 +1,134 @@
+"""The loop over the rounds: what ``start`` must be given, and how a wrapped strategy's own one is called."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping
+from itertools import takewhile
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp.strategy import Strategy
+
+METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+
+_GRID = ("get_node_ids", "push_messages", "pull_messages")  # what we call of Flower's grid
+_FIRST = ("grid", "initial_arrays")
+_STANDARD = {name: each.default for name, each in inspect.signature(Strategy.start).parameters.items()}
+_ALIKE = 0.85  # names that are more so are a typo even where a start takes any
+
+
+def check(grid: object, initial_arrays: object, arguments: Mapping[str, Any]) -> None:
+    """Check what ``start`` was given, before any client works.
+
+    Raises
+    ------
+    TypeError
+        If one is of another type than Flower's ``Strategy.start`` takes.
+    ValueError
+        If ``num_rounds`` or ``timeout`` is out of range.
+    """
+    if isinstance(grid, type) or not all(callable(getattr(grid, name, None)) for name in _GRID):
+        raise TypeError(f"grid = {grid!r}: must be a Grid of flwr.serverapp")
+    if not isinstance(initial_arrays, ArrayRecord):
+        raise TypeError(
+            f"initial_arrays is of type {type(initial_arrays).__name__}: must be an ArrayRecord, such as "
+            "ArrayRecord(model.state_dict())"
+        )
+    rounds, timeout = arguments["num_rounds"], arguments["timeout"]
+    try:
+        if isinstance(rounds, bool):
+            raise TypeError
+        rounds = operator.index(rounds)
+    except TypeError as error:
+        raise TypeError(f"num_rounds = {rounds!r}: must be a whole number") from error
+    if rounds < 0:
+        raise ValueError(f"num_rounds = {rounds}: must be at least 0")
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+            raise TypeError(f"timeout = {timeout!r}: must be a number of seconds, or None for no limit")
+        if math.isnan(timeout) or timeout <= 0:
+            raise ValueError(f"timeout = {timeout}: must be a number of seconds > 0, or None for no limit")
+    for name in ("train_config", "evaluate_config"):
+        if not isinstance(arguments[name], ConfigRecord | None):
+            raise TypeError(f"{name} is of type {type(arguments[name]).__name__}: must be a ConfigRecord, or None")
+    if not (arguments["evaluate_fn"] is None or callable(arguments["evaluate_fn"])):
+        raise TypeError(
+            f"evaluate_fn = {arguments['evaluate_fn']!r}: must be a function of the round and the arrays, or None"
+        )
+
+
+def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
+    """A strategy of the same class and with the same state, whose rounds are those of ``methods_of``.
+
+    With it a strategy that brings a ``start`` of its own (to keep the best model, say) runs its own loop.
+    """
+
+    def forward(name: str) -> Callable[..., object]:
+        return lambda _, *args, **kwargs: getattr(methods_of, name)(*args, **kwargs)
+
+    kind: Any = type(strategy)
+    result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
+    result.__dict__ = strategy.__dict__
+    return result
+
+
+def bind(
+    start: Callable[..., object], given: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Sort the arguments as the parameters of a ``start`` want them; positional ones, and those by name.
+
+    Parameters
+    ----------
+    start : Callable
+        The bound method of the strategy.
+    given : Mapping[str, Any]
+        The arguments of Flower's ``Strategy.start`` by name, in its order. The first two, the grid and the model, go by
+        position where no parameter has their name. What ``start`` does not take is left out if it is the default.
+    own : Mapping[str, Any]
+        What else the user has given by name.
+
+    Raises
+    ------
+    TypeError
+        If ``start`` cannot be called with them.
+    """
+    signature = inspect.signature(start)
+    parameters = list(signature.parameters.values())
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    kinds = {each.kind for each in parameters}
+    rest = {**given, **own}
+    values = {each.name: rest.pop(each.name) for each in parameters if each.name in rest}
+    free = [
+        each.name
+        for index, each in enumerate(positional)
+        if each.name not in values and (index < len(_FIRST) or each.default is each.empty)
+    ]
+    for parameter, name in zip(free, [name for name in _FIRST if name in rest], strict=False):
+        values[parameter] = rest.pop(name)
+    args = [values.pop(each.name) for each in takewhile(lambda each: each.name in values, positional)]
+    if inspect.Parameter.VAR_POSITIONAL in kinds and len(args) == len(positional):
+        only = kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+        args += [rest.pop(name) for name in (_FIRST if only else given) if name in rest]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    for name in (name for name in own if name in rest):
+        near = difflib.get_close_matches(name, [*given, *signature.parameters], 1, _ALIKE if takes_any else 0.6)
+        if near or not takes_any:
+            hint = f": did you mean {near[0]!r}?" if near else f", and neither has {start.__qualname__}"
+            raise TypeError(f"AutoFlip.start has no parameter {name!r}{hint}")
+    if takes_any:
+        values |= rest
+    elif lost := [name for name in given if name in rest and name != "timeout" and rest[name] != _STANDARD[name]]:
+        raise TypeError(f"{start.__qualname__} takes no {' and no '.join(lost)}, which AutoFlip.start was given")
+    try:
+        signature.bind(*args, **values)
+    except TypeError as error:
+        raise TypeError(
+            f"{start.__qualname__}{signature} cannot be called by AutoFlip.start: {error}; what Flower's own start has "
+            "no name for is given by name, AutoFlip(strategy).start(grid, initial_arrays, name=...)"
+        ) from error
+    return args, values

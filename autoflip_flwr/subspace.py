@@ -1,0 +1,86 @@
+"""Masks that change: what a schedule is asked, what it may answer, and from where coordinates grow again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import takewhile
+
+from autoflip_flwr.layout import Arrays, Layout
+from autoflip_flwr.mask import Mask
+
+Schedule = Callable[..., Mask | None]
+"""Takes one, two or three of the round, the mask in force and the model (full arrays by name), in this order."""
+
+_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def takes(schedule: Schedule) -> int:
+    """How many of the round, the mask in force and the model a mask schedule takes by position.
+
+    A parameter with a default other than None keeps that: it may hold something for the function's own use.
+
+    Raises
+    ------
+    TypeError
+        If it is no function, or takes none of them, or needs more.
+    """
+    if not callable(schedule):
+        raise TypeError(
+            f"mask_schedule is of type {type(schedule).__name__}: must be a function of (round, mask, model), or None"
+        )
+    try:
+        parameters = list(inspect.signature(schedule).parameters.values())
+    except ValueError:  # some that are written in C do not say
+        return 1
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    given = len(list(takewhile(lambda each: each.default in (each.empty, None), positional)))
+    if given == len(positional) and any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        given = 3
+    needed = [each for each in parameters if each.default is each.empty and each.kind not in _MANY]
+    if not given or any(each not in positional[:3] for each in needed):
+        raise TypeError(
+            f"mask_schedule takes ({', '.join(each.name for each in needed)}): it must take one, two or three of the "
+            "round, the mask in force and the model (full arrays by name), in this order"
+        )
+    return min(given, 3)
+
+
+def ask(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> Mask | None:
+    """The mask that a schedule names for a round; ``None`` keeps the one in force. Raises as :func:`check` does."""
+    views = {name: array.view() for name, array in model.items()}
+    for view in views.values():
+        view.flags.writeable = False  # it is to tell a mask, not to change the model
+    new = schedule(*(round_, mask, views)[: takes(schedule)])
+    return None if new is None else check(new, mask.layout, f"mask_schedule in round {round_}")
+
+
+def check(mask: object, layout: Layout, origin: str) -> Mask:
+    """Check a mask that is to be in force from the next round on; ``origin`` says where it comes from.
+
+    Raises
+    ------
+    TypeError
+        If it is no mask.
+    ValueError
+        If its arrays are not those of the layout.
+    """
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"{origin}: must be a Mask, not {type(mask).__name__}: make one with Mask.from_bool(mask.layout, keep)"
+        )
+    if mask.layout.specs != layout.specs:
+        raise ValueError(f"{origin}: the mask's arrays are not those of the model")
+    return mask
+
+
+def last_values(mask: Mask, values: Arrays, model: Arrays) -> Arrays:
+    """The model with the values from which coordinates grow again in a second start, full arrays by name.
+
+    Where the model is zero outside the mask in which the first start ended, they are the last ``values`` that it had
+    there. Another model brings its own.
+    """
+    shapes, known = ({name: array.shape for name, array in arrays.items()} for arrays in (model, values))
+    if shapes != known or any(model[name][~keep].any() for name, keep in mask.keep.items()):
+        return model
+    return mask.layout.cast(mask.scatter(mask.gather(model), into=values))

@@ -1,0 +1,139 @@
+"""What trains under a mask: a model, or parameters by name; and whether its parameters have been replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from weakref import ref
+
+import torch
+from torch import nn
+
+from autoflip_flwr.layout import Layout
+from autoflip_flwr.mod import sent_array
+from autoflip_flwr.torch.names import Names, Tensors, check, find, modules, parameters, unwrapped
+
+Key = frozenset[int]
+Holder = Callable[[], torch.Tensor | None]
+
+
+class Parameters:
+    """Parameters under the server's names. They are not kept alive."""
+
+    def __init__(self, given: Mapping[str, torch.Tensor], gone: Callable[[Key], object]) -> None:
+        if odd := [name for name, tensor in given.items() if not isinstance(tensor, torch.Tensor)]:
+            raise TypeError(f"{odd[:3]} are no tensors: pass {{name that the server sent: parameter}}")
+        self.key = key = frozenset(map(id, given.values()))
+        self._given = {name: ref(tensor, lambda _: gone(key)) for name, tensor in given.items()}
+
+    def find(self, layout: Layout) -> Tensors:
+        """Those that are prunable arrays of the server's.
+
+        Raises
+        ------
+        ValueError
+            If a name or shape is not that of an array that the server sent.
+        """
+        found = {name: tensor for name, given in self._given.items() if (tensor := given()) is not None}
+        for name, tensor in found.items():
+            check(name, tensor, sent_array(layout, name, tuple(tensor.shape)))
+        return {name: tensor for name, tensor in found.items() if layout[name].prunable}
+
+    def hold(self, tensor: torch.Tensor) -> Holder:
+        """How to get at a parameter later on."""
+        return ref(tensor)
+
+    def watch(self, bound: Collection[torch.Tensor]) -> None:
+        """Nothing: which parameter has taken the place of one cannot be known."""
+
+    def replaced(self) -> bool:
+        """Whether another parameter has taken the place of one."""
+        return False
+
+    def now(self) -> set[int]:
+        """Ids of the parameters."""
+        return set(self.key)
+
+
+class Model:
+    """A model, without what is wrapped around it. It is not kept alive.
+
+    Parameters
+    ----------
+    model : Module
+        The model, or a wrapper of it.
+    names : Mapping[str, str | Tensor]
+        The server's names -> the model's names or parameters, where they differ.
+    gone : Callable[[Key], object]
+        Called with the key when the model is gone.
+    """
+
+    def __init__(self, model: nn.Module, names: Names, gone: Callable[[Key], object]) -> None:
+        self._prefix, inner = unwrapped(model)
+        self.key = key = frozenset([id(inner)])  # by identity: a model may compare as it likes
+        self._model = ref(inner, lambda _: gone(key))
+        own = {id(parameter): name for name, parameter in parameters(inner, self._prefix).items()}
+        self._names = {  # by name, a parameter that is replaced can be found again
+            sent: own.get(id(name), name) if isinstance(name, torch.Tensor) else name for sent, name in names.items()
+        }
+        self._children: list[tuple[ref[nn.Module], str, ref[nn.Module]]] = []
+        self._places: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor, int]] = []
+
+    def find(self, layout: Layout) -> Tensors:
+        """The parameters that are prunable arrays of the server's, as :func:`~autoflip_flwr.torch.names.find` does."""
+        for name in self._names:
+            if name not in layout:
+                raise ValueError(
+                    f"names: the server sent no {name!r}; it sent {[spec.name for spec in layout.specs][:5]}"
+                )
+        model = self._model()
+        return {} if model is None else find(model, self._prefix, layout, self._names)
+
+    def hold(self, tensor: torch.Tensor) -> Holder:
+        """How to get at a parameter later on: a weak reference would keep PyTorch from swapping it."""
+        return lambda: tensor
+
+    def watch(self, bound: Collection[torch.Tensor]) -> None:
+        """Remember where these parameters are."""
+        model, ids = self._model(), set(map(id, bound))
+        found = [module for _, module in modules(model)] if model is not None and ids else []
+        self._children = [
+            (ref(module), name, ref(child))
+            for module in found
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+        self._places = [
+            (module._parameters, name, parameter, parameter._cdata)
+            for module in found
+            for name, parameter in module._parameters.items()
+            if id(parameter) in ids and parameter is not None
+        ]
+
+    def replaced(self) -> bool:
+        """Whether one of them is no longer there, or has been swapped; identities alone are compared."""
+        for place, name, parameter, data in self._places:
+            if place.get(name) is not parameter or parameter._cdata != data:
+                return True
+        for module, name, child in self._children:
+            parent = module()
+            if parent is None or parent._modules.get(name) is not child():
+                return self._model() is not None
+        return False
+
+    def now(self) -> set[int]:
+        """Ids of the parameters that the model has now."""
+        model = self._model()
+        return set() if model is None else {id(parameter) for parameter in parameters(model).values()}
+
+
+def target_of(
+    model: nn.Module | Mapping[str, torch.Tensor], names: Names | None, gone: Callable[[Key], object]
+) -> Model | Parameters:
+    """What a user passes as the model."""
+    if isinstance(model, nn.Module):
+        return Model(model, names or {}, gone)
+    if not isinstance(model, Mapping):
+        raise TypeError(f"the model is a {type(model).__name__}: pass a torch.nn.Module or {{name: parameter}}")
+    if names:
+        raise ValueError("names= is for a model: parameters are given under the names that the server sent")
+    return Parameters(model, gone)
