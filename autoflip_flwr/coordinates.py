@@ -149,23 +149,33 @@ def averages_plainly(strategy: Strategy) -> bool:
     return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
 
 
-def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shadow: Arrays, *, packed: bool) -> None:
+def carry_state(
+    strategy: Strategy,
+    names: list[str],
+    old: Mask,
+    new: Mask,
+    shadow: Arrays,
+    *,
+    packed: bool,
+    was_packed: bool | None = None,
+) -> None:
     """Take the state of Flower's own server optimisers from one mask to the next.
 
     ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
     (``current_arrays``) are read off the dense shadow; moments are masked, and start at zero where a coordinate has
-    grown.
+    grown. The coordinates are as before, unless ``was_packed`` says otherwise.
     """
 
     def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
-        if not new.layout[name].prunable:
-            return values
         full = np.array(base, values.dtype)
-        if packed:
+        if was_packed and old.layout[name].prunable:
             full.reshape(-1)[old.indices[name]] = values
+        else:
+            np.copyto(full, values, where=old.keep.get(name, np.True_))
+        if packed and new.layout[name].prunable:
             return full.reshape(-1)[new.indices[name]]
-        np.copyto(full, values, where=old.keep[name])
-        full[~new.keep[name]] = 0
+        if new.layout[name].prunable:
+            full[~new.keep[name]] = 0
         return full
 
     def carried(state: Any, base: Callable[[str], NDArray[np.generic]]) -> Any:
@@ -175,13 +185,14 @@ def carry_state(strategy: Strategy, names: list[str], old: Mask, new: Mask, shad
             return {name: move(name, values, base(name)) for name, values in state.items()}
         if isinstance(state, list) and len(state) == len(names):
             return [move(name, values, base(name)) for name, values in zip(names, state, strict=True)]
-        if packed:
+        if packed or was_packed:
             raise TypeError(
                 f"state of type {type(state).__name__} cannot follow a change of the mask: use coordinates='dense'"
             )
         return state
 
-    if old.digest == new.digest:
+    was_packed = packed if was_packed is None else was_packed
+    if old.digest == new.digest and packed == was_packed:
         return
     for layer in layers(strategy):
         for attribute in (*_MOMENTS, _WEIGHTS):

@@ -8,7 +8,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING
@@ -17,14 +16,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
-from autoflip_flwr import firewall, maskrecord, wire
+from autoflip_flwr import evidence, firewall, maskrecord, wire
 from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.ledger import Ledger, examples_processed
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
+from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.norms import Update, joint_norm
 from autoflip_flwr.quarantine import Quarantine
 
@@ -91,6 +90,7 @@ def explore(
     timeout: float | None,
     quarantine: Quarantine,
     checkpoints: Checkpoints | None = None,
+    per_client: bool = False,
 ) -> Exploration:
     """Run the exploration.
 
@@ -118,11 +118,14 @@ def explore(
         Takes the replies that are left out.
     checkpoints : Checkpoints | None
         Where answers are kept as they come; those that are there already are not asked for again.
+    per_client : bool
+        Also average what ``normalisation="per-client"`` needs.
 
     Raises
     ------
     RuntimeError
-        If fewer than ``min_explorers`` nodes are connected or answer.
+        If fewer than ``min_explorers`` nodes are connected or answer, if none of them moved anything, or if most of
+        them returned updates instead of weights.
     """
     kept = {} if checkpoints is None else checkpoints.explorers()
     if kept:
@@ -157,11 +160,18 @@ def explore(
         norm = joint_norm(moves[name] for name in compared)
         return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
 
+    judged: dict[str, Answer | wire.WireError] = {}  # by the message's id: each reply is judged once
+
     def arrived(message: Message, reply: Message) -> None:
-        if checkpoints is None or reply.has_error():
+        if reply.has_error():
             return
-        with suppress(wire.WireError):
-            answer, cost = judge(reply), Ledger()
+        try:
+            answer = judged[message.metadata.message_id] = judge(reply)
+        except wire.WireError as error:
+            judged[message.metadata.message_id] = error
+            return
+        if checkpoints is not None:
+            cost = Ledger()
             cost.sent(message)
             cost.received(message, reply)
             about = {"update": dataclasses.asdict(answer.update), "cost": cost.exploration_only()}
@@ -200,21 +210,23 @@ def explore(
                     continue
                 elif reply.has_error():
                     problems.setdefault(firewall.explain(reply.error), []).append(node)
+                elif isinstance(answer := judged.pop(str(reply.metadata.reply_to_message_id)), wire.WireError):
+                    left_out(node, str(answer))
                 else:
-                    try:
-                        good[node] = judge(reply)
-                    except wire.WireError as error:
-                        left_out(node, str(error))
+                    good[node] = answer
             far = quarantine.judge_norms({node: answer.update for node, answer in good.items()}, "exploration", 0)
             for node, answer in good.items():
                 if node in far:
                     left_out(node, far[node])
                     continue
                 weight = answer.update.weight if plan.weighting == "examples" else 1.0
-                yield weight, firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
+                moves = firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
+                updates.add(moves)
+                yield weight, moves
 
+    updates = evidence.Updates(mask.layout, initial)
     try:
-        found = combine(mask.layout, answers())
+        found = combine(mask.layout, answers(), per_client=per_client)
     except ValueError as error:
         reasons = _first(problems)
         hint = "" if firewall.FIRST in reasons else f" (if the clients run without it: {firewall.FIRST})"
@@ -225,11 +237,8 @@ def explore(
             f"{_first(problems)}"
         )
     log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
-    if not any(moves.any() for moves in found.deviation.values()):
-        log(
-            WARNING,
-            "no explorer moved any prunable parameter: the mask says nothing; do the clients return their work?",
-        )
+    evidence.check_moved(found)
+    updates.check()
     return found
 
 
@@ -276,9 +285,13 @@ def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, o
     content[next(iter(content.array_records), "arrays")] = packed
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
     told = {ROUND_KEY: 0} if ROUND_KEY in config else {}
-    content[config_key] = ConfigRecord(
-        {**config, **told, PHASE_KEY: wire.EXPLORE, EPOCHS_KEY: plan.epochs, PATIENCE_KEY: plan.patience}
-    )
+    asked: dict[str, float | str] = {
+        PHASE_KEY: wire.EXPLORE,
+        EPOCHS_KEY: plan.epochs,
+        PATIENCE_KEY: plan.patience,
+        WEIGHT_DECAY_KEY: 0.0,
+    }
+    content[config_key] = ConfigRecord({**config, **told, **asked})
     return RecordDict({**content, **ours})
 
 

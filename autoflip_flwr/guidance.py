@@ -73,9 +73,9 @@ def combine(
     ValueError
         If there is no answer, or a weight is not positive and finite.
     """
-    deviation: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
-    normalised: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.prunable if per_client}
-    mean: dict[str, Floats] = {spec.name: np.zeros(spec.shape) for spec in layout.specs if spec.floating}
+    deviation = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
+    normalised = {spec.name: np.zeros(spec.shape) for spec in layout.prunable if per_client}
+    mean = {spec.name: np.zeros(spec.shape) for spec in layout.specs if spec.floating}
     total, explorers = 0.0, 0
     for weight, delta in answers:
         if not 0 < weight < np.inf:
@@ -92,11 +92,11 @@ def combine(
                     normalised[name] += weight * minmax(square)
     if not explorers:
         raise ValueError("no explorer answered")
-    for sums in (deviation, normalised, mean):
-        for name, values in sums.items():
-            values /= total
-            sums[name] = _held(values, layout[name].dtype)
-    return Exploration(deviation, mean, normalised, explorers)
+
+    def held(sums: dict[str, NDArray[np.float64]]) -> dict[str, Floats]:
+        return {name: _held(sums.pop(name) / total, layout[name].dtype) for name in list(sums)}
+
+    return Exploration(held(deviation), held(mean), held(normalised), explorers)
 
 
 def _held(values: Floats, dtype: str) -> Floats:
@@ -108,13 +108,13 @@ def _held(values: Floats, dtype: str) -> Floats:
     return values.astype(np.float32) if fits else values
 
 
-def minmax(values: Floats) -> Floats:
+def minmax(values: Floats) -> NDArray[np.float64]:
     """``(x - min) / (max - min)``, float64; all 0 where max equals min."""
     values = np.asarray(values, np.float64)
     low, high = values.min(), values.max()
     if not high > low:
         return np.zeros_like(values)
-    result: Floats = (values - low) / (high - low)
+    result: NDArray[np.float64] = (values - low) / (high - low)
     return result
 
 
@@ -159,7 +159,7 @@ def scores(exploration: Exploration, normalisation: str = "none", gamma: float =
     for name, held in exploration.deviation.items():
         deviation = np.asarray(held, np.float64)
         if normalisation == "per-client":
-            guidance = np.asarray(exploration.normalised[name], np.float64)
+            guidance: Floats = np.asarray(exploration.normalised[name], np.float64)
         else:
             guidance = minmax(deviation) if normalisation == "layer" else deviation
         result[name] = guidance * agreement(deviation, exploration.signed_mean[name]) ** gamma if gamma else guidance
@@ -236,7 +236,7 @@ def choose_mask(
         raise ValueError("no array of the model is prunable: weights have two or more dimensions; else give `prunable`")
     if tied or spared:
         whole = {name: np.ones(layout[name].shape, bool) for name in spared}
-        keep = choose_mask(_narrowed(layout, tied or {}, spared), score, sparsity, scope).keep | whole
+        keep = choose_mask(narrowed(layout, tied or {}, spared), score, sparsity, scope).keep | whole
         keep |= {name: keep[other] for name, other in (tied or {}).items()}
         return Mask.from_bool(layout, keep, version)
     flat = {spec.name: np.asarray(score[spec.name], np.float64).reshape(-1) for spec in layout.prunable}
@@ -275,8 +275,8 @@ def protected_outputs(layout: Layout, sparsity: float, scope: str) -> dict[str, 
     return found
 
 
-def _narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -> Layout:
-    """The layout without second names, in which what is spared is not prunable."""
+def narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -> Layout:
+    """The layout without second names (:func:`tied`), in which what is spared is not prunable."""
     specs = (replace(spec, prunable=spec.prunable and spec.name not in spared) for spec in layout.specs)
     output = {tied.get(name, name): axis for name, axis in layout.output.items()}
     return Layout(
@@ -287,7 +287,7 @@ def _narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) 
 
 
 def _protected(values: Floats, axis: int | None) -> NDArray[np.bool_]:
-    """The entry that is pruned last of the array, and of each unit along ``axis`` where it is an output layer's; 1-D."""
+    """The entry that is pruned last of the array, or of each unit along the axis of an output layer; 1-D."""
     protected = np.zeros(values.shape, dtype=bool)
     units = values.shape[axis] if axis is not None else 1
     rows = np.moveaxis(values, axis or 0, 0).reshape(units, -1)

@@ -69,7 +69,7 @@ class Layout:
         for name, axis in self.output.items():
             if name not in self or not self[name].prunable or not 0 <= axis < len(self[name].shape):
                 raise ValueError(
-                    f"output = {{{name!r}: {axis}}}: must be prunable arrays, of {self.prunable_names}, with an axis each"
+                    f"output = {{{name!r}: {axis}}}: must be one of the prunable arrays {self.prunable_names}, an axis"
                 )
 
     @classmethod

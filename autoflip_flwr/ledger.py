@@ -131,7 +131,8 @@ class Ledger:
             self.note("errors", node, phase, _round_of(message), _short(reason))
             return
         self.replies[phase] += 1
-        self.examples[phase] += examples_processed(reply.content) or 0
+        if count := examples_processed(reply.content):
+            self.examples[phase] += count
 
     def absorb(self, earlier: Mapping[str, Any]) -> None:
         """Add what an interrupted run has cost, given by its ledger's attributes."""

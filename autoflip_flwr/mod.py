@@ -23,10 +23,13 @@ LAYOUT = "autoflip.layout"
 """Record of an explorer's state: the layout of the model that it was sent."""
 
 PHASE_KEY, EPOCHS_KEY, PATIENCE_KEY = "autoflip-phase", "autoflip-epochs", "autoflip-patience"
+WEIGHT_DECAY_KEY = "autoflip-weight-decay"
 """Keys that the config record of an exploration message holds on top of the wrapped strategy's own.
 
 A client that reads them explores as the method asks: it trains for up to ``autoflip-epochs`` epochs and stops after
-``autoflip-patience`` epochs without a better mean training loss. A client that ignores them trains as usual.
+``autoflip-patience`` epochs without a better mean training loss, with the weight decay ``autoflip-weight-decay``, which
+is 0: weight decay moves all clients' weights alike, where they agree on nothing. A client that ignores them trains as
+usual.
 """
 
 EXPLORED = "explored."
@@ -186,7 +189,7 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     content = RecordDict(dict(reply.content))
     if head["phase"] == wire.EVALUATE:
         return _reply(message, context, head, content, digest=mask.digest)
-    key, arrays = _result(content, mask)
+    key, arrays = _result(content, mask, exploring=head["phase"] == wire.EXPLORE)
     if head["phase"] == wire.EXPLORE:
         moves = {
             spec.name: np.subtract(arrays[spec.name], given[spec.name]) for spec in mask.layout.specs if spec.floating
@@ -217,8 +220,11 @@ def _state_set_aside(context: Context) -> Iterator[None]:
         context.state.update(before)
 
 
-def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
-    """The full arrays that the client's own code returned, in the model's dtypes."""
+def _result(content: RecordDict, mask: Mask, *, exploring: bool) -> tuple[str, Arrays]:
+    """The full arrays that the client's own code returned, in the model's dtypes.
+
+    An explorer's must be weights: integers in the place of floats are codes of something, and no weights.
+    """
     records = content.array_records
     if len(records) != 1:
         raise wire.WireError(f"the client returned {len(records)} ArrayRecords, expected 1")
@@ -228,6 +234,12 @@ def _result(content: RecordDict, mask: Mask) -> tuple[str, Arrays]:
         mask.layout.check(arrays)
     except ValueError as error:
         raise wire.WireError(f"what the client returned does not fit: {error}") from error
+    for spec in mask.layout.specs if exploring else ():
+        if spec.floating and arrays[spec.name].dtype.kind != "f":
+            raise wire.WireError(
+                f"array {spec.name!r} came back with dtype {arrays[spec.name].dtype}, expected {spec.dtype}: explorers "
+                "return weights; if clients return codes that the strategy decodes, bring a mask (mask=)"
+            )
     return key, {name: array.astype(mask.layout[name].dtype, copy=False) for name, array in arrays.items()}
 
 

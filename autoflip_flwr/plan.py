@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from logging import WARNING
+from logging import INFO, WARNING
 
 import numpy as np
 from flwr.common.logger import log
 
-from autoflip_flwr import guidance
+from autoflip_flwr import evidence, guidance
 from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.mask import Mask
@@ -32,6 +32,7 @@ class MaskPlan:
     exclude: Rule | None = None
     biases: bool = False
     output: Output | None = AUTO
+    prune_unmoved: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -49,17 +50,39 @@ class MaskPlan:
 
     def choose(self, layout: Layout, initial: Arrays, exploration: Exploration) -> Mask:
         """The mask that these settings make of an exploration from ``initial``."""
-        still = [name for name, moves in exploration.deviation.items() if not moves.any()]
-        if 0 < len(still) < len(exploration.deviation):
+        evidence.check_moved(exploration)
+        still = evidence.unmoved(exploration)
+        if still:
+            names = evidence.shortest(still, layout.prunable_names)
+            what = (
+                "pruned first (prune_unmoved=True)"
+                if self.prune_unmoved
+                else "not pruned, and does not count in the sparsity (prune_unmoved=True prunes it first)"
+            )
+            log(WARNING, "no explorer moved %s: what is frozen, or a buffer, is %s", ", ".join(names), what)
+        if decayed := evidence.decayed(layout, initial, exploration):
+            names = evidence.shortest(decayed, layout.prunable_names)
             log(
                 WARNING,
-                "no explorer moved %s: what is frozen, or a buffer, is pruned first; exclude=%s spares it",
-                ", ".join(still[:5]),
-                still[:5],
+                "the explorers moved %s by a constant share of the initial values, as weight decay alone does, and the "
+                "mask follows the size of those: explore without it (the config says autoflip-weight-decay = 0.0)",
+                ", ".join(names),
             )
         score = guidance.scores(exploration, self.normalisation, self.gamma)
         tied = guidance.tied(layout, initial, exploration)
-        return guidance.choose_mask(layout, score, self.sparsity, self.scope, tied=tied)
+        spared = [] if self.prune_unmoved else still
+        counted = guidance.narrowed(layout, tied, spared)
+        if outputs := list(guidance.protected_outputs(counted, self.sparsity, self.scope)):
+            log(INFO, "each unit of %s keeps an incoming weight (output=)", ", ".join(outputs))
+        try:
+            return guidance.choose_mask(layout, score, self.sparsity, self.scope, tied=tied, spared=spared)
+        except ValueError as error:
+            if not spared:
+                raise
+            raise ValueError(
+                f"{error}; only what the explorers moved is pruned. The exploration is kept: start again with a lower "
+                "sparsity, or with prune_unmoved=True"
+            ) from error
 
     def rehearse(self, layout: Layout, initial: Arrays, mask: Mask | None, exploration: Exploration | None) -> None:
         """Raise ``ValueError`` for all that could go wrong once clients have worked.
@@ -78,8 +101,11 @@ class MaskPlan:
             shapes = {name: values.shape for name, values in exploration.deviation.items()}
             if shapes != {spec.name: spec.shape for spec in layout.prunable}:
                 raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
+            if mask is None:
+                evidence.check_moved(exploration)
+                guidance.scores(exploration, self.normalisation, self.gamma)
         elif mask is None and self.sparsity > 0:
-            same = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
+            same: dict[str, guidance.Floats] = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
             tied = guidance.tied(layout, initial, Exploration(same, same, same, explorers=0))
             for names in ({}, tied) if tied else ({},):  # arrays that start alike may turn out to be one weight
                 guidance.choose_mask(layout, same, self.sparsity, self.scope, tied=names)

@@ -20,6 +20,7 @@ from autoflip_flwr.layout import Arrays, Layout
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
+from autoflip_flwr.privacy import budget_of
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.values import KINDS
@@ -81,6 +82,8 @@ class Configured(Strategy):
                 check({**self._arguments(), name: value})
             if name in ("mask", "exploration") and not self._running:
                 vars(self)["_brought"] = {**vars(self).get("_brought", {}), name: value}
+            if name == "strategy" and self._ready:
+                vars(self)["privacy"] = budget_of(value)
             vars(self)[name] = value
         elif self._ready and name not in vars(self) and hasattr(self.strategy, name):
             setattr(self.strategy, name, value)  # as reading

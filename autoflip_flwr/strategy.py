@@ -14,11 +14,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, loop, privacy, savings, subspace, wire
+from autoflip_flwr import guidance, health, loop, privacy, savings, subspace, wire
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Rule
+from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.plan import MaskPlan
@@ -58,11 +58,14 @@ class AutoFlip(Configured):
         Prune biases too (the authors' code does).
     prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
         Which arrays are pruned: shell-style patterns of their names, or a function of name and shape; default: those
-        with two or more dimensions.
+        that are weights (:mod:`autoflip_flwr.weights`).
     exclude : the same, or None
         Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
-    output : str or None (default: "auto")
-        Name of the output layer's weight, of which each unit keeps an incoming weight; default: the last prunable one.
+    output : str, Sequence[str], Mapping[str, int] or None (default: "auto")
+        Weights of which each unit keeps an incoming weight: names or patterns, or these with the axis of their units;
+        default: those that can be outputs (:mod:`autoflip_flwr.outputs`).
+    prune_unmoved : bool (default: False)
+        Prune what no explorer moved (first of all) instead of keeping it whole.
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
         See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
@@ -74,9 +77,10 @@ exploration_values
         Declares that what explorers send may be known: under a differential-privacy wrapper they explore only then.
     mask : Mask or None
         A ready mask: nobody explores and nothing is chosen.
-    mask_schedule : Callable[[int], Mask or None] or None
-        Called before each round with its number; a mask that it returns replaces the one in force. Coordinates that
-        grow again resume from their last value.
+    mask_schedule : Callable[[int, Mask, Arrays], Mask or None] or None
+        Called before each round with as many as it takes by position of its number, the mask in force and the model
+        (full arrays by name); a mask that it returns replaces the one in force. Coordinates that grow again resume from
+        their last value.
     coordinates : str (default: "auto")
         What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
         ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
@@ -108,8 +112,11 @@ exploration_values
 
     Attributes
     ----------
+    strategy, sparsity, ..., checkpoints
+        Every parameter under its own name. One that is set is checked at once and holds for the next ``start``; while
+        rounds run only ``mask`` can be set.
     mask : Mask or None
-        The mask in force.
+        The mask in force; one that is set while rounds run is, from the next one on.
     exploration : Exploration or None
         What the explorers found.
     ledger : Ledger
@@ -120,9 +127,9 @@ exploration_values
     Raises
     ------
     TypeError
-        If ``strategy`` is no Message-API strategy.
+        If a parameter is of another type.
     ValueError
-        If a parameter is out of range.
+        If one is out of range, or two do not go together.
 
     Examples
     --------
@@ -142,7 +149,8 @@ exploration_values
         biases: bool = False,
         prunable: Rule | None = None,
         exclude: Rule | None = None,
-        output: str | None = AUTO,
+        output: Output | None = AUTO,
+        prune_unmoved: bool = False,
         explorers: float = 1.0,
         min_explorers: int = 2,
         exploration_rounds: int = 1,
@@ -170,6 +178,7 @@ exploration_values
         self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
         self.initial, self.biases = initial, biases
         self.prunable, self.exclude, self.output = prunable, exclude, output
+        self.prune_unmoved = prune_unmoved
         self.explorers, self.min_explorers = explorers, min_explorers
         self.exploration_rounds, self.exploration_epochs = exploration_rounds, exploration_epochs
         self.exploration_patience, self.exploration_weighting = exploration_patience, exploration_weighting
@@ -233,8 +242,10 @@ exploration_values
             wrapper, before any client works.
         CheckpointError
             If a checkpoint is in the way, damaged or of another run.
+        TypeError
+            If an argument is of another type, or neither Flower's ``start`` nor the wrapped strategy's takes it.
         RuntimeError
-            If too few nodes are connected or too few explorers answer.
+            If too few nodes are connected, too few explorers answer, or no reply of the first round counts.
         """
         given = {
             "grid": grid,
@@ -274,7 +285,7 @@ exploration_values
         packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and coords.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
-        self._let_go()
+        self._let_go(layout)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
         self._quarantine = Quarantine(self.rules, self.ledger)
         if self._explores and not self.exploration_public:
@@ -298,13 +309,14 @@ exploration_values
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
+        health.warn(mask)
         full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
             full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
         self._shadow = full
-        alike = previous is not None and packed == self._packed and previous.mask.layout.specs == layout.specs
-        if previous is not None and alike and not resumed:
-            coords.carry_state(self.strategy, previous.shown, previous.mask, mask, full, packed=packed)
+        if previous is not None and not resumed and subspace.same_arrays(previous.mask.layout, full):
+            moved = previous.shown, previous.mask, mask, full
+            coords.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
         self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
         first = to_record(mask.apply(full))
@@ -322,17 +334,22 @@ exploration_values
             next_mask = None if self.mask is translator.mask else self.mask
             progress.keep(round_, arrays, shadow, translator, parts, next_mask)
 
-        self._fresh, self._changed, self._in_rounds = progress.before == 0, None, True
+        self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
         given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
         if self.checkpoints is not None:
             given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
         return progress, first
 
-    def _let_go(self) -> None:
+    def _let_go(self, layout: Layout) -> None:
         """Let go of a mask and an exploration that were made under other settings than those of now."""
         mask_plan, exploration_plan, exploration = self._made_from
-        if self._brought["exploration"] is None and exploration_plan != self.exploration_plan:
-            vars(self)["exploration"] = None
+        if self._brought["exploration"] is None and self.exploration is not None:
+            known = [self.exploration.deviation]
+            if self.normalisation == "per-client":
+                known.append(self.exploration.normalised)
+            lacks = any(each.keys() != {spec.name for spec in layout.prunable} for each in known)
+            if lacks or exploration_plan != self.exploration_plan:
+                vars(self)["exploration"] = None
         if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
             vars(self)["mask"] = None
 
@@ -373,6 +390,7 @@ exploration_values
             timeout=self.exploration_timeout or timeout,
             quarantine=self._quarantine,
             checkpoints=self.checkpoints,
+            per_client=self.normalisation == "per-client",
         )
 
     def configure_train(
@@ -527,6 +545,7 @@ exploration_values
             self._shadow = old.scatter(old.gather(full), into=self._shadow)
             coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
             translator.mask = new
+            health.warn(new)
             self._changed = full = new.apply(self._shadow)
         vars(self)["mask"] = translator.mask
         return full

@@ -74,13 +74,17 @@ def check(mask: object, layout: Layout, origin: str) -> Mask:
     return mask
 
 
+def same_arrays(layout: Layout, model: Arrays) -> bool:
+    """Whether a model has the names and shapes of a layout, in its order."""
+    return [(spec.name, spec.shape) for spec in layout.specs] == [(name, each.shape) for name, each in model.items()]
+
+
 def last_values(mask: Mask, values: Arrays, model: Arrays) -> Arrays:
     """The model with the values from which coordinates grow again in a second start, full arrays by name.
 
     Where the model is zero outside the mask in which the first start ended, they are the last ``values`` that it had
     there. Another model brings its own.
     """
-    shapes, known = ({name: array.shape for name, array in arrays.items()} for arrays in (model, values))
-    if shapes != known or any(model[name][~keep].any() for name, keep in mask.keep.items()):
+    if not same_arrays(mask.layout, model) or any(model[name][~keep].any() for name, keep in mask.keep.items()):
         return model
     return mask.layout.cast(mask.scatter(mask.gather(model), into=values))

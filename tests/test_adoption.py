@@ -152,7 +152,7 @@ def test_a_strategy_with_a_loop_of_its_own_keeps_it():
     result = start(wrapped, grid, rounds=3)
     assert strategy.rounds == 2
     phases = [message.content[wire.HEADER]["phase"] for message in grid.sent]
-    assert phases == [wire.EXPLORE] * NODES + [wire.TRAIN] * 3 * NODES
+    assert phases == [wire.HELLO] * NODES + [wire.EXPLORE] * NODES + [wire.TRAIN] * 3 * NODES
     for arrays in (arrays_of(strategy.best), arrays_of(result.arrays)):
         assert {name: array.shape for name, array in arrays.items()} == FULL
         assert not any(arrays[name][~keep].any() for name, keep in wrapped.mask.keep.items())

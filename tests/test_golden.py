@@ -124,7 +124,9 @@ def test_moves_are_the_golden_ones(golden, encoded, masks):
         moves = wire.unpack_moves(masks["full"], record_of(data))
         assert list(moves) == ["conv.weight", "fc.weight", "fc.bias", "half.weight"]
         for name, array in moves.items():
-            np.testing.assert_allclose(array.reshape(-1), golden["moves"][name], rtol=1e-5 * masks["full"].layout[name].prunable)
+            np.testing.assert_allclose(
+                array.reshape(-1), golden["moves"][name], rtol=1e-5 * masks["full"].layout[name].prunable
+            )
 
 
 def test_fingerprints_are_the_golden_ones(golden, encoded):

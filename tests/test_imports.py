@@ -16,10 +16,12 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "layout", "loop", "metrics", "norms", "savings", "traffic", "_flower"},
+    {"files", "loop", "metrics", "norms", "savings", "traffic", "weights", "_flower"},
+    {"outputs"},
+    {"layout"},
     {"mask", "testing", "values"},
-    {"average", "bits", "guidance", "subspace"},
-    {"moves"},
+    {"average", "bits", "guidance", "health", "subspace"},
+    {"evidence", "moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},
     {"grid", "mod", "quarantine", "privacy"},

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from apps import arrays_of, message_app, model, record
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Result, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    Result,
+    Strategy,
+)
 
 from autoflip_flwr import AutoFlip, Layout, Ledger, Mask
 from autoflip_flwr.plan import MaskPlan
@@ -107,7 +114,7 @@ WRONG = [
         TypeError,
         r"checkpoints = .folder.: must be Checkpoints\(folder\) of autoflip_flwr.checkpoint",
     ),
-    ("strategy", "FedAvg", TypeError, "AutoFlip wraps strategies of flwr.serverapp.strategy, not builtins.str"),
+    ("strategy", "FedAvg", TypeError, "AutoFlip wraps a strategy, not .FedAvg."),
     ("strategy", AutoFlip(), ValueError, "it must be outermost"),
     ("mask_schedule", {2: half(0)}, TypeError, "mask_schedule is of type dict: must be a function"),
     ("mask_schedule", lambda: None, TypeError, "it must take one, two or three of the round"),
@@ -151,6 +158,16 @@ def test_what_is_set_before_a_start_holds_for_it():
     strategy.sparsity = 0.1
     start(strategy)
     assert strategy.mask.digest == half(1).digest  # of the user's own
+
+
+def test_another_strategy_may_be_wrapped_before_a_start():
+    strategy = AutoFlip(fedavg(FedAdam), sparsity=0.0)
+    assert strategy.privacy is None
+    strategy.strategy = DifferentialPrivacyServerSideFixedClipping(fedavg(), 0.5, 1.0, NODES)
+    start(strategy)
+    assert strategy.privacy.releases == 1
+    strategy.strategy = None
+    assert type(strategy.strategy) is FedAvg
 
 
 class Named(FedAvg):
@@ -314,6 +331,39 @@ def test_a_second_start_lets_coordinates_grow_from_their_last_value(kind):
     start(strategy, 1, LocalGrid(app, NODES), result.arrays)
     for name, keep in half(0).keep.items():
         np.testing.assert_array_equal(sent[-1][name][keep], first[1][name][keep].astype(np.float32))
+
+
+@pytest.mark.parametrize("ways", [("packed", "dense"), ("dense", "packed")])
+@pytest.mark.parametrize("kind", [FedAvgM, FedAdam])
+def test_a_second_start_may_be_in_other_coordinates(kind, ways):
+    options = {"server_momentum": 0.9} if kind is FedAvgM else {}
+    results = []
+    for first, second in (("packed", "packed"), ways):
+        strategy = AutoFlip(fedavg(kind, **options), mask=half(0), coordinates=first)
+        result = start(strategy, 2)
+        strategy.coordinates, strategy.mask = second, half(1)
+        results.append(arrays_of(start(strategy, 2, arrays=result.arrays).arrays))
+    for name, array in results[0].items():
+        np.testing.assert_array_equal(array, results[1][name])
+
+
+def test_the_normalisation_can_change_between_two_starts():
+    strategy, alone = AutoFlip(fedavg(), sparsity=0.5), AutoFlip(fedavg(), sparsity=0.5, normalisation="per-client")
+    start(strategy)
+    strategy.normalisation = "per-client"
+    start(strategy)
+    start(alone)
+    assert strategy.mask.bits == alone.mask.bits
+
+
+def test_what_may_be_pruned_can_change_between_two_starts():
+    strategy = AutoFlip(fedavg(FedAvgM, server_momentum=0.9), sparsity=0.5)
+    result = start(strategy)
+    strategy.biases = True
+    grid = LocalGrid(message_app(), NODES)
+    start(strategy, 1, grid, result.arrays)
+    assert strategy.mask.kept == 36  # of 48 + 6 + 18: the first exploration does not know of the biases
+    assert sum(message.metadata.group_id == "exploration" for message in grid.sent) == NODES
 
 
 def test_another_model_brings_its_own_last_values():

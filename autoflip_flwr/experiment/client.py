@@ -19,7 +19,7 @@ from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.ledger import EXAMPLES_PROCESSED
 from autoflip_flwr.mask import Mask
-from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
+from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
 
 @lru_cache(maxsize=32)
@@ -69,6 +69,7 @@ class LocalClient(NumPyClient):
             self._config,
             epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
             patience=int(config[PATIENCE_KEY]) if exploring else None,
+            weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
             lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
             mask=self._mask,
             seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def read_exploration(path: Path, start: str) -> tuple[Exploration, dict[str, flo
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
-            fields: dict[str, dict[str, NDArray[np.float64]]] = {field: {} for field in _FIELDS}
+            fields: dict[str, dict[str, NDArray[np.floating[Any]]]] = {field: {} for field in _FIELDS}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 field, _, name = key.partition("/")
                 fields[field][name] = file.get_tensor(key)

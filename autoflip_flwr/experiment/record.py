@@ -143,6 +143,7 @@ def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
         ("Best accuracy", _shown(known.get("best_accuracy"), "{:.2%}")),
         ("Density, prunable parameters", _shown(known.get("density"), "{:.2%}")),
         ("Density, all parameters", _shown(known.get("density_all"), "{:.2%}")),
+        ("Problems of the mask", "; ".join(known.get("mask_problems", []))),
         ("Parameters", _shown(known.get("parameters"), "{:,}")),
         *((title, _megabytes(sent.get(phase))) for phase, title in PHASES.items()),
         ("Total sent", _megabytes(total)),

@@ -19,6 +19,7 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record import RunRecord, summary_table
+from autoflip_flwr.health import problems
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.translate import to_arrays, to_record
@@ -158,6 +159,7 @@ class Tracker:
             "resumed_after": self._resumed,
             "residuals_restarted": bool(self._resumed) and (self._config.values_up or self._config.values) == "int8",
             "mask": None if mask is None else {"version": mask.version, "digest": mask.digest},
+            "mask_problems": [] if mask is None else problems(mask),
             "density_by_layer": {}
             if mask is None
             else {

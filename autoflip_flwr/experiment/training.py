@@ -55,6 +55,7 @@ def train(
     epochs: int,
     patience: int | None,
     lr: float,
+    weight_decay: float,
     mask: Mask | None,
     seed: int,
 ) -> Trained:
@@ -74,6 +75,8 @@ def train(
         Stop after so many epochs without a better mean training loss; ``None`` never stops early.
     lr : float
         Learning rate.
+    weight_decay : float
+        Of the optimizer.
     mask : Mask | None
         Kept in force after every optimizer step.
     seed : int
@@ -83,7 +86,7 @@ def train(
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     with light_imports():  # torch.optim loads torch's compiler
-        optimizer = _optimizer(model, config, lr)
+        optimizer = _optimizer(model, config, lr, weight_decay)
     loss_of = nn.CrossEntropyLoss()
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
@@ -105,10 +108,10 @@ def train(
     return Trained(loss, done, done * len(x))
 
 
-def _optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=weight_decay)
 
 
 @torch.no_grad()

@@ -98,7 +98,12 @@ def wrong(good: RecordDict, draw: random.Random) -> RecordDict:
             case "rename":
                 content = RecordDict({draw.choice(TEXTS) if k == key else k: record for k, record in content.items()})
             case "swap":
-                others: list[Any] = [ConfigRecord(), MetricRecord({"format": wire.FORMAT}), ArrayRecord(), *good.values()]
+                others: list[Any] = [
+                    ConfigRecord(),
+                    MetricRecord({"format": wire.FORMAT}),
+                    ArrayRecord(),
+                    *good.values(),
+                ]
                 content = forge.swap(content, key, draw.choice(others))
             case "field":
                 content = forge.swap(content, key, wrong_field(content[key], draw))

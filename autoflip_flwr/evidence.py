@@ -1,0 +1,141 @@
+"""What explorers' moves tell of the clients: nothing moved, updates for weights, weight decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+from flwr.common.logger import log
+from numpy.typing import NDArray
+
+from autoflip_flwr.guidance import Exploration
+from autoflip_flwr.layout import Arrays, Layout
+
+UPDATE_COSINE = 0.3
+"""What an explorer returned may be an update if it points so little in the direction of W0. Weights of real trainings
+point there more (0.4 and above) as long as they are no longer than twice W0, and those that decay point there most."""
+
+UPDATE_LENGTH, DOUBTFUL_LENGTH = 0.7, 2.0
+"""It is taken for one if it is no longer than so many times W0. Up to the second it is only warned of: weights that
+have forgotten where they began, as in a small convex problem, look the same."""
+
+DECAY_RESIDUAL = 0.01
+"""Share of an array's squared move, at most, that is no multiple of W0 where the move is taken for weight decay."""
+
+_TOO_FEW = 8
+"""Of so few entries a move may be a multiple of W0 by chance."""
+
+_CHUNK = 2**16
+
+
+def unmoved(exploration: Exploration) -> list[str]:
+    """Names of the prunable arrays that no explorer moved."""
+    return [name for name, deviation in exploration.deviation.items() if not deviation.any()]
+
+
+def check_moved(exploration: Exploration) -> None:
+    """Raise ``RuntimeError`` if no explorer moved any prunable parameter."""
+    if len(unmoved(exploration)) == len(exploration.deviation):
+        raise RuntimeError(
+            "no explorer moved any prunable parameter, and a mask would say nothing: do the clients train the arrays "
+            "that they are sent, and return their work under the same names? Else bring a mask (mask=)"
+        )
+
+
+class Updates:
+    """Counts the explorers that seem to have returned updates (new - old) instead of weights.
+
+    Their moves are then ``(W_k - W0) - W0``, and the mask would follow the size of the initial weights.
+
+    Parameters
+    ----------
+    layout : Layout
+        The model's arrays.
+    initial : Mapping[str, ndarray]
+        W0.
+    """
+
+    def __init__(self, layout: Layout, initial: Mapping[str, NDArray[Any]]) -> None:
+        self._initial = {spec.name: initial[spec.name].reshape(-1) for spec in layout.prunable}
+        self._square = sum(_dot(values, values) for values in self._initial.values())
+        self._lengths: list[float] = []  # of what each returned, in units of W0; infinite where it points along W0
+
+    def add(self, moves: Mapping[str, NDArray[Any]]) -> None:
+        """Look at the moves of one explorer."""
+        along = square = 0.0
+        for name, values in self._initial.items():
+            if values.any():
+                move = moves[name].reshape(-1)
+                along += _dot(move, values)
+                square += _dot(move, move)
+        # what it returned is W0 + move: its length and its product with W0, in units of W0
+        length, product = math.inf, math.inf
+        if self._square > 0:
+            length = math.sqrt(max(1 + (square + 2 * along) / self._square, 0.0))
+            product = 1 + along / self._square
+        self._lengths.append(length if product <= UPDATE_COSINE * length else math.inf)
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if most explorers have returned updates, and warn if most may have."""
+        for longest, raises in ((UPDATE_LENGTH, True), (DOUBTFUL_LENGTH, False)):
+            number = sum(length <= longest for length in self._lengths)
+            if number <= len(self._lengths) / 2:
+                continue
+            found = (
+                f"what {number} of {len(self._lengths)} explorers returned looks like updates (new - old), not weights"
+            )
+            if raises:
+                raise RuntimeError(
+                    f"{found}: the mask would follow the size of the initial weights. Return weights while exploring "
+                    "(the config then has 'autoflip-phase'), or bring a mask (mask=)"
+                )
+            log(WARNING, "%s; if so, the mask follows the size of the initial weights", found)
+            return
+
+
+def decayed(layout: Layout, initial: Arrays, exploration: Exploration) -> list[str]:
+    """Names of the prunable arrays whose mean move is a constant share of W0, as weight decay alone makes it.
+
+    Such explorers agree everywhere, and the mask follows the size of the initial weights. The share is that of least
+    squares. Arrays of one value, or of very few, say nothing.
+    """
+    found = []
+    for spec in layout.prunable:
+        start, mean = (arrays[spec.name].reshape(-1) for arrays in (initial, exploration.signed_mean))
+        if spec.size <= _TOO_FEW or (start == start[0]).all():
+            continue
+        square, along = _dot(mean, mean), _dot(mean, start)
+        if square > 0 and square - along**2 / _dot(start, start) < DECAY_RESIDUAL * square:
+            found.append(spec.name)
+    return found
+
+
+def shortest(names: Sequence[str], among: Sequence[str]) -> list[str]:
+    """One shell-style pattern that matches just these of all names, if there is a plain one; else the names."""
+    if len(names) < 2:
+        return list(names)
+    start, end = _common(names), _common([name[::-1] for name in names])[::-1]
+    whole = start[: max(start.rfind("."), start.rfind("/")) + 1]
+    for pattern in (f"{whole}*", f"{start}*", f"*{end}", f"{start}*{end}"):
+        if pattern != "*" and {name for name in among if fnmatchcase(name, pattern)} == set(names):
+            return [pattern]
+    return list(names)
+
+
+def _common(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    first, last = min(names), max(names)
+    same = [one == other for one, other in zip(first, last, strict=False)]
+    return first[: same.index(False) if False in same else len(same)]
+
+
+def _dot(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """The inner product of two 1-D arrays, summed in float64."""
+    return sum(
+        float(np.dot(one[at : at + _CHUNK].astype(np.float64), other[at : at + _CHUNK].astype(np.float64)))
+        for at in range(0, one.size, _CHUNK)
+    )
