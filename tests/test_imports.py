@@ -16,7 +16,7 @@ CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # from the bottom up; a module may import from lower rows only
 ROWS = [
-    {"files", "loop", "metrics", "norms", "savings", "traffic", "weights", "_flower"},
+    {"files", "loop", "metrics", "norms", "reason", "savings", "traffic", "weights", "_flower"},
     {"outputs"},
     {"layout"},
     {"mask", "testing", "values"},
@@ -24,6 +24,7 @@ ROWS = [
     {"evidence", "moves"},
     {"wire"},
     {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},
+    {"waiting"},
     {"grid", "mod", "quarantine", "privacy"},
     {"translate"},
     {"state", "checkpoint"},
