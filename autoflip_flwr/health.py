@@ -16,12 +16,15 @@ from autoflip_flwr.weights import leaf, weights_of
 
 Bools = NDArray[np.bool_]
 
+_FEW = 8
+"""An output unit of so many inputs that keeps one of them has lost its layer."""
+
 
 def problems(mask: Mask) -> list[str]:
     """What is wrong with a mask, in words; nothing for one that leaves paths from the inputs to the outputs.
 
     Two kinds are told: arrays of which no more is left than the floors keep (an entry, or one for each output unit),
-    though more would be at the density of what is pruned; and places where all units that still hear of the inputs are
+    unless they are so small that it could not be more; and places where all units that still hear of the inputs are
     ignored by the weights that follow. A residual connection may lead around such a place.
 
     Parameters
@@ -55,7 +58,8 @@ def _bare(mask: Mask) -> list[str]:
     for spec in pruned:
         kept, axis = mask.kept_by_name[spec.name], mask.layout.output.get(spec.name)
         floor = 1 if axis is None else spec.shape[axis]
-        if kept <= floor and density * spec.size >= floor + 1:
+        more = density * spec.size >= floor + 1 or (axis is not None and spec.size >= _FEW * floor)
+        if kept <= floor and more:
             bare.append(f"{spec.name} ({kept} of {spec.size} entries)")
     return bare
 

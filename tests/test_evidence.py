@@ -9,7 +9,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod
+from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod, wire
+from autoflip_flwr.checkpoint import Checkpoints
 from autoflip_flwr.evidence import Updates, decayed, shortest
 from autoflip_flwr.guidance import combine
 from autoflip_flwr.testing import LocalGrid
@@ -308,3 +309,11 @@ def test_per_client_normalisation_needs_an_exploration_that_was_made_with_it():
     own = run(moving("a", "b"), start, normalisation="per-client")
     again = run(moving(), start, exploration=own.exploration, normalisation="per-client")
     assert again.mask == own.mask
+
+
+def test_each_answer_is_decoded_once_to_be_judged_and_once_to_be_averaged(tmp_path, monkeypatch):
+    decoded: list[object] = []
+    unpack = wire.unpack_moves
+    monkeypatch.setattr(wire, "unpack_moves", lambda mask, record: decoded.append(record) or unpack(mask, record))
+    run(moving("a", "b"), ones("a", "b"), nodes=3, checkpoints=Checkpoints(tmp_path))
+    assert len(decoded) == 2 * 3

@@ -109,6 +109,12 @@ def test_output_units_of_one_weight_each_are_a_floor():
     assert problems(mask_of(keep)) == []
 
 
+def test_output_units_of_one_weight_each_are_a_floor_at_any_density():
+    layout = Layout.of({"a": np.zeros((100, 100)), "b": np.zeros((4, 100))})
+    keep = {"a": np.arange(10_000).reshape(100, 100) % 100 == 0, "b": np.arange(400).reshape(4, 100) % 100 == 0}
+    assert problems(Mask.from_bool(layout, keep))[0] == "nothing but its floor is left of b (4 of 400 entries)"
+
+
 def test_small_arrays_that_keep_their_share_are_no_problem():
     shapes = {"a": (10, 1), "b": (1, 10), "c": (2, 5)}
     layout = Layout.of({name: np.zeros(shape) for name, shape in shapes.items()}, output=None)
