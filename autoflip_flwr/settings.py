@@ -63,8 +63,9 @@ class Configured(Strategy):
     _running = False  # its start is not
 
     def __init_subclass__(cls) -> None:
-        if Configured in cls.__bases__:  # a class made of that one may have a constructor of its own
-            cls._defaults = {each.name: each.default for each in inspect.signature(cls).parameters.values()}
+        parameters = inspect.signature(cls).parameters
+        if "strategy" in parameters and not hasattr(cls, "_defaults"):  # a user's subclass may have another constructor
+            cls._defaults = {each.name: each.default for each in parameters.values()}
 
     def __getattr__(self, name: str) -> Any:
         # a project that calls methods of its own strategy goes on doing so

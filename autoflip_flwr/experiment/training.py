@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +47,17 @@ def choose_device(device: str) -> torch.device:
     if not there[device]:
         raise ConfigError(f"device = '{device}': not available here; auto takes what there is")
     return torch.device(device)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch compute with ``count`` threads in this block; ``None`` leaves it as many as it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train(

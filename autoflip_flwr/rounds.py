@@ -1,0 +1,184 @@
+"""The rounds: between Flower's loop and the wrapped strategy, under the mask in force."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from autoflip_flwr import coordinates as coords
+from autoflip_flwr import health, privacy, subspace, wire
+from autoflip_flwr.layout import Arrays
+from autoflip_flwr.mask import Mask
+from autoflip_flwr.privacy import Budget
+from autoflip_flwr.progress import Progress
+from autoflip_flwr.quarantine import Quarantine, why_none
+from autoflip_flwr.settings import Configured
+from autoflip_flwr.state import undo_of
+from autoflip_flwr.subspace import Schedule
+from autoflip_flwr.translate import Translator, to_arrays, to_record
+
+
+class Rounds(Configured):
+    """What Flower's loop calls in each round; :class:`~autoflip_flwr.strategy.AutoFlip` starts it."""
+
+    mask_schedule: Schedule | None
+    privacy: Budget | None
+    _progress: Progress
+    _quarantine: Quarantine
+    _packed: bool
+    _translator: Translator | None
+    _shadow: Arrays
+    """The last values of what the mask prunes; full arrays."""
+    _changed: Arrays | None
+    """The model of this round, if its mask is new."""
+    _round: int
+    _asked: int
+    """Nodes that this round's messages went to."""
+    _noted: int
+    """Incidents before this round's messages."""
+    _fresh: bool
+    """Whether no round has had messages yet."""
+    _in_rounds: bool
+    """Whether the mask may be set while start runs."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
+        translator = self._started
+        self._round = server_round = server_round + self._progress.before
+        full = self._in_force(server_round, to_arrays(arrays), translator)
+        record = translator.to_strategy(translator.mask.gather(full))
+        messages = self.strategy.configure_train(server_round, record, config, grid)
+        outgoing = translator.outgoing(messages, wire.TRAIN, server_round)
+        self._asked, self._noted = len(outgoing), len(self.ledger.incidents)
+        return outgoing
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays.
+
+        Raises
+        ------
+        RuntimeError
+            If no reply of the first round counts.
+        """
+        record, metrics = self._aggregate(server_round + self._progress.before, replies)
+        changed, self._changed = self._changed, None
+        if record is None and changed is not None:  # what the loop has is still under the mask before
+            record = to_record(changed)
+        return record, metrics
+
+    def _aggregate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        translator = self._started
+        plainly = coords.averages_plainly(self.strategy)
+        noised = privacy.replies_needed(self.strategy)
+        before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
+        if plainly:
+            counted, mean = translator.average(replies, server_round)
+        else:
+            counted = translator.incoming(replies, server_round)
+        valid = sum(not reply.has_error() for reply in counted)
+        if self._fresh and self._asked and not valid:
+            raise RuntimeError(
+                f"round {server_round}: no reply of {self._asked} nodes counts: "
+                f"{why_none(counted, self.ledger.incidents[self._noted :])}"
+            )
+        self._fresh = self._fresh and not self._asked
+        if not self._quarantine.suffices(valid, noised, server_round):
+            translator.integers, self._quarantine.longest = before, longest
+            privacy.refuse(self.strategy, server_round, self.privacy)
+            return None, None
+        if plainly:
+            _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
+        else:
+            record, metrics = privacy.aggregate(self.strategy, server_round, counted, self.privacy)
+            mean = None if record is None else translator.from_strategy(record)
+            if mean is not None and not translator.mask.layout.is_finite(mean):
+                self._quarantine.keep_model(server_round, "what the strategy has made of the replies is not finite")
+                translator.integers, self._quarantine.longest, mean = before, longest, None
+                undo()
+        if metrics is not None:
+            self._progress.train[server_round] = metrics
+        return None if mean is None else to_record(mean), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the evaluation, and pack its messages."""
+        translator = self._started
+        server_round += self._progress.before
+        record = translator.to_strategy(translator.mask.gather(to_arrays(arrays)))
+        messages = self.strategy.configure_evaluate(server_round, record, config, grid)
+        return translator.outgoing(messages, wire.EVALUATE, server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Judge the replies and let the wrapped strategy aggregate those that count."""
+        server_round += self._progress.before
+        counted = self._started.incoming_evaluate(replies, server_round)
+        metrics = self.strategy.aggregate_evaluate(server_round, counted)
+        if metrics is not None:
+            self._progress.evaluate[server_round] = metrics
+        return metrics
+
+    def initialize_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse Flower's old server API, which calls this first, unless the wrapped strategy has such a method.
+
+        Raises
+        ------
+        RuntimeError
+            That says how to start a run.
+        """
+        own = getattr(self.strategy, "initialize_parameters", None)
+        if own is None:
+            raise RuntimeError(
+                "AutoFlip works with Flower's Message API, not with ServerAppComponents or start_server: call "
+                "strategy.start(grid, initial_arrays) in a function under @app.main() of app = ServerApp()"
+            )
+        return own(*args, **kwargs)
+
+    def _check_running(self, name: str, value: object) -> None:
+        if name != "mask":
+            super()._check_running(name, value)
+        if not self._in_rounds:
+            raise RuntimeError("mask was set before the first round, while AutoFlip finds one: set it before start")
+        subspace.check(value, self._started.mask.layout, "strategy.mask = ...")
+
+    @property
+    def _started(self) -> Translator:
+        if self._translator is None:
+            raise RuntimeError(
+                "AutoFlip.start has not been called: AutoFlip must be the outermost strategy, AutoFlip(DP(strategy)), "
+                "and started with its own start method"
+            )
+        return self._translator
+
+    def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
+        """The model under the mask of this round: one that was set since, and then the schedule's."""
+        if self.mask is not None and self.mask is not translator.mask:
+            full = self._change(self.mask, full, translator)
+        if self.mask_schedule is not None:
+            new = subspace.ask(self.mask_schedule, server_round, translator.mask, full)
+            full = full if new is None else self._change(new, full, translator)
+        return full
+
+    def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
+        """The model under a new mask, which is in force from now on."""
+        old = translator.mask
+        if new.digest != old.digest:
+            if new.version <= old.version:
+                new = dataclasses.replace(new, version=old.version + 1)
+            self._shadow = old.scatter(old.gather(full), into=self._shadow)
+            coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
+            translator.mask = new
+            health.warn(new)
+            self._changed = full = new.apply(self._shadow)
+        vars(self)["mask"] = translator.mask
+        return full
