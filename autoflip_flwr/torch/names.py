@@ -187,7 +187,7 @@ def _lacking(lacking: list[str], layout: Layout, trained: Tensors, names: Names)
     """What was sent, what the model has, and which of it fits."""
     text = (
         f"the model has no {[names.get(name, name) for name in lacking][:3]}: "
-        f"the server sent {[spec.name for spec in layout.specs][:4]}, the model has {list(trained)[:4]}"
+        f"the server sent {[spec.name for spec in layout.specs][:3]}, the model has {list(trained)[:3]}"
     )
     name = lacking[0]
     shaped = {sent: [own for own, p in trained.items() if tuple(p.shape) == layout[sent].shape] for sent in lacking}
