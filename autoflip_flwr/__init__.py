@@ -3,25 +3,33 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
-from autoflip_flwr.mod import apply_mask, autoflip_mod, current_mask
-
 if TYPE_CHECKING:
     from autoflip_flwr.guidance import Exploration
+    from autoflip_flwr.layout import Layout
     from autoflip_flwr.ledger import Ledger
+    from autoflip_flwr.mask import Mask
+    from autoflip_flwr.mod import apply_mask, autoflip_mod, current_mask
     from autoflip_flwr.strategy import AutoFlip
-else:  # the server's: a client starts for every message, and does not load them
-    _SERVER = {"AutoFlip": "strategy", "Exploration": "guidance", "Ledger": "ledger"}
+else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
+    _MODULES = {
+        "AutoFlip": "strategy",
+        "Exploration": "guidance",
+        "Layout": "layout",
+        "Ledger": "ledger",
+        "Mask": "mask",
+        "apply_mask": "mod",
+        "autoflip_mod": "mod",
+        "current_mask": "mod",
+    }
 
     def __getattr__(name: str) -> object:
-        if name not in _SERVER:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_SERVER[name]}"), name)
+        globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_SERVER})
+        return sorted({*globals(), *_MODULES})
 
 
 __all__ = ["AutoFlip", "Exploration", "Layout", "Ledger", "Mask", "apply_mask", "autoflip_mod", "current_mask"]

@@ -229,7 +229,8 @@ def explore(
         found = combine(mask.layout, answers(), per_client=per_client)
     except ValueError as error:
         reasons = _first(problems)
-        hint = "" if firewall.FIRST in reasons else f" (if the clients run without it: {firewall.FIRST})"
+        told = firewall.FIRST in reasons or grid.calls.with_mod
+        hint = "" if told else f" (if the clients run without it: {firewall.FIRST})"
         raise RuntimeError(f"the exploration failed: {error}{hint}; {reasons}") from error
     if found.explorers < plan.min_explorers:
         raise RuntimeError(

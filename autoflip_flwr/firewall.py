@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from autoflip_flwr import wire
 from autoflip_flwr.layout import Arrays
 from autoflip_flwr.mask import Mask
+from autoflip_flwr.reason import last_words
 from autoflip_flwr.values import Vector
 
 MAX_MOVE = 1e100
@@ -175,7 +176,7 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
 
 def explain(error: Error) -> str:
     """The reason of an error reply; where a mod of Flower's has met our records, that it stands in the wrong place."""
-    reason = (error.reason or f"error {error.code}").strip()[:2000]
+    reason = last_words((error.reason or f"error {error.code}")[-30_000:])[:2000]
     met_ours = error.code == wire.MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
     return f"{reason.rstrip('.')}: {FIRST}" if met_ours else reason
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from autoflip_flwr.ledger import Ledger, phase_of
 from autoflip_flwr.roll_call import RollCall, pause
+from autoflip_flwr.waiting import Waiting
 
 
 class OrderedGrid(Grid):
@@ -22,7 +23,8 @@ class OrderedGrid(Grid):
       :mod:`random`, from which Flower's strategies draw their sample right after, with the seed and the number of
       exchanges so far.
     - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in, gives
-      messages the time limit as their ttl (a late node then skips them), and charges both ways to the ledger.
+      messages the time limit as their ttl (a late node then skips them), logs its progress where that takes long, and
+      charges both ways to the ledger.
 
     Parameters
     ----------
@@ -147,6 +149,7 @@ class OrderedGrid(Grid):
         waiting = set(self.push_messages(messages))
         order = {message.metadata.message_id: index for index, message in enumerate(messages)}
         replies: list[Message] = []
+        progress = Waiting(messages[0], len(waiting))
         while waiting:
             new = [reply for reply in self.pull_messages(waiting) if reply.metadata.reply_to_message_id in order]
             replies += new
@@ -156,6 +159,7 @@ class OrderedGrid(Grid):
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
+            progress.tell(len(replies))
             time.sleep(pause(started))
         self.ledger.seconds[phase] += time.monotonic() - started
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from autoflip_flwr import wire
+from autoflip_flwr.reason import last_words
 from autoflip_flwr.traffic import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
 
 EXAMPLES_PROCESSED = "examples-processed"
@@ -40,16 +40,23 @@ def examples_processed(content: RecordDict) -> int | None:
 
 
 def _short(reason: str) -> str:
-    """A node's own words without a terminal's colours, and their end where they are long: a traceback ends with the
-    error."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", reason[-100 * MAX_REASON :]).strip()
+    """A node's own words: what its exception said, and the end of that where it is long."""
+    plain = last_words(reason[-100 * MAX_REASON :])
     return plain if len(plain) <= MAX_REASON else f"... {plain[-MAX_REASON:]}"
 
 
-def _round_of(message: Message) -> int:
-    head = message.content.get(wire.HEADER) if message.has_content() else None
-    found = head.get("round", 0) if isinstance(head, ConfigRecord) else 0
-    return found if isinstance(found, int) else 0
+def round_of(message: Message) -> int:
+    """The round that a message belongs to, by our header, or else by the config of Flower's own strategies."""
+    if not message.has_content():
+        return 0
+    head = message.content.get(wire.HEADER)
+    if isinstance(head, ConfigRecord):
+        found = head.get("round")
+    else:
+        found = next(
+            (each["server-round"] for each in message.content.config_records.values() if "server-round" in each), 0
+        )
+    return found if type(found) is int else 0
 
 
 @dataclass
@@ -112,7 +119,7 @@ class Ledger:
 
     def absent(self, message: Message) -> None:
         """Note that no reply to a message came in time."""
-        self.note("absent", message.metadata.dst_node_id, phase_of(message), _round_of(message), "no reply in time")
+        self.note("absent", message.metadata.dst_node_id, phase_of(message), round_of(message), "no reply in time")
 
     def sent(self, message: Message) -> None:
         """Charge a message to a node, whether or not the node will fetch it."""
@@ -128,7 +135,7 @@ class Ledger:
             self._charge(phase, node, reply_traffic(reply), 0)
         if reply.has_error():
             reason = str(reply.error.reason or f"error {reply.error.code}")
-            self.note("errors", node, phase, _round_of(message), _short(reason))
+            self.note("errors", node, phase, round_of(message), _short(reason))
             return
         self.replies[phase] += 1
         if count := examples_processed(reply.content):

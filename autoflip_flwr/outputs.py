@@ -24,7 +24,7 @@ _HEAD = re.compile(
     r"(.*_)?(head|heads|classifier|classifiers|output|outputs|out|logits?|prediction|predictions|predictor|pred)_?\d*"
 )
 _EMBEDDING = re.compile(r"emb.*|wte|wpe|tok|token|tokens|pos|position|positional|.*embed(ding|dings)?")
-_INNER = re.compile(r"weight_[ih]h_l.*|recurrent_kernel|(in|[qkv]+)_?proj.*|[qkv]+|query|key|value|.*qkv.*")
+_INNER = re.compile(r"weight_[ih]h_l.*|recurrent_kernel|(in|[qkv]+)_?proj.*|.*qkv.*")
 
 _IMAGE_CHANNELS = 4
 """A convolution of no more inputs is taken for the model's first."""

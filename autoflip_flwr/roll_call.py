@@ -38,6 +38,8 @@ class RollCall:
     ----------
     partitions : dict[int, int]
         Partition id by node id, of those that have told it.
+    with_mod : set[int]
+        Ids of the nodes that have answered as ``autoflip_mod`` does.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class RollCall:
     ) -> None:
         self._push, self._pull, self._received = push, pull, received
         self.partitions: dict[int, int] = {}
+        self.with_mod: set[int] = set()
         self._told: Counter[int] = Counter()
         self._greeted: set[int] = set()
         self._asked: dict[str, Message] = {}  # what they were asked, by message id, until they answer
@@ -176,6 +179,7 @@ class RollCall:
         head = reply.content.get(wire.HEADER) if reply.has_content() else None
         if not isinstance(head, ConfigRecord):
             return
+        self.with_mod.add(reply.metadata.src_node_id)
         partition, count = head.get("partition"), head.get("num-partitions")
         if type(partition) is int and partition >= 0:
             self.partitions[reply.metadata.src_node_id] = partition

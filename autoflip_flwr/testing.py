@@ -9,7 +9,13 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from autoflip_flwr._flower import Run, TaskIdentity, get_all_nested_objects, inflate_object_from_contents
+from autoflip_flwr._flower import (
+    Run,
+    TaskIdentity,
+    get_all_nested_objects,
+    inflate_object_from_contents,
+    no_object_id_recompute,
+)
 
 CLIENT_APP_RAISED = 2
 """Flower's error code of a client app that raised an exception."""
@@ -97,12 +103,12 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._ids))
-            arrived, size = _through_the_wire(message)
+            (arrived, sent), size = _through_the_wire(message, copies=2)
             self.down += size
-            self.sent.append(_through_the_wire(message)[0])
+            self.sent.append(sent)
             reply = self._handle(arrived)
             reply.metadata.__dict__["_message_id"] = str(next(self._ids))
-            reply, size = _through_the_wire(reply)
+            (reply,), size = _through_the_wire(reply, copies=1)
             self.up += size
             self._replies[message.metadata.message_id] = reply if self._tamper is None else self._tamper(reply)
             ids.append(message.metadata.message_id)
@@ -128,12 +134,15 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
-def _through_the_wire(message: Message) -> tuple[Message, int]:
-    """The message after Flower's serialisation, and the bytes of its objects."""
-    message_id = message.metadata.message_id
-    contents = {object_id: part.deflate() for object_id, part in get_all_nested_objects(message).items()}
-    size = sum(map(len, contents.values()))  # inflating empties the contents
-    copy = inflate_object_from_contents(message.object_id, contents)
-    assert isinstance(copy, Message)
-    copy.metadata.__dict__["_message_id"] = message_id
-    return copy, size
+def _through_the_wire(message: Message, copies: int) -> tuple[list[Message], int]:
+    """The message after Flower's serialisation, so many times, and the bytes of its objects."""
+    with no_object_id_recompute():  # as where Flower sends a message: each object is serialised for its own id alone
+        contents = {object_id: part.deflate() for object_id, part in get_all_nested_objects(message).items()}
+        root = message.object_id
+    arrived = []
+    for _ in range(copies):
+        copy = inflate_object_from_contents(root, contents, keep_object_contents=True)
+        assert isinstance(copy, Message)
+        copy.metadata.__dict__["_message_id"] = message.metadata.message_id
+        arrived.append(copy)
+    return arrived, sum(map(len, contents.values()))

@@ -26,8 +26,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from autoflip_flwr import autoflip_mod, wire
 from autoflip_flwr.experiment import client, server
-from autoflip_flwr.experiment.cli import flatten, parse_pairs, read_toml
 from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
 from autoflip_flwr.testing import LocalGrid
 
 ROOT = Path(__file__).parents[1]

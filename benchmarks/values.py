@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoflip_flwr.experiment.cli import flatten, parse_pairs, read_toml
 from autoflip_flwr.experiment.config import VALUES, Value
 from autoflip_flwr.experiment.data import ImageData, load
+from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
 from benchmarks.sparsity import ROOT, run
 
 LIMIT = 0.3

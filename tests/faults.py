@@ -88,7 +88,7 @@ def running(out: Path, app: Path = REPOSITORY, **settings: Any) -> Iterator[subp
     values = {**SMALL, "output-dir": str(out), **{key.replace("_", "-"): value for key, value in settings.items()}}
     (out / "settings.toml").write_text(to_toml(values))
     command = [f"{superlink.TOOLS}/autoflip", "run", str(app), "--config", str(out / "settings.toml")]
-    command += ["--nodes", str(values["nodes"])] if app != REPOSITORY else []
+    command += ["--verbose", *(["--nodes", str(values["nodes"])] if app != REPOSITORY else [])]
     with (out / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             yield process

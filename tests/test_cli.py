@@ -17,6 +17,7 @@ import pytest
 
 from autoflip_flwr.experiment import cli, remote
 from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.screen import Screen
 from autoflip_flwr.experiment.superlink import Resources
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ class Recorder:
         self.reason = reason
         self.calls: list[tuple[Path, dict[str, Any], Resources, bool]] = []
 
-    def __call__(self, app: Path, run_config: str, resources: Resources, keep_logs: bool) -> str:
+    def __call__(self, app: Path, run_config: str, resources: Resources, screen: Screen, keep_logs: bool) -> str:
         self.calls.append((app, tomllib.loads(run_config), resources, keep_logs))
         return self.reason
 
@@ -142,8 +143,29 @@ def exit_code(*arguments: str) -> int:
             "y_test.npy (also in a folder named as the data set) or torchvision's own files (MNIST/raw, "
             "FashionMNIST/raw, cifar-10-batches-py)",
         ),
-        (["--nodes", "1"], "nodes = 1: must be 0 (as many as connect) or an integer >= 2"),
-        (["-c", "min-explorers=11"], "min-explorers = 11: must not be more than nodes = 10"),
+        (
+            ["--nodes", "1"],
+            "min-explorers = 2: must not be more than nodes = 1; for a mask of 1 node, min-explorers=1",
+        ),
+        (
+            ["-c", "min-explorers=11"],
+            "min-explorers = 11: must not be more than nodes = 10; for a mask of 10 nodes, min-explorers=10",
+        ),
+        (
+            ["-c", 'data-dir="C:\\Data"'],
+            'data-dir="C:\\Data": not a TOML value (a path needs quotes, and no backslashes between double ones: '
+            'data-dir="C:/Data")',
+        ),
+        (
+            ["-c", "data-dir=C:\\Data"],
+            "data-dir=C:\\Data: not a TOML value (a path needs quotes, and no backslashes between double ones: "
+            'data-dir="C:/Data")',
+        ),
+        (
+            ["-c", 'output-dir="C:\\temp"'],
+            f"output-dir = '{Path.cwd()}/C:\\temp': holds a control character. In double quotes a backslash begins an "
+            "escape: write a Windows path with forward slashes, or in single quotes",
+        ),
         (["--nodes", "0"], "argument --nodes: must be an integer >= 1, not '0'"),
         (["--cpus", "0.5"], "argument --cpus: must be an integer >= 1, not '0.5'"),
         (["--gpus", "nan"], "argument --gpus: must be a number >= 0, not 'nan'"),
@@ -194,7 +216,7 @@ def test_what_is_handed_on(recorder: Recorder, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "data").mkdir()
     (tmp_path / "recipe.toml").write_text('lr = 0.5\nseed = 7\ndata-dir = "data"\nname = "from-file"\n')
     monkeypatch.chdir(tmp_path)
-    arguments = ["--config", "recipe.toml", "-c", "lr=0.25 nodes=4", "-c", "name='it'", "--gpus", "0.25", "--cpus", "2"]
+    arguments = ["--config", "recipe.toml", "-c", "lr=0.25 nodes=4", "-c", "name='it'", "--gpus", "0", "--cpus", "2"]
     assert exit_code("run", str(ROOT), *arguments, "--keep-logs") == 0
     settings = {
         "lr": 0.25,
@@ -204,7 +226,7 @@ def test_what_is_handed_on(recorder: Recorder, tmp_path: Path, monkeypatch: pyte
         "data-dir": str(tmp_path / "data"),
         "output-dir": str(tmp_path / "runs"),
     }
-    assert recorder.calls == [(ROOT, settings, Resources(4, 2, 0.25), True)]
+    assert recorder.calls == [(ROOT, settings, Resources(4, 2, 0.0), True)]
 
 
 def test_number_of_nodes(recorder: Recorder) -> None:
@@ -226,13 +248,20 @@ class There:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Path, dict[str, Any]]] = []
 
-    def __call__(self, connection: str, app: Path, run_config: str) -> str:
+    def __call__(self, connection: str, app: Path, run_config: str, screen: Screen) -> str:
         self.calls.append((connection, app, tomllib.loads(run_config)))
         return ""
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> There:
+def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flower's configuration knows a SuperLink by the name of site."""
+    (tmp_path / "config.toml").write_text('[superlink.site]\naddress = "127.0.0.1:18000"\n')
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch, site: None) -> There:
     there = There()
     monkeypatch.setattr(cli, "run_app_on", there)
     return there
@@ -252,7 +281,7 @@ def test_a_superlink_gets_paths_as_they_are(recorder: Recorder, there: There, ti
     ("arguments", "message"),
     [
         (["-c", "model='nope'"], "model = 'nope': must be one of"),
-        (["--nodes", "1"], "nodes = 1: must be 0"),
+        (["--nodes", "1"], "min-explorers = 2: must not be more than nodes = 1"),
         (["--cpus", "2"], "--cpus, --gpus and --keep-logs are of the simulation: not with --superlink"),
         (["--gpus", "0"], "--cpus, --gpus and --keep-logs are of the simulation: not with --superlink"),
         (["--keep-logs"], "--cpus, --gpus and --keep-logs are of the simulation: not with --superlink"),
@@ -314,11 +343,11 @@ def test_the_end_of_a_run_on_a_superlink(
     monkeypatch.setattr(remote, "TOOLS", tmp_path)
     monkeypatch.setattr(remote, "POLL_INTERVAL", 0.01)
     monkeypatch.setattr(remote, "SILENCE_LIMIT", 1.0)
-    assert remote.run_app_on("site", tmp_path, "lr = 1\n") == reason
+    assert remote.run_app_on("site", tmp_path, "lr = 1\n", Screen(sys.stdout)) == reason
 
 
 def test_an_interrupted_command_leaves_the_run_on_a_superlink(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, site: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: str) -> str:
         os.kill(os.getpid(), signal.SIGINT)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from autoflip_flwr.experiment.config import ConfigError
-from autoflip_flwr.experiment.data import ImageData, _load, cache_dir, load
+from autoflip_flwr.experiment.data import ImageData, _load, load
+from autoflip_flwr.experiment.datafiles import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]

@@ -62,8 +62,8 @@ def test_three_nodes_with_data_of_their_own_and_what_the_command_exits_with(repl
     assert code == 2, output
     assert "model = 'nope': must be one of" in output
     code, output = replay.call(["autoflip", "run", "--superlink", "nowhere"])
-    assert code == 1, output
-    assert "the run was not started" in output
+    assert code == 2, output
+    assert "has no [superlink.nowhere]" in output
 
 
 def test_the_same_with_tls_and_authentication(replay: Replay) -> None:

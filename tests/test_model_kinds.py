@@ -258,13 +258,16 @@ def run(kind: Kind, strategy: FedAvg | None = None, **options: Any) -> Run:
         replies.append(reply.content)
         return reply
 
+    def travels(content: RecordDict) -> bool:
+        return content[wire.HEADER]["phase"] != wire.HELLO  # the roll call has no model
+
     grid = LocalGrid(client(kind), NODES, tamper=look)
     wrapped = AutoFlip(strategy or FedAvg(fraction_evaluate=0.0), **{"sparsity": 0.5, **kind.options, **options})
     state = made(kind).state_dict()
     initial = {name: value.numpy().copy() for name, value in state.items()}
     random.seed(7)
     result = wrapped.start(grid, ArrayRecord(state), num_rounds=ROUNDS)
-    travelled = [message.content for message in grid.sent] + replies
+    travelled = list(filter(travels, [*(message.content for message in grid.sent), *replies]))
     assert wrapped.mask is not None
     return Run(kind, wrapped, initial, result.arrays, arrays_of(result.arrays), wrapped.mask, travelled)
 

@@ -2,24 +2,24 @@
 
 import argparse
 import importlib.util
-import json
-import re
+import shlex
+import shutil
 import sys
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from autoflip_flwr.experiment.config import Config, ConfigError, Value, shown
+from autoflip_flwr.experiment import preflight
+from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
+from autoflip_flwr.experiment.idle import idle
 from autoflip_flwr.experiment.remote import run_app_on
-from autoflip_flwr.experiment.superlink import Resources, run_app
+from autoflip_flwr.experiment.screen import Screen
+from autoflip_flwr.experiment.superlink import TOOLS, Resources, run_app
+from autoflip_flwr.experiment.toml import flatten, literal, parse_pairs, read_toml, to_toml
 
 APP_NAME = "autoflip-flwr"
 DEFAULT_NODES = 10
-PATH_SETTINGS = ("data-dir", "output-dir", "exploration", "resume")
-
-# What `flwr run -c` takes for a pair; it passes over everything else in silence, which we do not.
-_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success, 1 where the run failed, 2 where the command or a setting is wrong (nothing was started then),
         130 after Ctrl-C.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.arguments = arguments
     try:
         code: int = options.command(options)
     except ConfigError as error:
@@ -46,62 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("autoflip: interrupted", file=sys.stderr)
         return 130
     return code
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; raises `ConfigError` naming it where it is missing or not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Settings of a TOML table by dotted keys, as Flower names those of nested tables.
-
-    Raises `ConfigError` for a list or a date, which Flower does not take.
-    """
-    flat: dict[str, Value] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Value):
-            flat[prefix + key] = value
-        else:
-            raise ConfigError(f"{prefix}{key} = {shown(value)}: must be a boolean, a number or a string")
-    return flat
-
-
-def parse_pairs(text: str) -> dict[str, Value]:
-    """Read `key=value` pairs as `flwr run -c` does: TOML values, strings quoted, pairs separated by spaces.
-
-    Raises `ConfigError` for anything else.
-    """
-    rest = _PAIR.sub(" ", text).split()
-    if rest:
-        raise ConfigError(f"-c {text!r}: {rest[0]!r} is not a key=value pair (no spaces around '=')")
-    settings: dict[str, Value] = {}
-    for key, value in _PAIR.findall(text):
-        try:
-            settings |= flatten(tomllib.loads(f"{key} = {value}"))
-        except tomllib.TOMLDecodeError:
-            raise ConfigError(f'{key}={value}: not a TOML value (a string needs quotes: {key}="...")') from None
-    return settings
-
-
-def to_toml(settings: Mapping[str, Value]) -> str:
-    """The settings as a TOML document."""
-    return "".join(f"{key} = {_literal(value)}\n" for key, value in settings.items())
-
-
-def _literal(value: Value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -115,40 +61,90 @@ def _run(options: argparse.Namespace) -> int:
     for text in options.run_config:
         settings |= parse_pairs(text)
     own = project.get("project", {}).get("name") == APP_NAME
-    reason = (_run_there if options.superlink else _run_here)(
-        options, app, settings, _defaults(project) if own else None
-    )
-    if reason:
-        print(f"autoflip: the run failed: {reason}", file=sys.stderr)
-    return 1 if reason else 0
+    screen = Screen(sys.stdout, own=own, verbose=options.verbose)
+    run = _run_there if options.superlink else _run_here
+    try:
+        reason = run(options, app, settings, _defaults(project) if own else None, screen)
+    except (KeyboardInterrupt, SystemExit):
+        if not options.superlink:  # there it goes on
+            _tell_of_record(screen, options, "interrupted")
+        raise
+    if not reason:
+        return 0
+    _tell_of_record(screen, options, reason)
+    print(f"autoflip: the run failed: {reason}", file=sys.stderr)
+    return 1
+
+
+def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) -> None:
+    """Say where the record of a run is that has not been completed, and how to go on with it.
+
+    Its app may not have come to note there why it has ended: then ``reason`` is noted.
+    """
+    if not screen.record:
+        return
+    path = Path(screen.record)
+    if options.superlink:
+        screen.say(f"run record, where the server app ran: {path}")
+        return
+    screen.say(f"run record: {path}")
+    with suppress(OSError, ImportError):  # the run's own reason is what matters
+        if not (path / "failure.json").exists():
+            from autoflip_flwr.experiment.record import RunRecord
+
+            RunRecord(path).fail(reason)
+        screen.say(f"report: {path / 'report.html'}")
+    if any((path / "checkpoint").rglob("*.safetensors")):
+        command = "autoflip" if shutil.which("autoflip") else f"{TOOLS}/autoflip"  # the environment is not activated
+        again = shlex.join([command, *options.arguments, "-c", f"resume={literal(str(path))}"])
+        screen.say(f"to go on with it: {again}")
 
 
 def _run_here(
-    options: argparse.Namespace, app: Path, settings: dict[str, Value], defaults: Mapping[str, Value] | None
+    options: argparse.Namespace,
+    app: Path,
+    settings: dict[str, Value],
+    defaults: Mapping[str, Value] | None,
+    screen: Screen,
 ) -> str:
     """Run in simulation. `defaults` are those of the shipped app; None for any other, whose settings pass unchecked."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"a simulation needs Ray: pip install '{APP_NAME}[app]'")
-    nodes = options.nodes or DEFAULT_NODES
+    nodes, cpus, gpus = options.nodes or DEFAULT_NODES, options.cpus or 1, options.gpus or 0.0
+    preflight.check_resources(cpus, gpus)
     if defaults is not None:
         nodes, settings = _checked(settings, defaults, options.nodes)
-    resources = Resources(nodes, options.cpus or 1, options.gpus or 0.0)
-    return run_app(app, to_toml(settings), resources, options.keep_logs)
+        config = Config.from_run_config({**defaults, **settings})
+        preflight.check(config, gpus)
+        _warn_of_idle(config, options)
+    return run_app(app, to_toml(settings), Resources(nodes, cpus, gpus), screen, options.keep_logs)
 
 
 def _run_there(
-    options: argparse.Namespace, app: Path, settings: dict[str, Value], defaults: Mapping[str, Value] | None
+    options: argparse.Namespace,
+    app: Path,
+    settings: dict[str, Value],
+    defaults: Mapping[str, Value] | None,
+    screen: Screen,
 ) -> str:
     """Run on a SuperLink; paths among the settings are of the server app's machine."""
     if options.cpus is not None or options.gpus is not None or options.keep_logs:
         raise ConfigError("--cpus, --gpus and --keep-logs are of the simulation: not with --superlink")
+    preflight.check_superlink(options.superlink)
     if defaults is not None:
         if options.nodes is not None:
             settings["nodes"] = options.nodes
-        Config.from_run_config({**defaults, **settings}, check_paths=False)
+        _warn_of_idle(Config.from_run_config({**defaults, **settings}, check_paths=False), options)
     elif options.nodes is not None:
         raise ConfigError(f"--nodes with --superlink is a setting of {APP_NAME}, which this app is not")
-    return run_app_on(options.superlink, app, to_toml(settings))
+    return run_app_on(options.superlink, app, to_toml(settings), screen)
+
+
+def _warn_of_idle(config: Config, options: argparse.Namespace) -> None:
+    """Warn of settings that do nothing, if they were typed: a recipe serves more than one method."""
+    typed = {key for text in options.run_config for key in parse_pairs(text)}
+    for line in idle(config, typed):
+        print(f"autoflip: warning: {line}", file=sys.stderr)
 
 
 def _checked(
@@ -159,13 +155,12 @@ def _checked(
     if nodes is not None:
         passed["nodes"] = nodes
     # The server app runs elsewhere than here: what is relative is so to the folder of whoever typed it.
-    for key in PATH_SETTINGS:
+    for key in PATHS:
         value = passed.get(key, defaults.get(key, ""))
         if isinstance(value, str) and value:
             passed[key] = str(Path(value).expanduser().absolute())
     wanted = Config.from_run_config({**defaults, **passed}).nodes or DEFAULT_NODES
     passed["nodes"] = wanted
-    Config.from_run_config({**defaults, **passed})
     return wanted, passed
 
 
@@ -220,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--cpus", type=_number(int, 1), help="CPUs per client (default: 1)")
     run.add_argument("--gpus", type=_number(float, 0), help="GPUs per client, e.g. 0.25 (default: 0)")
+    run.add_argument("--verbose", action="store_true", help="show Flower's own log instead of a line a round")
     run.add_argument("--keep-logs", action="store_true", help="keep the SuperLink's log and say where")
 
     report = commands.add_parser("report", help="make the report of finished runs")

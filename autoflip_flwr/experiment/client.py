@@ -15,7 +15,7 @@ from autoflip_flwr import autoflip_mod, current_mask
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.ledger import EXAMPLES_PROCESSED
 from autoflip_flwr.mask import Mask
@@ -54,6 +54,7 @@ class LocalClient(NumPyClient):
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
         self._model = build(config.model, shape, classes, config.seed)
         self._model.to(training.choose_device(config.device))
+        self._threads = 1 if config.model in SMALL else None  # also the same result whatever CPUs a client has
 
     def fit(
         self, parameters: list[NDArray[Any]], config: dict[str, Any]
@@ -62,18 +63,19 @@ class LocalClient(NumPyClient):
         training.set_arrays(self._model, parameters)
         exploring = PHASE_KEY in config
         round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring: at the first round's learning rate
-        done = training.train(
-            self._model,
-            self._x,
-            self._y,
-            self._config,
-            epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
-            patience=int(config[PATIENCE_KEY]) if exploring else None,
-            weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
-            lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
-            mask=self._mask,
-            seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),
-        )
+        with training.threads(self._threads):
+            done = training.train(
+                self._model,
+                self._x,
+                self._y,
+                self._config,
+                epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
+                patience=int(config[PATIENCE_KEY]) if exploring else None,
+                weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
+                lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                mask=self._mask,
+                seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),
+            )
         arrays = list(training.get_arrays(self._model).values())
         metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples}
         return arrays, len(self._x), metrics
@@ -81,7 +83,8 @@ class LocalClient(NumPyClient):
     def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Loss and accuracy of these parameters on the node's own examples."""
         training.set_arrays(self._model, parameters)
-        loss, accuracy = training.evaluate(self._model, self._x, self._y)
+        with training.threads(self._threads):
+            loss, accuracy = training.evaluate(self._model, self._x, self._y)
         return loss, len(self._x), {"accuracy": accuracy}
 
 

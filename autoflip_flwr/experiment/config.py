@@ -16,6 +16,9 @@ from typing import Any
 Value = bool | int | float | str
 """What a Flower run config can hold."""
 
+PATHS = ("data-dir", "output-dir", "exploration", "resume")
+"""The settings that are paths."""
+
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 _DATA_FILES = (
     "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
@@ -40,8 +43,8 @@ def _choice(*choices: str) -> _Rule:
     return _Rule(str, f"one of {', '.join(choices)}", choices.__contains__)
 
 
-_FLAG = _Rule(bool, "true or false")
 _TEXT = _Rule(str, "a string")
+_FLAG = _Rule(bool, "true or false")
 _COUNT = _Rule(int, "an integer >= 1", lambda v: v >= 1)
 _NOT_BELOW_ZERO = _Rule(int, "an integer >= 0", lambda v: v >= 0)
 _POSITIVE = _Rule(float, "a number > 0", lambda v: v > 0)
@@ -52,7 +55,6 @@ _UP_TO_ONE = _Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
 _UNIT = _Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _SEED = _Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
 _CLASSES = _Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
-_NODES = _Rule(int, "0 (as many as connect) or an integer >= 2", lambda v: v == 0 or v >= 2)
 _NAME = _Rule(
     str,
     "at most 64 letters, digits, '.', '_' or '-'",
@@ -94,7 +96,7 @@ class Config:
     classes_per_client : int (2)
         Of the pathological split, in [1, 10].
     nodes : int (0)
-        SuperNodes to wait for: 0 (as many as connect) or >= 2.
+        SuperNodes to wait for: 0 (as many as connect, at least 2) or more.
     node_timeout : float (60.0)
         Seconds without a new node after which a run no longer waits for more, > 0.
     model : str ("cnn")
@@ -188,7 +190,7 @@ class Config:
     split: str = _setting("dirichlet", _choice("iid", "dirichlet", "pathological"))
     alpha: float = _setting(0.3, _POSITIVE)
     classes_per_client: int = _setting(2, _CLASSES)
-    nodes: int = _setting(0, _NODES)
+    nodes: int = _setting(0, _NOT_BELOW_ZERO)
     node_timeout: float = _setting(60.0, _POSITIVE)
 
     model: str = _setting("cnn", _choice(*MODELS))
@@ -244,8 +246,17 @@ class Config:
             wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
             if wrong or not rule.accepts(value):
                 raise ConfigError(f"{_key(each)} = {shown(value)}: must be {rule.allowed}")
-        if 0 < self.nodes < self.min_explorers:
-            raise ConfigError(f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}")
+        for key, value in self.as_dict().items():
+            if key in PATHS and any(ord(character) < 32 for character in str(value)):
+                raise ConfigError(
+                    f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
+                    "escape: write a Windows path with forward slashes, or in single quotes"
+                )
+        if self.method == "autoflip" and 0 < self.nodes < self.min_explorers:
+            raise ConfigError(
+                f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "
+                f"for a mask of {self.nodes} node{'s' * (self.nodes > 1)}, min-explorers={self.nodes}"
+            )
         if self.resume and (self.method != "autoflip" or not self.checkpoints):
             raise ConfigError(f"resume = {shown(self.resume)}: needs method = 'autoflip' and checkpoints > 0")
 
@@ -285,6 +296,10 @@ class Config:
     def as_dict(self) -> dict[str, Value]:
         """All settings by their kebab-case keys, in the order of their declaration."""
         return {_key(each): getattr(self, each.name) for each in fields(self)}
+
+    def of_start(self) -> dict[str, Value]:
+        """Those that decide the initial model."""
+        return {"model": self.model, "dataset": self.dataset, "seed": self.seed}
 
     def decisive(self) -> dict[str, Value]:
         """Those that decide what a run computes, and hence what must not change when it goes on."""

@@ -6,41 +6,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.experiment.config import ConfigError
-
-_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-_IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+from autoflip_flwr.experiment.datafiles import (
+    ARRAYS,
+    DIGITS,
+    KNOWN,
+    Known,
+    cache_dir,
+    has_originals,
+    not_found,
+    npy_folder,
 )
+
 _CLASSES = 10
-
-
-class _Known(NamedTuple):
-    """What is fixed about one data set; `image` is (H, W, C), `loader` and `folder` are torchvision's."""
-
-    image: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    loader: str
-    folder: str
-
-
-_DIGITS = _Known((8, 8, 1), (0.3054,), (0.3760,), "", "")
-_KNOWN = {
-    "mnist": _Known((28, 28, 1), (0.1307,), (0.3081,), "MNIST", "MNIST"),
-    "fashion_mnist": _Known((28, 28, 1), (0.2860,), (0.3530,), "FashionMNIST", "FashionMNIST"),
-    "cifar10": _Known(
-        (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", "cifar-10-batches-py"
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +77,6 @@ class ImageData:
         return out
 
 
-def cache_dir() -> Path:
-    """Folder for what is unpacked, downloaded or computed once; it need not exist yet.
-
-    `$AUTOFLIP_CACHE`, else `$XDG_CACHE_HOME/autoflip-flwr`, else `~/.cache/autoflip-flwr`.
-    """
-    if own := os.environ.get("AUTOFLIP_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "autoflip-flwr"
-
-
 def load(dataset: str, data_dir: str = "") -> ImageData:
     """Load a data set, once per process.
 
@@ -129,22 +102,21 @@ def load(dataset: str, data_dir: str = "") -> ImageData:
 def _load(dataset: str, data_dir: str) -> ImageData:
     if dataset == "digits":
         return _digits()
-    if dataset not in _KNOWN:
-        raise ConfigError(f"dataset = {dataset!r}: must be one of digits, {', '.join(_KNOWN)}")
-    known = _KNOWN[dataset]
+    if dataset not in KNOWN:
+        raise ConfigError(f"dataset = {dataset!r}: must be one of digits, {', '.join(KNOWN)}")
+    known = KNOWN[dataset]
     if not data_dir:
         return _image_data(dataset, known, _through_cache(dataset, known, {}), f"{cache_dir() / known.folder}: ")
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise ConfigError(f"data-dir = {data_dir!r}: must be an existing folder")
-    for folder in (root, root / dataset):
-        if all((folder / f"{name}.npy").is_file() for name in _ARRAYS):
-            return _image_data(dataset, known, _from_npy(folder), f"{folder}{os.sep}", ".npy")
+    if (folder := npy_folder(dataset, root)) is not None:
+        return _image_data(dataset, known, _from_npy(folder), f"{folder}{os.sep}", ".npy")
     arrays = _from_torchvision(known, root)
-    if arrays is None and (originals := _originals(known, root)):
-        arrays = _through_cache(dataset, known, originals)
+    if arrays is None and (archives := _originals(known, root)):
+        arrays = _through_cache(dataset, known, archives)
     if arrays is None:
-        raise ConfigError(_not_found(dataset, known, root))
+        raise ConfigError(not_found(dataset, known, root))
     return _image_data(dataset, known, arrays, f"{root / known.folder}: ")
 
 
@@ -160,10 +132,10 @@ def _digits() -> ImageData:
     train.sort()
     test.sort()
     arrays = {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
-    return _image_data("digits", _DIGITS, arrays, "scikit-learn: ")
+    return _image_data("digits", DIGITS, arrays, "scikit-learn: ")
 
 
-def _image_data(dataset: str, known: _Known, arrays: dict[str, Any], where: str, suffix: str = "") -> ImageData:
+def _image_data(dataset: str, known: Known, arrays: dict[str, Any], where: str, suffix: str = "") -> ImageData:
     """Check the arrays' shapes, dtypes and labels; `where` + name + `suffix` names an array in an error."""
     checked: dict[str, Any] = {}
     height, width, channels = known.image
@@ -187,7 +159,7 @@ def _image_data(dataset: str, known: _Known, arrays: dict[str, Any], where: str,
 
 def _from_npy(folder: Path) -> dict[str, Any]:
     arrays = {}
-    for name in _ARRAYS:
+    for name in ARRAYS:
         path = folder / f"{name}.npy"
         try:
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -196,14 +168,14 @@ def _from_npy(folder: Path) -> dict[str, Any]:
     return arrays
 
 
-def _loader(known: _Known) -> Any:
+def _loader(known: Known) -> Any:
     # Here, not above: torchvision is slow to import, and digits and .npy arrays do without it.
     import torchvision.datasets
 
     return getattr(torchvision.datasets, known.loader)
 
 
-def _from_torchvision(known: _Known, root: Path, download: bool = False) -> dict[str, Any] | None:
+def _from_torchvision(known: Known, root: Path, download: bool = False) -> dict[str, Any] | None:
     """Read `root` with torchvision's loader; None where it finds its files missing (or, CIFAR-10, altered)."""
     if not download and not (root / known.folder).is_dir():
         return None
@@ -222,13 +194,13 @@ def _from_torchvision(known: _Known, root: Path, download: bool = False) -> dict
     return arrays
 
 
-def _originals(known: _Known, root: Path) -> dict[str, Path]:
+def _originals(known: Known, root: Path) -> dict[str, Path]:
     """Return the four original `.gz` files by name, empty if one is missing; refuse altered ones."""
-    raw = root / known.folder / "raw"
-    if known.image[2] > 1 or not all((raw / f"{name}.gz").is_file() for name in _IDX_FILES):
+    if not has_originals(known, root):
         return {}
     from torchvision.datasets.utils import check_integrity
 
+    raw = root / known.folder / "raw"
     resources: list[tuple[str, str]] = _loader(known).resources
     for name, md5 in resources:
         # An altered file would send torchvision online for a good one.
@@ -237,8 +209,8 @@ def _originals(known: _Known, root: Path) -> dict[str, Path]:
     return {name: raw / name for name, _ in resources}
 
 
-def _through_cache(dataset: str, known: _Known, originals: dict[str, Path]) -> dict[str, Any]:
-    """Read the set from the cache folder, filling that first from `originals` or, if empty, by download.
+def _through_cache(dataset: str, known: Known, archives: dict[str, Path]) -> dict[str, Any]:
+    """Read the set from the cache folder, filling that first from `archives` or, if empty, by download.
 
     Many processes may do so at once: each works in a folder of its own, and a rename publishes the first to finish.
     """
@@ -249,7 +221,7 @@ def _through_cache(dataset: str, known: _Known, originals: dict[str, Path]) -> d
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{dataset}-", dir=cache) as name:
             own = Path(name)
-            for file, path in originals.items():
+            for file, path in archives.items():
                 raw = own / known.folder / "raw"
                 raw.mkdir(parents=True, exist_ok=True)
                 (raw / file).write_bytes(path.read_bytes())
@@ -266,13 +238,13 @@ def _through_cache(dataset: str, known: _Known, originals: dict[str, Path]) -> d
         raise ConfigError(f"cannot write to the cache folder {cache} (set AUTOFLIP_CACHE): {error}") from error
 
 
-def _cached(known: _Known) -> dict[str, Any] | None:
+def _cached(known: Known) -> dict[str, Any] | None:
     with suppress(ConfigError):
         return _from_torchvision(known, cache_dir())
     return None
 
 
-def _downloaded(dataset: str, known: _Known, root: Path) -> dict[str, Any]:
+def _downloaded(dataset: str, known: Known, root: Path) -> dict[str, Any]:
     """Let torchvision complete `root`: it unpacks the originals that lie there, and downloads what does not."""
     try:
         arrays = _from_torchvision(known, root, download=True)
@@ -282,15 +254,6 @@ def _downloaded(dataset: str, known: _Known, root: Path) -> dict[str, Any]:
         ) from error
     assert arrays is not None
     return arrays
-
-
-def _not_found(dataset: str, known: _Known, root: Path) -> str:
-    files = ", ".join(f"{name}.npy" for name in _ARRAYS)
-    theirs = known.folder + os.sep
-    if known.image[2] == 1:
-        theirs += f"raw{os.sep}" + "{" + ", ".join(_IDX_FILES) + "}, with or without .gz"
-    looked = f"{files} (also in its folder {dataset}) and for {theirs}"
-    return f"data-dir = {str(root)!r}: holds no {dataset}; looked for {looked}"
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.config import ConfigError, Value, shown
 from autoflip_flwr.files import write_atomic
 from autoflip_flwr.guidance import Exploration
 
@@ -29,16 +29,50 @@ def start_digest(initial: Mapping[str, NDArray[np.generic]]) -> str:
     return digest.hexdigest()
 
 
-def write_exploration(path: Path, found: Exploration, start: str, cost: Mapping[str, float], seconds: float) -> None:
-    """Write an exploration (safetensors), with the digest of its W0, what it cost (see `Ledger`) and its time."""
+def write_exploration(
+    path: Path,
+    found: Exploration,
+    start: str,
+    settings: Mapping[str, Value],
+    cost: Mapping[str, float],
+    seconds: float,
+) -> None:
+    """Write an exploration (safetensors), with the digest and settings of its W0, its cost (see `Ledger`) and time."""
     tensors = {f"{field}/{name}": array for field in _FIELDS for name, array in getattr(found, field).items()}
     about = {
         "start": start,
+        "settings": json.dumps(dict(settings)),
         "explorers": str(found.explorers),
         "cost": json.dumps(dict(cost)),
         "seconds": repr(seconds),
     }
     write_atomic(path, save(tensors, metadata=about))
+
+
+def check_exploration(path: Path, settings: Mapping[str, Value]) -> None:
+    """Look at what a file says of itself; `ConfigError` if it is no exploration, or has begun with other settings.
+
+    Explorations of before these were noted are not refused: `read_exploration` compares the model itself.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+        before: dict[str, Value] = json.loads(about.get("settings", "{}"))
+        missing = {"start", "explorers", "cost", "seconds"} - about.keys()
+    except Exception as error:  # safetensors raises its own type
+        raise _not_one(path, error) from error
+    if missing:
+        raise _not_one(path, f"without {', '.join(sorted(missing))}")
+    for key, value in settings.items():
+        if before.get(key, value) != value:
+            raise ConfigError(
+                f"exploration = '{path}': {key} was {shown(before[key])} there, and is now {shown(value)}: "
+                "an exploration fits the initial model that it has begun with"
+            )
+
+
+def _not_one(path: Path, reason: object) -> ConfigError:
+    return ConfigError(f"exploration = '{path}': not an exploration of an earlier run ({reason})")
 
 
 def read_exploration(path: Path, start: str) -> tuple[Exploration, dict[str, float], float]:
@@ -59,7 +93,7 @@ def read_exploration(path: Path, start: str) -> tuple[Exploration, dict[str, flo
         cost = {str(key): float(value) for key, value in json.loads(about["cost"]).items()}
         found, seconds = Exploration(**fields, explorers=int(about["explorers"])), float(about["seconds"])
     except Exception as error:  # safetensors raises its own type, json and the metadata others
-        raise ConfigError(f"exploration = '{path}': not an exploration of an earlier run ({error})") from error
+        raise _not_one(path, error) from error
     if about["start"] != start:
         raise ConfigError(
             f"exploration = '{path}': made from another initial model; use the same model, dataset and seed"

@@ -10,6 +10,9 @@ from torch import nn
 from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.startup import light_imports
 
+SMALL = ("cnn",)
+"""Models whose training steps are too short to be shared among threads: those would wait more than they compute."""
+
 _TWOCNN_WIDTH = 32
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import cache_dir
+from autoflip_flwr.experiment.datafiles import cache_dir
 
 Indices = NDArray[np.int64]
 

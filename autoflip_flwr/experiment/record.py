@@ -2,6 +2,7 @@
 
 ``config.json`` is there from the start and ``metrics.jsonl`` grows by a line a phase step, so a run that is
 interrupted can still be reported. ``summary.json`` is written last: its presence says that the run is complete.
+``failure.json`` says why a run has ended without one, until it goes on.
 Bytes are counted in bytes throughout and shown in MB of 10^6 bytes.
 """
 
@@ -79,6 +80,17 @@ class RunRecord:
         about.setdefault("resumed", []).append({"after": after, "config": config, **_circumstances(datetime.now(UTC))})
         _write_json(self.path / "config.json", about)
 
+    def fail(self, reason: str) -> None:
+        """Write ``failure.json``, with the reason for which the run has ended, and the report."""
+        from autoflip_flwr.experiment import report  # as in `finish`
+
+        _write_json(self.path / "failure.json", {"reason": reason, "ended": _stamp(datetime.now(UTC))})
+        report.write(self.path)
+
+    def forget_failure(self) -> None:
+        """Remove ``failure.json``: the run goes on, or is complete."""
+        (self.path / "failure.json").unlink(missing_ok=True)
+
     def has_rounds(self) -> bool:
         """Whether ``metrics.jsonl`` has a line of a round."""
         lines = self.path / "metrics.jsonl"
@@ -124,6 +136,7 @@ class RunRecord:
         if mask is not None:
             _write_tensors(self.path / "mask.safetensors", mask)
         _write_json(self.path / "summary.json", summary)
+        self.forget_failure()
         report.write(self.path)
 
 
@@ -133,7 +146,7 @@ def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     sent: Mapping[str, int] = known.get("bytes", {})
     total, dense = sent.get("total"), known.get("dense_bytes")
     seconds, exchanges = (_by_part(known.get(key, {}), "{:,.1f} s") for key in ("seconds", "exchange_seconds"))
-    flops = _by_part({phase: value / 1e9 for phase, value in known.get("flops", {}).items()}, "{:,.3f}")
+    flops = _by_part({phase: value / 1e9 for phase, value in known.get("flops", {}).items()}, "{:,.1f}")
     rows = [
         ("Method", _shown(known.get("method"), "{}")),
         ("Data set", _shown(known.get("dataset"), "{}")),
@@ -141,37 +154,32 @@ def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
         ("Rounds", _shown(known.get("rounds"), "{:,}")),
         ("Final accuracy", _shown(known.get("final_accuracy"), "{:.2%}")),
         ("Best accuracy", _shown(known.get("best_accuracy"), "{:.2%}")),
-        ("Density, prunable parameters", _shown(known.get("density"), "{:.2%}")),
-        ("Density, all parameters", _shown(known.get("density_all"), "{:.2%}")),
+        ("Density, prunable", _shown(known.get("density"), "{:.2%}")),
+        ("Density, all", _shown(known.get("density_all"), "{:.2%}")),
         ("Problems of the mask", "; ".join(known.get("mask_problems", []))),
         ("Parameters", _shown(known.get("parameters"), "{:,}")),
-        *((title, _megabytes(sent.get(phase))) for phase, title in PHASES.items()),
+        *((title, _megabytes(sent[phase])) for phase, title in PHASES.items() if sent.get(phase)),
         ("Total sent", _megabytes(total)),
-        (
-            "Saving",
-            f"{1 - total / dense:z.1%} against {_megabytes(dense)} of dense FedAvg messages"
-            if dense and total is not None
-            else "",
-        ),
+        ("Saving", _saving(total, dense) if known.get("method") != "fedavg" else ""),
         ("Upload per client and round", _megabytes(known.get("train_up_per_client_round"))),
         (
             "Computation",
-            _shown(_scaled(known.get("flops_total"), 1e9), "{:,.3f} GFLOP") + (f" ({flops})" if flops else ""),
+            _shown(_scaled(known.get("flops_total"), 1e9), "{:,.1f} GFLOP") + (f" ({flops})" if flops else ""),
         ),
         ("Time", _shown(known.get("seconds_total"), "{:,.1f} s") + (f" ({seconds})" if seconds else "")),
         ("Time in exchanges", exchanges),
-        ("Failures", ", ".join(f"{number:,} {kind}" for kind, number in known.get("failures", {}).items())),
+        ("Failures", _failures(known["failures"]) if "failures" in known else ""),
     ]
     return [(title, value) for title, value in rows if value]
 
 
 def summary_table(summary: Mapping[str, object]) -> str:
-    """A summary as a plain text table, at most 100 columns wide, without colour codes."""
+    """A summary as a plain text table, at most 80 columns wide, without colour codes."""
     table = Table("Run", "", box=box.SIMPLE_HEAD, show_edge=False)
     for row in summary_rows(summary):
         table.add_row(*row)
     text = StringIO()
-    Console(file=text, width=100, color_system=None, markup=False, emoji=False, force_jupyter=False).print(table)
+    Console(file=text, width=80, color_system=None, markup=False, emoji=False, force_jupyter=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -208,8 +216,12 @@ def _circumstances(started: datetime) -> dict[str, object]:
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
         },
-        "started": started.isoformat(timespec="seconds"),
+        "started": _stamp(started),
     }
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
 
 
 def source_digest(package: Path) -> str:
@@ -276,6 +288,19 @@ def _write_tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 
 def _shown(value: object, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _saving(total: float | None, dense: float | None) -> str:
+    if not dense or total is None:
+        return ""
+    share = f"{1 - total / dense:z.1%}"
+    if share.startswith("-"):
+        return f"none: dense FedAvg would be {_megabytes(dense)}"
+    return f"{share} against {_megabytes(dense)} of dense FedAvg"
+
+
+def _failures(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number) or "none"
 
 
 def _by_part(values: Mapping[str, float], form: str) -> str:

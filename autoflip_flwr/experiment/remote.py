@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.experiment import superlink
+from autoflip_flwr.experiment.screen import Screen
 from autoflip_flwr.experiment.superlink import TOOLS
 
 SILENCE_LIMIT = 120.0  # seconds without an answer of the SuperLink after which we give up
 POLL_INTERVAL = 2.0  # seconds
 
 
-def run_app_on(connection: str, app: Path, run_config: str) -> str:
+def run_app_on(connection: str, app: Path, run_config: str, screen: Screen) -> str:
     """Run the Flower app in folder `app` on the SuperLink that Flower's `config.toml` calls `connection`.
 
-    The output goes to stdout. Ctrl-C, SIGTERM or SIGHUP end this command alone: the run goes on.
+    The log is shown on the screen. Ctrl-C, SIGTERM or SIGHUP end this command alone: the run goes on.
 
     Returns
     -------
@@ -41,9 +42,9 @@ def run_app_on(connection: str, app: Path, run_config: str) -> str:
         if not answer.get("success") or not answer.get("run-id"):
             return f"the run was not started: {answer.get('error-message') or answer}"
         run_id = str(answer["run-id"])
-        print(f"autoflip: run {run_id} on {connection}", flush=True)
+        screen.say(f"autoflip: run {run_id} on {connection}")
         try:
-            return _follow(run_id, connection)
+            return _follow(run_id, connection, screen)
         except (KeyboardInterrupt, SystemExit):
             print(
                 f"autoflip: run {run_id} goes on; flwr log {run_id} {connection} shows it, "
@@ -53,9 +54,9 @@ def run_app_on(connection: str, app: Path, run_config: str) -> str:
             raise
 
 
-def _follow(run_id: str, connection: str) -> str:
+def _follow(run_id: str, connection: str, screen: Screen) -> str:
     """Show the log to its end, and wait for that of the run, which comes later: or much later, if the log was cut."""
-    errors, _ = superlink._stream([f"{TOOLS}/flwr", "log", run_id, connection, "--stream"], os.environ)
+    superlink.stream([f"{TOOLS}/flwr", "log", run_id, connection, "--stream"], os.environ, screen)
     heard = time.monotonic()
     while time.monotonic() < heard + SILENCE_LIMIT:
         answer = _ask("list", "--run-id", run_id, connection)
@@ -64,7 +65,7 @@ def _follow(run_id: str, connection: str) -> str:
             status, details = str(runs[0]["status"]), str(runs[0]["status-details"])
             if status.startswith("finished"):
                 found = status if details == "N/A" else details
-                return "" if status == "finished:completed" else "; ".join([*errors, found])
+                return "" if status == "finished:completed" else screen.reason(found)
         time.sleep(POLL_INTERVAL)
     return f"the SuperLink has not answered for {SILENCE_LIMIT:.0f} s; whether run {run_id} goes on is not known"
 

@@ -6,21 +6,17 @@ A run that is still going on, or was interrupted, is reported as far as it got. 
 from __future__ import annotations
 
 import argparse
-import json
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from autoflip_flwr.experiment.record import PHASES, summary_rows
+from autoflip_flwr.experiment.page import render
+from autoflip_flwr.experiment.record import PHASES
+from autoflip_flwr.experiment.runs import Run
 from autoflip_flwr.files import write_atomic
 
 # The Okabe-Ito colours, which stay apart for colour-blind readers, one a kind of message.
@@ -28,72 +24,6 @@ _KINDS = {"exploration": "#e69f00", "mask": "#009e73", "train": "#0072b2", "eval
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999999")
 _ROUND, _SENT = "Round", "Sent so far, both ways (MB)"
 _INK, _PALE = "#333333", "#e4e4e4"
-
-_CSS = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e4e4; }
-th { font-weight: 500; color: #555; width: 40%; } td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; height: auto; margin: 1rem 0; }
-.note { background: #fff4d6; padding: .5rem .8rem; border-radius: .3rem; }
-"""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the folder of a run says: its config, its metrics so far, and its summary."""
-
-    path: Path
-    about: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any]
-    complete: bool
-
-    @classmethod
-    def read(cls, run_dir: Path) -> Run:
-        """Read the folder of a run; files that are not there yet count as empty.
-
-        The summary of a run without ``summary.json`` is put together from its last line of metrics.
-
-        Raises ``NotADirectoryError`` if ``run_dir`` is no folder.
-        """
-        if not run_dir.is_dir():
-            raise NotADirectoryError(f"not the folder of a run: {run_dir}")
-        about, summary = _read_json(run_dir / "config.json"), _read_json(run_dir / "summary.json")
-        metrics: list[dict[str, Any]] = []
-        with suppress(FileNotFoundError):
-            for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                # The last line of a run that was killed may be torn.
-                with suppress(json.JSONDecodeError):
-                    metrics.append(json.loads(line))
-        return cls(run_dir, about, metrics, summary or _summary_so_far(about, metrics), bool(summary))
-
-    @property
-    def name(self) -> str:
-        """The name the run was given, or else that of its folder."""
-        return str(self.about.get("name") or self.path.resolve().name)
-
-    @property
-    def label(self) -> str:
-        """What the run is called beside others: its method and density."""
-        method, density = self.summary.get("method") or self.name, self.summary.get("density")
-        return str(method) if density is None else f"{method}, density {100 * density:.3g}%"
-
-    def by_round(self) -> tuple[list[int], list[float]]:
-        """The rounds of training that were evaluated, and the accuracy after each in %; round 0 is the start."""
-        points = {
-            line["round"]: 100 * line["accuracy"]
-            for line in self.metrics
-            if line["accuracy"] is not None and (line["phase"] == "train" or line["round"] == 0)
-        }
-        return list(points), list(points.values())
-
-    def by_megabytes(self) -> tuple[list[float], list[float]]:
-        """The MB sent so far at each evaluation, all messages both ways, and the accuracy there in %."""
-        evaluated = [line for line in self.metrics if line["accuracy"] is not None]
-        return [line["bytes"]["total"] / 1e6 for line in evaluated], [100 * line["accuracy"] for line in evaluated]
 
 
 def write(run_dir: Path) -> Path:
@@ -114,7 +44,7 @@ def write(run_dir: Path) -> Path:
     for name, picture in pictures.items():
         write_atomic(run_dir / f"{name}.png", picture)
     path = run_dir / "report.html"
-    write_atomic(path, _page(run, pictures).encode())
+    write_atomic(path, render(run, pictures).encode())
     return path
 
 
@@ -234,69 +164,6 @@ def _png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.12)
     return file.getvalue()
-
-
-def _page(run: Run, pictures: Mapping[str, bytes]) -> str:
-    about = {key: value for key, value in run.about.items() if key != "config"}
-    note = "" if run.complete else '<p class="note">This run is not complete: it was interrupted or still goes on.</p>'
-    images = "".join(
-        f'<img alt="{name.replace("_", " ")}" src="data:image/png;base64,{b64encode(picture).decode()}">\n'
-        for name, picture in pictures.items()
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(run.name)}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<h1>{escape(run.name)}</h1>
-{note}
-{_section("Summary", summary_rows(run.summary))}
-{images or "<p>No round has been evaluated yet.</p>"}
-{_section("Settings", _flat(run.about.get("config") or {}))}
-{_section("Origin", _flat(about))}
-</body>
-</html>
-"""
-
-
-def _section(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n" for name, value in rows)
-    return f"<h2>{escape(title)}</h2>\n<table>\n{cells}</table>" if rows else ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
-    return rows
-
-
-def _summary_so_far(about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    config, last = about.get("config") or {}, metrics[-1] if metrics else {}
-    accuracies = [line["accuracy"] for line in metrics if line["accuracy"] is not None]
-    flops = last.get("flops") or {}
-    return {
-        **{key: config.get(key) for key in ("method", "dataset", "model")},
-        "rounds": max((line["round"] for line in metrics if line["phase"] == "train"), default=0),
-        "final_accuracy": accuracies[-1] if accuracies else None,
-        "best_accuracy": max(accuracies, default=None),
-        **{key: last.get(key) for key in ("density", "bytes", "failures")},
-        "flops": flops,
-        "flops_total": sum(flops.values()) if flops else None,
-        "seconds_total": last.get("seconds"),
-    }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return value
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from logging import ERROR
+from contextlib import suppress
+from logging import ERROR, INFO
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.explored import read_exploration, start_digest, write_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
+from autoflip_flwr.experiment.preflight import resumable
 from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
@@ -35,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run(grid, Config.from_run_config(context.run_config))
     except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        log(ERROR, "autoflip: error: %s", error)
+        log(ERROR, "autoflip: error: %s", _in_words(error))
         raise
 
 
@@ -62,10 +64,11 @@ def run(grid: Grid, config: Config) -> Path:
     start = start_digest(initial)
     exploration, cost, explored_seconds = _earlier_exploration(config, start)
     if config.resume:
-        record = _resumed(config)
+        record = resumable(config)
     else:
         name = config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict())
+    log(INFO, "run record: %s", record.path)
     strategy = _strategy(config, ledger, exploration, record.path / "checkpoint")
     tracker = Tracker(
         record,
@@ -89,23 +92,35 @@ def run(grid: Grid, config: Config) -> Path:
                 record.path / "exploration.safetensors",
                 strategy.exploration,
                 start,
+                config.of_start(),
                 ledger.exploration_only(),
                 tracker.exploration_seconds,
             )
         return tracker.evaluate(server_round, arrays)
 
-    result = strategy.start(
-        ordered,
-        to_record(initial),
-        num_rounds=config.num_server_rounds,
-        timeout=config.round_timeout,
-        evaluate_fn=evaluate,
-    )
+    try:
+        result = strategy.start(
+            ordered,
+            to_record(initial),
+            num_rounds=config.num_server_rounds,
+            timeout=config.round_timeout,
+            evaluate_fn=evaluate,
+        )
+    except Exception as error:
+        with suppress(OSError):  # a full disk may be the reason itself
+            tracker.fail(_in_words(error))
+        raise
     return tracker.finish(result.arrays if result.arrays else to_record(initial))
 
 
+def _in_words(error: Exception) -> str:
+    """An error on one line; what is not meant for users keeps its class."""
+    words = " ".join(str(error).split())
+    return words if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {words}"
+
+
 def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
-    minimum = max(2, config.nodes, config.min_explorers if config.method == "autoflip" else 0)
+    minimum = max(_least_nodes(config), config.nodes, config.min_explorers if config.method == "autoflip" else 0)
     try:
         ordered.roll_call(minimum=minimum, expected=config.nodes, timeout=config.node_timeout)
     except RuntimeError as error:
@@ -115,16 +130,9 @@ def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
         ) from error
 
 
-def _resumed(config: Config) -> RunRecord:
-    """The record of the run that is to go on; ``ConfigError`` if it has other settings, or cannot."""
-    record = RunRecord(Path(config.resume).resolve())
-    before = record.about()["config"]
-    for key, value in config.decisive().items():
-        if before.get(key, value) != value:
-            raise ConfigError(f"resume = '{config.resume}': {key} was {before[key]!r} there, and is now {value!r}")
-    if record.has_rounds() and not any((record.path / "checkpoint").glob("round-*.safetensors")):
-        raise ConfigError(f"resume = '{config.resume}': it has rounds, but none of their checkpoints: begin a new run")
-    return record
+def _least_nodes(config: Config) -> int:
+    """2, unless the settings say that one is enough."""
+    return 1 if config.nodes == 1 or (config.method == "autoflip" and config.min_explorers == 1) else 2
 
 
 def _earlier_exploration(config: Config, start: str) -> tuple[Exploration | None, dict[str, float], float]:
@@ -138,7 +146,7 @@ def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, c
         "fraction_evaluate": config.fraction_evaluate,
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1 if config.fraction_evaluate else 0,
-        "min_available_nodes": 2,
+        "min_available_nodes": _least_nodes(config),
     }
     inner: FedAvg
     if config.server_momentum or config.server_learning_rate != 1.0:

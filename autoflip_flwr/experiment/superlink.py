@@ -7,7 +7,6 @@ starts its own SuperLink on a free port, streams the run, asks for its true stat
 import ctypes
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -21,6 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoflip_flwr.experiment.screen import Screen
+from autoflip_flwr.reason import COLOURS
+
 TOOLS = Path(sys.executable).parent
 CONNECTION = "autoflip"
 LOG = "superlink.log"
@@ -30,9 +32,6 @@ TERM_LIMIT = 8.0  # seconds between SIGTERM and SIGKILL
 KILL_LIMIT = 5.0
 
 _Identity = tuple[int, str]  # pid and start time: a pid alone may be given again
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_APP_ERROR = re.compile(r"autoflip: error: (.*\S)")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class _Process:
     zombie: bool
 
 
-def run_app(app: Path, run_config: str, resources: Resources, keep_logs: bool = False) -> str:
-    """Run the Flower app in folder `app` and stream its output to stdout.
+def run_app(app: Path, run_config: str, resources: Resources, screen: Screen, keep_logs: bool = False) -> str:
+    """Run the Flower app in folder `app` and show its log.
 
     Parameters
     ----------
@@ -62,6 +61,8 @@ def run_app(app: Path, run_config: str, resources: Resources, keep_logs: bool = 
         TOML document whose values replace the app's defaults; may be empty.
     resources : Resources
         Size of the simulation.
+    screen : Screen
+        Where the log is shown.
     keep_logs : bool (False)
         Keep the SuperLink's log and print where it is.
 
@@ -72,10 +73,14 @@ def run_app(app: Path, run_config: str, resources: Resources, keep_logs: bool = 
         raise SystemExit, all of them after everything is stopped.
     """
     with _stage(keep_logs) as home:
-        return _run(app, run_config, resources, home)
+        return _run(app, run_config, resources, screen, home)
 
 
-def _run(app: Path, run_config: str, resources: Resources, home: Path) -> str:
+def _run(app: Path, run_config: str, resources: Resources, screen: Screen, home: Path) -> str:
+    cpus = "a CPU" if resources.cpus == 1 else f"{resources.cpus} CPUs"
+    gpus = f" and {resources.gpus:g} GPU" if resources.gpus else ""
+    nodes = "1 node" if resources.nodes == 1 else f"{resources.nodes} nodes"
+    screen.say(f"starting the simulation: {nodes}, {cpus}{gpus} for each client; up to a minute")
     port = _free_port()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
@@ -106,17 +111,17 @@ def _run(app: Path, run_config: str, resources: Resources, home: Path) -> str:
     if run_config:
         (home / "run-config.toml").write_text(run_config, encoding="utf-8")
         arguments += ["-c", str(home / "run-config.toml")]
-    errors, failure = _stream([f"{TOOLS}/flwr", "run", *arguments], environment)
+    failure = stream([f"{TOOLS}/flwr", "run", *arguments], environment, screen)
     found = _final_status(environment)
     if found is None:
         gone = superlink.poll()
         return failure if gone is None else f"the SuperLink exited with code {gone}"
     status, details = found
-    return "" if status == "finished:completed" else "; ".join([*errors, details or status])
+    return "" if status == "finished:completed" else screen.reason(details or status)
 
 
-def _stream(command: list[str], environment: Mapping[str, str]) -> tuple[list[str], str]:
-    """Pass a command's output on; returns the errors that the app logged, and what the command says at its end."""
+def stream(command: list[str], environment: Mapping[str, str], screen: Screen) -> str:
+    """Show a command's output; returns what it says at its end."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -127,23 +132,23 @@ def _stream(command: list[str], environment: Mapping[str, str]) -> tuple[list[st
         encoding="utf-8",
         errors="replace",
     )
-    errors: list[str] = []
-    box: list[str] = []  # in which the command line of Flower tells what went wrong
-    last = ""
+    box: list[str] = []  # in which the command line of Flower tells what went wrong, before anything has begun
+    last, begun = "", False
     assert process.stdout is not None
-    with process.stdout:
+    try:
         for line in process.stdout:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            plain = _ANSI.sub("", line).strip()
-            if plain.startswith("│"):
-                box.append(plain.strip("│ "))
+            plain = COLOURS.sub("", line).strip()
             last = plain or last
-            found = _APP_ERROR.search(plain)
-            if found and found[1] not in errors:
-                errors.append(found[1])
+            if begun or not plain.startswith(("│", "╭", "╰")):
+                screen.feed(line)
+                begun = begun or bool(plain and not plain.startswith("Using SuperLink"))
+            elif plain.startswith("│"):
+                box.append(plain.strip("│ "))
+    finally:
+        process.stdout.close()
+        screen.close()
     process.wait()
-    return errors, " ".join(filter(None, box)) or last
+    return " ".join(filter(None, box)) or last
 
 
 def _final_status(environment: Mapping[str, str]) -> tuple[str, str] | None:

@@ -23,6 +23,7 @@ from autoflip_flwr.health import problems
 from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.waiting import duration
 
 
 class Tracker:
@@ -64,6 +65,7 @@ class Tracker:
         self._explored_before = exploration_seconds
         self._accuracies: dict[int, float] = {}
         self._resumed: list[int] = []
+        self._writes = not config.resume  # else the record may be one that cannot go on, and stays as it is
         # since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
         ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
@@ -82,8 +84,11 @@ class Tracker:
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on with the record of an interrupted run; ``None`` if none of its rounds was finished."""
+        self._writes = True
+        self.record.forget_failure()
         if state is None:
             self.record.shorten(0)
+            self.record.goes_on(self._config.as_dict(), 0)
             return
         self.record.shorten(state["size"])
         now = time.monotonic()
@@ -106,7 +111,7 @@ class Tracker:
         if phase == "exploration":
             self.exploration_seconds = time.monotonic() - self._began
             self._append("exploration", 0, None, None)
-            log(INFO, "[exploration] %d explorers, %s so far, %.1f s", len(found), self._megabytes(), self._seconds())
+            log(INFO, "[exploration] %d explorers, %s sent, %s", len(found), self._sent(), duration(self._seconds()))
 
     def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Flower's ``evaluate_fn``: test the global model, write the round's line, and say how it goes."""
@@ -118,15 +123,23 @@ class Tracker:
         self._append("train", server_round, accuracy, loss)
         rounds = self._config.num_server_rounds
         left = ""
-        if server_round:
+        if 0 < server_round < rounds:
             pace = (time.monotonic() - self._rounds_began) / server_round
-            left = f", about {pace * (rounds - server_round):.0f} s left"
+            left = f", {duration(pace * (rounds - server_round))} left"
         log(
             INFO,
-            "[round %d/%d] accuracy %.4f, loss %.4f, %s so far, %.1f s%s",
-            server_round, rounds, accuracy, loss, self._megabytes(), self._seconds(), left,
+            "[round %d/%d] accuracy %.4f, loss %.4f, %s sent%s",
+            server_round, rounds, accuracy, loss, self._sent(), left,
         )  # fmt: skip
         return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    def fail(self, reason: str) -> None:
+        """Write the incidents, the reason for which the run has ended, and the report."""
+        if not self._writes:
+            return
+        if self._ledger.incidents:
+            self.record.write_incidents(self._ledger.incidents)
+        self.record.fail(reason)
 
     def finish(self, arrays: ArrayRecord) -> Path:
         """Write the summary, the model, the mask and the report; print the summary table."""
@@ -168,7 +181,7 @@ class Tracker:
         }
         self.record.finish(summary, final, None if mask is None else {k: np.array(v) for k, v in mask.keep.items()})
         log(INFO, "\n%s", summary_table(summary))
-        log(INFO, "run record: %s", self.record.path)
+        log(INFO, "report: %s", self.record.path / "report.html")
         return self.record.path
 
     def _append(self, phase: str, round_: int, accuracy: float | None, loss: float | None) -> None:
@@ -198,5 +211,6 @@ class Tracker:
     def _seconds(self) -> float:
         return self._explored_before + time.monotonic() - self._began
 
-    def _megabytes(self) -> str:
-        return f"{self._ledger.bytes_by_phase()['total'] / 1e6:.2f} MB"
+    def _sent(self) -> str:
+        megabytes = self._ledger.bytes_by_phase()["total"] / 1e6
+        return f"{megabytes:.2f} MB" if megabytes < 100 else f"{megabytes:,.0f} MB"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.startup import light_imports
@@ -46,6 +49,17 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch compute with ``count`` threads in this block; ``None`` leaves it as many as it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train(
     model: nn.Module,
     x: torch.Tensor,
@@ -60,6 +74,9 @@ def train(
     seed: int,
 ) -> Trained:
     """Train in place with a fresh optimizer.
+
+    Batch normalisation has no statistics of one example: a last batch of one joins the batch before it. A node with one
+    example in all trains on the running statistics, and leaves them as they are.
 
     Parameters
     ----------
@@ -90,11 +107,15 @@ def train(
     loss_of = nn.CrossEntropyLoss()
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if len(x) == 1:
+        for norm in norms:
+            norm.eval()
     with masked_training(model, mask):
         while done < epochs:
             done += 1
             total = 0.0
-            for rows in torch.randperm(len(x), generator=order).split(config.batch_size):  # type: ignore[no-untyped-call]
+            for rows in batches(torch.randperm(len(x), generator=order), config.batch_size, single=not norms):
                 optimizer.zero_grad()
                 batch_loss = loss_of(model(x[rows].to(device)), y[rows].to(device))
                 batch_loss.backward()
@@ -106,6 +127,24 @@ def train(
             if patience is not None and since_best >= patience:
                 break
     return Trained(loss, done, done * len(x))
+
+
+def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tensor]:
+    """Split the examples of an epoch.
+
+    Parameters
+    ----------
+    order : Tensor
+        int64 (N,), the examples' indices.
+    size : int
+        Examples of a batch.
+    single : bool
+        Whether the last batch may be one example; else it joins the batch before it.
+    """
+    parts = list(order.split(size))  # type: ignore[no-untyped-call]
+    if not single and len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -58,7 +58,7 @@ class _Masking:
         self._dropped: dict[int, tuple[Holder, _Drop]] = {}
         self._known: WeakSet[torch.optim.Optimizer] = WeakSet()
         self._handles: list[RemovableHandle] = []
-        self.ended = False
+        self._ended = False
         self.bind()
 
     def bind(self) -> None:
@@ -82,6 +82,15 @@ class _Masking:
         self._known = WeakSet()
         self.after_step()
 
+    def may_go_on(self) -> bool:
+        """Whether it has neither been ended nor lost its target."""
+        return self._target.alive() and not self._ended
+
+    def end(self) -> None:
+        """Let go of the parameters for good."""
+        self._ended = True
+        self.release()
+
     def release(self) -> None:
         """Let go of the parameters."""
         for handle in self._handles:
@@ -94,18 +103,24 @@ class _Masking:
 
     def follow(self, parameters: set[int]) -> None:
         """Bind again if parameters were replaced and an optimizer of these trains the target."""
-        if self._target.replaced() and (self.trained_by(parameters) or not parameters.isdisjoint(self._target.now())):
+        if not self._target.replaced():
+            return
+        if self.trained_by(parameters) or not parameters.isdisjoint(self._target.now()):
             try:
-                self.bind()
+                with _lock:  # of one model, several threads may step
+                    if self._target.replaced():
+                        self.bind()
             except ValueError as error:
                 raise ValueError(
-                    f"since masked_training was called the model's parameters were replaced, and no longer fit: {error}"
+                    f"parameters that were replaced after masked_training no longer fit: {error}"
                 ) from error
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """What was done to the gradients by hand is undone, and moments from before the mask are dropped."""
+        """Zero pruned gradients again; at an optimizer's first step also its moments, and weights that were loaded."""
         new = optimizer not in self._known
         self._known.add(optimizer)
+        if new:
+            self.after_step()
         for parameter, drop in self._bound():
             drop.zero_grad(parameter)
             for value in optimizer.state.get(parameter, {}).values() if new else ():
@@ -136,8 +151,7 @@ class MaskedTraining:
         """Let go of the model; it then trains dense."""
         with _lock:
             if self._masking is not None:
-                self._masking.ended = True
-                self._masking.release()
+                self._masking.end()
                 if _in_force.get(self._key) is self._masking:
                     del _in_force[self._key]
         self._masking = None
@@ -151,7 +165,7 @@ class MaskedTraining:
         with _lock:
             ours = _in_force.get(self._key) is self._masking  # a call in the block may have taken its place
             self.remove()
-            if ours and self._outer is not None and not self._outer.ended:
+            if ours and self._outer is not None and self._outer.may_go_on():
                 self._outer.bind()
                 _in_force[self._key] = self._outer
 
@@ -161,8 +175,9 @@ _in_force: dict[Key, _Masking] = {}
 _lock = RLock()  # threads may train models of their own
 
 
-def _gone(key: Key) -> None:
-    _in_force.pop(key, None)  # without the lock: Python may collect a model at any time
+def _gone(key: Key, in_force: dict[Key, _Masking] = _in_force) -> None:
+    # without the lock, since Python may collect a model at any time; at exit, after it has emptied this module
+    in_force.pop(key, None)
 
 
 def _maskings(optimizer: torch.optim.Optimizer) -> tuple[list[_Masking], set[int]]:

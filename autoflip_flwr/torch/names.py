@@ -21,7 +21,7 @@ _WRAPPERS = frozenset({"_orig_mod", "module", "_module"})
 def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """A model's modules, each with what its parameters' names begin with; a shared one comes under each name."""
     yield prefix, model  # unlike named_modules, nothing is hashed: a module may compare as it likes
-    for name, child in model._modules.items():
+    for name, child in list(model._modules.items()):  # a copy: another thread may be changing its own model
         if child is not None:
             yield from modules(child, f"{prefix}{name}.")
 
@@ -31,7 +31,7 @@ def parameters(model: nn.Module, prefix: str = "") -> Tensors:
     return {
         before + name: parameter
         for before, module in modules(model, prefix)
-        for name, parameter in module._parameters.items()
+        for name, parameter in list(module._parameters.items())
         if parameter is not None
     }
 
@@ -106,7 +106,7 @@ def find(model: nn.Module, prefix: str, layout: Layout, names: Names) -> Tensors
 def check(name: str, tensor: torch.Tensor, sent: ArraySpec) -> None:
     """Raise ``ValueError`` unless the model's tensor is a whole one in the shape that the server sent."""
     if hasattr(tensor, "placements"):  # a DTensor
-        raise ValueError(f"parameter {name!r} is sharded: a mask can be kept in force on whole parameters only")
+        raise ValueError(f"parameter {name!r} is sharded: a mask holds on whole ones, train without fully_shard")
     if tuple(tensor.shape) != sent.shape:
         raise ValueError(f"parameter {name!r} has shape {tuple(tensor.shape)}, the mask {sent.shape}")
 

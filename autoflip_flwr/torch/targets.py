@@ -20,8 +20,7 @@ class Parameters:
     """Parameters under the server's names. They are not kept alive."""
 
     def __init__(self, given: Mapping[str, torch.Tensor], gone: Callable[[Key], object]) -> None:
-        if odd := [name for name, tensor in given.items() if not isinstance(tensor, torch.Tensor)]:
-            raise TypeError(f"{odd[:3]} are no tensors: pass {{name that the server sent: parameter}}")
+        _check_parameters(given)
         self.key = key = frozenset(map(id, given.values()))
         self._given = {name: ref(tensor, lambda _: gone(key)) for name, tensor in given.items()}
 
@@ -53,6 +52,10 @@ class Parameters:
         """Ids of the parameters."""
         return set(self.key)
 
+    def alive(self) -> bool:
+        """Whether all of them are."""
+        return all(given() is not None for given in self._given.values())
+
 
 class Model:
     """A model, without what is wrapped around it. It is not kept alive.
@@ -68,6 +71,7 @@ class Model:
     """
 
     def __init__(self, model: nn.Module, names: Names, gone: Callable[[Key], object]) -> None:
+        _check_parameters({sent: name for sent, name in names.items() if not isinstance(name, str)})
         self._prefix, inner = unwrapped(model)
         self.key = key = frozenset([id(inner)])  # by identity: a model may compare as it likes
         self._model = ref(inner, lambda _: gone(key))
@@ -111,19 +115,33 @@ class Model:
 
     def replaced(self) -> bool:
         """Whether one of them is no longer there, or has been swapped; identities alone are compared."""
-        for place, name, parameter, data in self._places:
-            if place.get(name) is not parameter or parameter._cdata != data:
-                return True
-        for module, name, child in self._children:
-            parent = module()
-            if parent is None or parent._modules.get(name) is not child():
-                return self._model() is not None
+        try:
+            for place, name, parameter, data in self._places:
+                if place[name] is not parameter or parameter._cdata != data:
+                    return True
+            for module, name, child in self._children:
+                parent = module()
+                if parent is None or parent._modules[name] is not child():
+                    return self._model() is not None
+        except KeyError:  # one was deleted
+            return True
         return False
 
     def now(self) -> set[int]:
         """Ids of the parameters that the model has now."""
         model = self._model()
         return set() if model is None else {id(parameter) for parameter in parameters(model).values()}
+
+    def alive(self) -> bool:
+        """Whether the model is."""
+        return self._model() is not None
+
+
+def _check_parameters(given: Mapping[str, object]) -> None:
+    """Raise ``TypeError`` if one is not what an optimizer trains; a mask on a copy would do nothing."""
+    trained = {name for name, tensor in given.items() if isinstance(tensor, torch.Tensor) and tensor.requires_grad}
+    if odd := [name for name in given if name not in trained and not isinstance(given[name], nn.Parameter)]:
+        raise TypeError(f"{odd[:3]} are no parameters: pass those of named_parameters(); a state dict holds copies")
 
 
 def target_of(

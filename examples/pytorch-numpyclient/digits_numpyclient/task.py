@@ -49,7 +49,9 @@ def load_partition(partition_id, num_partitions, batch_size=32):
     shares = rng.dirichlet([0.5] * num_partitions, size=10)
     owner = np.array([rng.choice(num_partitions, p=shares[label]) for label in labels])
     images, labels = images[owner == partition_id], labels[owner == partition_id]
-    return DataLoader(TensorDataset(torch.from_numpy(images), torch.from_numpy(labels)), batch_size, shuffle=True)
+    data = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
+    # batch normalisation has no statistics of a last batch of one image
+    return DataLoader(data, batch_size, shuffle=True, drop_last=len(data) % batch_size == 1)
 
 
 def load_test():

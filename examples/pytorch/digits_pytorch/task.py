@@ -40,7 +40,9 @@ def load_partition(partition_id, num_partitions, batch_size=32):
     shares = rng.dirichlet([1.0] * num_partitions, size=10)
     owner = np.array([rng.choice(num_partitions, p=shares[label]) for label in labels])
     data = [TensorDataset(torch.from_numpy(images[i]), torch.from_numpy(labels[i])) for i in split(owner, partition_id)]
-    return DataLoader(data[0], batch_size, shuffle=True), DataLoader(data[1], batch_size)
+    # batch normalisation has no statistics of a last batch of one image
+    single = len(data[0]) % batch_size == 1
+    return DataLoader(data[0], batch_size, shuffle=True, drop_last=single), DataLoader(data[1], batch_size)
 
 
 def split(owner, partition_id):

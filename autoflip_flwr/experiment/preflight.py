@@ -1,0 +1,205 @@
+"""What can be known before a run is started: checks that take a moment each, without PyTorch or Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import tomllib
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoflip_flwr.experiment.config import Config, ConfigError, shown
+from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
+
+if TYPE_CHECKING:
+    from autoflip_flwr.experiment.record import RunRecord
+
+CONNECT_LIMIT = 3.0  # seconds within which the source of a download must answer
+SMI_LIMIT = 5.0
+
+
+def check(config: Config, gpus: float) -> None:
+    """Refuse settings of the shipped app that cannot work on this machine.
+
+    Parameters
+    ----------
+    config : Config
+        Its paths exist already.
+    gpus : float
+        GPUs per client.
+
+    Raises
+    ------
+    ConfigError
+        For a device that is not there or that clients would not be given, a folder that cannot be written, a data set
+        that is neither at hand nor to be downloaded, and a run or an exploration of other settings.
+    """
+    check_device(config.device, gpus)
+    check_writable(Path(config.output_dir))
+    check_data(config.dataset, config.resolved_data_dir)
+    if config.exploration:
+        from autoflip_flwr.experiment.explored import check_exploration
+
+        check_exploration(Path(config.exploration), config.of_start())
+    if config.resume:
+        resumable(config)
+
+
+def check_resources(cpus: int, gpus: float) -> None:
+    """Raise ``ConfigError`` for more CPUs or GPUs per client than this machine has."""
+    there = os.cpu_count()
+    if there is not None and cpus > there:
+        raise ConfigError(f"--cpus {cpus}: this machine has {there}, and each client would wait for so many")
+    found = cuda_devices()
+    if found is not None and gpus > found:
+        has = f"only {found}" if found else "no GPU that CUDA can see"
+        raise ConfigError(f"--gpus {gpus:g}: this machine has {has}; leave --gpus out to train on the CPU")
+
+
+def check_device(device: str, gpus: float) -> None:
+    """Raise ``ConfigError`` for a device that is not here, that PyTorch does not know, or that Ray would hide."""
+    if device == "mps" and sys.platform != "darwin":
+        raise ConfigError("device = 'mps': only macOS has it; auto takes what there is")
+    if device != "cuda":
+        return
+    if cuda_devices() == 0:
+        raise ConfigError("device = 'cuda': no GPU that CUDA can see; auto takes what there is")
+    if torch_without_cuda():
+        raise ConfigError("device = 'cuda': the installed PyTorch is built without CUDA; auto takes what there is")
+    if not gpus:
+        raise ConfigError("device = 'cuda': clients see a GPU only with a share of it, e.g. --gpus 0.25")
+
+
+def cuda_devices() -> int | None:
+    """How many NVIDIA GPUs a process may use; None where that cannot be told (AMD's, which PyTorch calls cuda, too)."""
+    if sys.platform == "darwin":
+        return 0
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None and allowed.strip() in ("", "-1"):
+        return 0
+    if Path("/dev/kfd").exists():
+        return None
+    found = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not found and shutil.which("nvidia-smi"):  # Windows, or Linux within it
+        try:
+            listed = subprocess.run(
+                ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=SMI_LIMIT, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        found = listed.stdout.count("GPU ")
+    return found if allowed is None else min(found, len(allowed.split(",")))
+
+
+def torch_without_cuda() -> bool:
+    """Whether the installed PyTorch says that it is built for the CPU alone."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    built = re.findall(r"^(?:cuda|hip)\b[^=\n]*= *(.*)$", text, re.MULTILINE)
+    return bool(built) and all(value.strip() == "None" for value in built)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ``ConfigError`` if ``folder`` cannot be made and written to; nothing is left behind."""
+    there = folder.absolute()
+    while not there.exists() and not there.is_symlink() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"output-dir = {shown(str(folder))}: {there} is in the way, and is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output-dir = {shown(str(folder))}: cannot write to {there}: {error.strerror}") from None
+
+
+def check_data(dataset: str, data_dir: str) -> None:
+    """Raise ``ConfigError`` if the files of a data set are neither there nor to be downloaded."""
+    if dataset not in KNOWN:
+        return
+    known = KNOWN[dataset]
+    if data_dir:
+        root = Path(data_dir).expanduser()
+        if npy_folder(dataset, root) is None and not unpacked(known, root) and not has_originals(known, root):
+            raise ConfigError(not_found(dataset, known, root))
+    elif not unpacked(known, cache_dir()) and (trouble := unreachable(known.host)):
+        raise ConfigError(
+            f"dataset = {shown(dataset)}: it is not here, and cannot be downloaded ({trouble}); give data-dir, or "
+            f"$AUTOFLIP_DATA, a folder that has it"
+        )
+
+
+def unreachable(url: str) -> str:
+    """Why no connection to the host of ``url``, or to the proxy before it, is made in a moment; "" if one is."""
+    parts = urllib.parse.urlsplit(url)
+    host = str(parts.hostname)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(host):
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    where = (str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
+    trouble = [f"{where[0]} does not answer within {CONNECT_LIMIT:g} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection(where, CONNECT_LIMIT).close()
+            trouble[0] = ""
+        except OSError as error:
+            trouble[0] = f"{where[0]}: {error.strerror or error}"
+
+    # in a thread, since looking a name up knows no time limit
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_LIMIT)
+    return trouble[0]
+
+
+def resumable(config: Config) -> RunRecord:
+    """The record of the run that is to go on; ``ConfigError`` if it has other settings, or cannot."""
+    from autoflip_flwr.experiment.record import RunRecord  # here, not above: it needs what takes longer to load
+
+    record = RunRecord(Path(config.resume).resolve())
+    try:
+        before = dict(record.about()["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"resume = '{config.resume}': not the record of a run ({error!r})") from error
+    for key, value in config.decisive().items():
+        if before.get(key, value) != value:
+            raise ConfigError(f"resume = '{config.resume}': {key} was {before[key]!r} there, and is now {value!r}")
+    if record.has_rounds() and not any((record.path / "checkpoint").glob("round-*.safetensors")):
+        raise ConfigError(f"resume = '{config.resume}': it has rounds, but none of their checkpoints: begin a new run")
+    return record
+
+
+def check_superlink(name: str) -> None:
+    """Raise ``ConfigError`` if Flower's ``config.toml`` has no SuperLink of this name.
+
+    A file that is not there yet is not looked for: Flower makes one with names of its own.
+    """
+    path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
+    except FileNotFoundError:
+        names = ["local", "supergrid"]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--superlink {name}: {path} cannot be read: {error}") from None
+    else:
+        names = [key for key, value in table.items() if isinstance(value, dict)]
+    if name not in names:
+        raise ConfigError(
+            f"--superlink {name}: {path} has no [superlink.{name}]; it has {', '.join(names) or 'none'} "
+            "(docs/deployment.md says how to name one)"
+        )

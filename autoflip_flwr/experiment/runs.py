@@ -1,0 +1,102 @@
+"""Reading the folder of a run, whether it is complete, still goes on, was interrupted or has failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the folder of a run says: its config, its metrics so far, its summary, incidents, and why it has failed."""
+
+    path: Path
+    about: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    complete: bool
+    incidents: Sequence[Mapping[str, Any]]
+    failure: str
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Run:
+        """Read the folder of a run; files that are not there yet count as empty.
+
+        The summary of a run without ``summary.json`` is put together from its last line of metrics.
+
+        Raises ``NotADirectoryError`` if ``run_dir`` is no folder.
+        """
+        if not run_dir.is_dir():
+            raise NotADirectoryError(f"not the folder of a run: {run_dir}")
+        about, summary, failure = (_read_json(run_dir / f"{name}.json") for name in ("config", "summary", "failure"))
+        incidents = _read_json(run_dir / "incidents.json")
+        metrics: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError):
+            for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                # The last line of a run that was killed may be torn.
+                with suppress(json.JSONDecodeError):
+                    metrics.append(json.loads(line))
+        complete = bool(summary) and not failure  # a complete run may have gone on, and failed then
+        if not complete:
+            summary = _summary_so_far(_settings(about), metrics)
+        return cls(run_dir, about, metrics, summary, complete, list(incidents), str(failure.get("reason", "")))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings that the run ended with: those of the last time it went on, if it did."""
+        return _settings(self.about)
+
+    @property
+    def name(self) -> str:
+        """The name the run was given, or else that of its folder."""
+        return str(self.about.get("name") or self.path.resolve().name)
+
+    @property
+    def label(self) -> str:
+        """What the run is called beside others: its method and density."""
+        method, density = self.summary.get("method") or self.name, self.summary.get("density")
+        return str(method) if density is None else f"{method}, density {100 * density:.3g}%"
+
+    def by_round(self) -> tuple[list[int], list[float]]:
+        """The rounds of training that were evaluated, and the accuracy after each in %; round 0 is the start."""
+        points = {
+            line["round"]: 100 * line["accuracy"]
+            for line in self.metrics
+            if line["accuracy"] is not None and (line["phase"] == "train" or line["round"] == 0)
+        }
+        return list(points), list(points.values())
+
+    def by_megabytes(self) -> tuple[list[float], list[float]]:
+        """The MB sent so far at each evaluation, all messages both ways, and the accuracy there in %."""
+        evaluated = [line for line in self.metrics if line["accuracy"] is not None]
+        return [line["bytes"]["total"] / 1e6 for line in evaluated], [100 * line["accuracy"] for line in evaluated]
+
+
+def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    last: Mapping[str, Any] = (about.get("resumed") or [about])[-1]
+    return last.get("config") or {}
+
+
+def _summary_so_far(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    last = metrics[-1] if metrics else {}
+    accuracies = [line["accuracy"] for line in metrics if line["accuracy"] is not None]
+    flops = last.get("flops") or {}
+    return {
+        **{key: config.get(key) for key in ("method", "dataset", "model")},
+        "rounds": max((line["round"] for line in metrics if line["phase"] == "train"), default=0),
+        "final_accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
+        **{key: last.get(key) for key in ("density", "bytes", "failures")},
+        "flops": flops,
+        "flops_total": sum(flops.values()) if flops else None,
+        "seconds_total": last.get("seconds"),
+    }
+
+
+def _read_json(path: Path) -> Any:
+    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return value

@@ -1,0 +1,39 @@
+"""What the shipped app does about masks: explorers without weight decay, problems in the summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoflip_flwr.experiment import client, server
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.record import summary_table
+from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
+from autoflip_flwr.testing import LocalGrid
+
+
+def trained(decay: float, config: dict[str, object]) -> np.ndarray:
+    torch.manual_seed(0)
+    settings = Config(weight_decay=decay, local_epochs=1)
+    one = client.LocalClient(settings, 0, torch.rand(20, 1, 8, 8), torch.arange(20) % 10, 10, None)
+    arrays, _, _ = one.fit([p.detach().numpy().copy() for p in one._model.state_dict().values()], config)
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def test_explorers_do_without_weight_decay_and_rounds_do_not():
+    exploring = {PHASE_KEY: "explore", EPOCHS_KEY: 1, PATIENCE_KEY: 1, "server-round": 0, WEIGHT_DECAY_KEY: 0.0}
+    assert (trained(0.5, exploring) == trained(0.0, exploring)).all()
+    assert (trained(0.5, {"server-round": 1}) != trained(0.0, {"server-round": 1})).any()
+
+
+def test_a_mask_that_leaves_a_layer_to_its_floor_is_told_in_the_summary(tmp_path: Path):
+    values = {"output-dir": str(tmp_path), "num-server-rounds": 1, "exploration-epochs": 1, "sparsity": 0.9985}
+    path = server.run(LocalGrid(client.app, 2, values), Config.from_run_config(values))
+    summary = json.loads((path / "summary.json").read_text())
+    assert any("floor is left of" in problem or "no path" in problem for problem in summary["mask_problems"])
+    assert "Problems of the mask" in summary_table(summary)
+    assert summary["mask_problems"][0] in (path / "report.html").read_text()
+    assert "Problems of the mask" not in summary_table({**summary, "mask_problems": []})
