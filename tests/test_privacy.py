@@ -179,10 +179,21 @@ def test_a_round_that_lacks_a_reply_keeps_the_model_and_the_next_goes_on(name, w
 
 @each_wrapper
 def test_a_round_without_any_reply_ends_nothing(name):
+    def first(replies):
+        return [reply for reply in replies if reply.content[wire.HEADER]["round"] == 1]
+
     strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK)
-    models = start(strategy, grid_of(name, arrange=lambda replies: []), rounds=2, timeout=SHORT)
-    assert same(models[0], models[2])
-    assert strategy.privacy == Budget(refused=2)
+    models = start(strategy, grid_of(name, arrange=first), rounds=3, timeout=SHORT)
+    assert same(models[1], models[3])
+    assert (strategy.privacy.releases, strategy.privacy.refused) == (1, 2)
+
+
+@each_wrapper
+def test_without_any_reply_in_the_first_round_nothing_is_spent(name):
+    strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK)
+    with pytest.raises(RuntimeError, match="round 1: no reply of 4 nodes counts: no reply in time"):
+        start(strategy, grid_of(name, arrange=lambda replies: []), rounds=2, timeout=SHORT)
+    assert strategy.privacy == Budget()
 
 
 @each_wrapper
