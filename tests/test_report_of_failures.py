@@ -85,11 +85,14 @@ def test_a_fedavg_summary_has_no_empty_rows_and_no_saving():
                 "method": "fedavg",
                 "bytes": NO_BYTES,
                 "dense_bytes": 1000,
+                "seconds_total": 3.0,
+                "seconds": {"exploration": 0.0, "train": 2.0},
                 "failures": {"quarantined": 0, "errors": 0, "absent": 0},
             }
         )
     )
-    assert list(rows) == ["Method", "Training, up", "Training, down", "Other", "Total sent", "Failures"]
+    assert list(rows) == ["Method", "Training, up", "Training, down", "Other", "Total sent", "Time", "Failures"]
+    assert rows["Time"] == "3.0 s (train 2.0 s)"
     assert rows["Failures"] == "none"
 
 

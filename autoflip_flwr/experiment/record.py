@@ -304,7 +304,7 @@ def _failures(counts: Mapping[str, int]) -> str:
 
 
 def _by_part(values: Mapping[str, float], form: str) -> str:
-    return ", ".join(f"{part} {form.format(value)}" for part, value in values.items())
+    return ", ".join(f"{part} {form.format(value)}" for part, value in values.items() if value)
 
 
 def _scaled(value: float | None, unit: float) -> float | None:
