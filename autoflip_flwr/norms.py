@@ -63,11 +63,13 @@ def low_median(values: Iterable[float]) -> float:
 def judge_norms(updates: Mapping[int, Update], factor: float, earlier: float) -> tuple[dict[int, str], dict[int, str]]:
     """Find the updates of a round that are too long, and those that are odd.
 
-    Explained is the median norm of the round, or ``earlier`` where that is larger, times the allowance for the work
-    that the reply states. An update is too long above ``factor`` times that; with a factor of :data:`FAR` or more only
-    if it is longer than the model as well, since an update that the model outgrows ruins nothing, and clients that
-    have converged move so little that an honest one may move ten thousand times as far. It is odd above :data:`ODD`
-    times that.
+    Explained is the median norm of the round, times the allowance for the work that the reply states; a lone update is
+    compared with ``earlier`` rounds. An update is too long above ``factor`` times that, and odd above :data:`ODD`
+    times.
+
+    A factor of :data:`FAR` or more spares whoever may be honest: ``earlier`` rounds explain an update, too, where they
+    are longer, and none is too long that the model outgrows. It ruins nothing, and clients that have converged move so
+    little that an honest one may move ten thousand times as far.
 
     Parameters
     ----------
@@ -76,15 +78,17 @@ def judge_norms(updates: Mapping[int, Update], factor: float, earlier: float) ->
     factor : float
         As in :class:`~autoflip_flwr.quarantine.ReplyRules`.
     earlier : float
-        The largest median norm of earlier rounds; 0 if there was none. A lone update is judged by it alone.
+        The largest median norm of earlier rounds; 0 if there was none.
 
     Returns
     -------
     tuple[dict[int, str], dict[int, str]]
         Nodes whose updates are too long, and nodes whose updates are odd and count, each with the reason.
     """
-    moved = sum(update.norm > 0 for update in updates.values())
-    usual = max(low_median(update.norm for update in updates.values()), earlier) if moved > 1 else earlier
+    spares = factor >= FAR
+    moved = [update.norm for update in updates.values() if update.norm > 0]
+    usual = low_median(moved) if len(moved) > 1 else earlier
+    usual = max(usual, earlier) if spares else usual
     if usual == 0:  # nothing to compare with
         return {}, {}
     allowed = _allowances(updates)
@@ -92,11 +96,11 @@ def judge_norms(updates: Mapping[int, Update], factor: float, earlier: float) ->
     odd: dict[int, str] = {}
     for node, update in updates.items():
         explained = usual * allowed[node]
-        floor = update.model if factor >= FAR else 0.0
+        floor = update.model if spares else 0.0
         if update.norm > ODD * explained or update.norm > factor * explained:
             reason = (
-                f"the norm of its update is {update.norm:.4g}, {update.norm / explained:.3g} times what the other "
-                "replies, earlier rounds and the work it states explain"
+                f"the norm of its update is {update.norm:.4g}, {update.norm / explained:.3g} times what other replies "
+                "and the work it states explain"
             )
             (far if update.norm > max(factor * explained, floor) else odd)[node] = reason
     return far, odd

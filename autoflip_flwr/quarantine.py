@@ -22,9 +22,9 @@ class ReplyRules:
     Parameters
     ----------
     norm_factor : float
-        A reply is left out whose update (or exploration) has an L2 norm above so many times what the other replies,
-        earlier rounds and the work it states explain (:func:`~autoflip_flwr.norms.judge_norms`), > 1. From the default
-        on only an update that is longer than the model, too; ``math.inf`` leaves none out.
+        A reply is left out whose update (or exploration) has an L2 norm above so many times what the other replies and
+        the work it states explain (:func:`~autoflip_flwr.norms.judge_norms`), > 1. From the default on only if earlier
+        rounds do not explain it either, and if it is longer than the model; ``math.inf`` leaves none out.
     max_examples : float
         A reply that weighs more (``num-examples``) is left out, > 0.
     min_replies : int

@@ -82,6 +82,13 @@ def test_what_is_ten_times_too_long_and_counts_is_odd():
     assert odd(updates(1.0, 1.0, 11.0), earlier=2.0) == []
 
 
+def test_earlier_rounds_explain_unless_the_factor_is_stricter():
+    assert far(updates(1.0, 1.0, 1999.0), 1000.0, earlier=2.0) == []
+    assert far(updates(1.0, 1.0, 2001.0), 1000.0, earlier=2.0) == [2]
+    assert far(updates(1.0, 1.0, 1001.0), 1000.0, earlier=0.5) == [2]
+    assert far(updates(1.0, 1.0, 11.0), 10.0, earlier=2.0) == [2]
+
+
 def test_the_largest_median_that_counted_is_remembered_and_survives_a_checkpoint():
     quarantine = Quarantine(ReplyRules(norm_factor=10.0), Ledger())
     assert list(quarantine.judge_norms(updates(1.0, 3.0, 3.0, 90.0), "train", 1)) == [3]
@@ -197,7 +204,9 @@ def test_what_is_odd_is_noted_and_counts_and_rests_nobody(caplog):
     with caplog.at_level(logging.WARNING, "flwr"):
         strategy, found = federation(app, 5, rounds=5, rules=ReplyRules(strikes=1))
     assert [(each["kind"], each["round"]) for each in strategy.ledger.incidents] == [("odd", n) for n in range(1, 6)]
-    assert strategy.ledger.incidents[0]["reason"].startswith("the norm of its update is 20, 50 times what the other")
+    assert strategy.ledger.incidents[0]["reason"].startswith(
+        "the norm of its update is 20, 50 times what other replies"
+    )
     assert strategy.ledger.failures["odd"] == 5
     assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
     assert sum("counts, but" in each.getMessage() for each in caplog.records) == 1

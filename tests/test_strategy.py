@@ -209,8 +209,8 @@ def _break(kind, reply):
         content["metrics"] = MetricRecord({"num-examples": 0, "train-loss": 1.0})
     elif kind == "infinite weight":
         content["metrics"] = MetricRecord({"num-examples": float("inf"), "train-loss": 1.0})
-    elif kind == "another metric":
-        content["metrics"] = MetricRecord({"num-examples": 24, "loss": 1.0})
+    elif kind == "another record":
+        content["more"] = MetricRecord({"num-examples": 24, "loss": 1.0})
     elif kind == "stale":
         content[wire.HEADER]["round"] = 0
     elif kind == "another mask":
@@ -230,7 +230,7 @@ KINDS = [
     "no weight",
     "weight 0",
     "infinite weight",
-    "another metric",
+    "another record",
     "stale",
     "another mask",
 ]

@@ -169,8 +169,8 @@ class Config:
     min_replies : int (1)
         A round in which fewer replies count keeps the model (method autoflip), >= 1.
     norm_factor : float (1000.0)
-        A reply is left out whose update is so many times longer than the others, its work and earlier rounds explain
-        (method autoflip), > 1; from the default on only if it is longer than the model, too.
+        A reply is left out whose update is so many times longer than other replies and its work explain (method
+        autoflip), > 1; from the default on only if earlier rounds do not explain it, and it is longer than the model.
     max_examples : float (1e9)
         A reply that says it has more examples is left out (method autoflip), > 0.
     checkpoints : int (2)

@@ -346,14 +346,7 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
     """Replies that the server leaves out, by name: how the server is set up, and the reply."""
     good = reply()
     train = headers(good) | {name: told(content) for name, content in values(good).items()}
-    metrics: dict[str, dict[str, Any]] = {
-        "loss-nan": {"loss": math.nan},
-        "loss-infinite": {"loss": -math.inf},
-        "loss-a-list": {"loss": [0.5]},
-        "loss-an-empty-list": {"loss": []},
-        "loss-a-list-with-nan": {"loss": [0.5, math.nan]},
-        "loss-missing": {"loss": None},
-        "one-more": {"__class__": 1.0},
+    weights: dict[str, dict[str, Any]] = {
         "weight-zero": {"num-examples": 0},
         "weight-negative": {"num-examples": -(2**63)},
         "weight-near-the-largest-float": {"num-examples": 1.7e308},
@@ -361,11 +354,8 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
         "weight-a-list": {"num-examples": [10]},
         "weight-an-empty-list": {"num-examples": []},
         "weight-missing": {"num-examples": None},
-        "examples-processed-nan": {"examples-processed": math.nan},
-        "examples-processed-infinite": {"examples-processed": math.inf},
-        "examples-processed-near-the-largest-float": {"examples-processed": 1.7e308},
     }
-    train |= {f"metrics-{name}": alter(good, "metrics", **change) for name, change in metrics.items()}
+    train |= {f"metrics-{name}": alter(good, "metrics", **change) for name, change in weights.items()}
     train |= {
         "metrics-missing": swap(good, "metrics", None),
         "metrics-twice": swap(good, "more", MetricRecord({"num-examples": 10})),
@@ -397,13 +387,33 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
         coded[f"values-{kind}-not-coded"] = reply()
         found |= {f"train-{n}": ({"phase": "train", "values": kind}, told(content)) for n, content in coded.items()}
     found |= {f"explore-{name}": ({"phase": "explore", "values": k}, told(c)) for name, (k, c) in moves().items()}
-    for name, change in (("loss-nan", {"loss": math.nan}), ("loss-a-list", {"loss": [1.0, 2.0]})):
-        evaluated = alter(reply(wire.EVALUATE), "metrics", **change)  # type: ignore[arg-type]
-        found[f"evaluate-metrics-{name}"] = ({"phase": "evaluate", "values": "float32"}, evaluated)
     for name, change in (("format-a-float", {"format": float(wire.FORMAT)}), ("digest-missing", {"digest": None})):
         evaluated = alter(reply(wire.EVALUATE), wire.HEADER, **change)  # type: ignore[arg-type]
         found[f"evaluate-header-{name}"] = ({"phase": "evaluate", "values": "float32"}, evaluated)
     return found
+
+
+def metrics() -> dict[str, tuple[dict[str, str], RecordDict]]:
+    """Replies with odd metrics, which count all the same: how the server is set up, and the reply."""
+    changes: dict[str, dict[str, Any]] = {
+        "train-loss-nan": {"loss": math.nan},
+        "train-loss-infinite": {"loss": -math.inf},
+        "train-loss-a-list": {"loss": [0.5]},
+        "train-loss-an-empty-list": {"loss": []},
+        "train-loss-a-list-with-nan": {"loss": [0.5, math.nan]},
+        "train-loss-missing": {"loss": None},
+        "train-one-more": {"__class__": 1.0},
+        "train-examples-processed-nan": {"examples-processed": math.nan},
+        "train-examples-processed-infinite": {"examples-processed": math.inf},
+        "train-examples-processed-near-the-largest-float": {"examples-processed": 1.7e308},
+        "evaluate-loss-nan": {"loss": math.nan},
+        "evaluate-loss-a-list": {"loss": [1.0, 2.0]},
+    }
+    return {
+        name: ({"phase": phase, "values": "float32"}, alter(reply(phase), "metrics", **change))
+        for name, change in changes.items()
+        for phase in (name.partition("-")[0],)
+    }
 
 
 def moves() -> dict[str, tuple[str, RecordDict]]:
@@ -449,8 +459,10 @@ def moves() -> dict[str, tuple[str, RecordDict]]:
 def write() -> None:
     """Write all files anew."""
     found = {f"messages/{name}": {"records": to_json(content)} for name, content in messages().items()}
-    found |= {f"replies/{name}": {**setup, "records": to_json(content)} for name, (setup, content) in replies().items()}
-    for folder in ("messages", "replies"):
+    for folder, forged in (("replies", replies()), ("metrics", metrics())):
+        for name, (setup, content) in forged.items():
+            found[f"{folder}/{name}"] = {**setup, "records": to_json(content)}
+    for folder in ("messages", "replies", "metrics"):
         (FOLDER / folder).mkdir(exist_ok=True)
         for old in (FOLDER / folder).glob("*.json"):
             old.unlink()

@@ -68,8 +68,12 @@ def client(called: list[str]) -> ClientApp:
 
 
 def test_every_attack_has_its_file():
-    found = {folder: {file.stem for file in (forge.FOLDER / folder).glob("*")} for folder in ("messages", "replies")}
-    assert found == {"messages": set(forge.messages()), "replies": set(forge.replies())}
+    expected = {
+        "messages": set(forge.messages()),
+        "replies": set(forge.replies()),
+        "metrics": set(forge.metrics()),
+    }
+    assert {folder: {file.stem for file in (forge.FOLDER / folder).glob("*")} for folder in expected} == expected
 
 
 # Messages
@@ -149,6 +153,18 @@ def test_a_server_leaves_the_reply_out_and_the_round_goes_on(file: Path):
         assert array.dtype == expected[name].dtype
         np.testing.assert_allclose(array, expected[name], rtol=1e-6)  # a mean of two, not of three
     assert json.dumps(strategy.ledger.bytes_by_phase())
+    assert sum(strategy.ledger.examples.values()) == 0
+
+
+@files("metrics")
+def test_a_metric_costs_no_client_its_weights(file: Path):
+    described = json.loads(file.read_text())
+    _, expected, _ = serve(described, lambda: forge.reply(described["phase"]))
+    strategy, arrays, left_out = serve(described, lambda: from_json(described["records"]))
+    assert left_out == 0
+    assert strategy.ledger.incidents == []
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-6)
     assert sum(strategy.ledger.examples.values()) == 0
 
 
