@@ -380,7 +380,7 @@ def test_a_mod_that_refuses_an_evaluation_does_not_hold_the_round_up(caplog):
     assert FIRST.replace("\\", "") not in caplog.text
 
 
-def test_explorers_that_move_nothing_are_warned_of(caplog):
+def test_explorers_that_move_nothing_end_the_run():
     app = ClientApp(mods=[autoflip_mod])
 
     @app.train()
@@ -388,8 +388,8 @@ def test_explorers_that_move_nothing_are_warned_of(caplog):
         metrics = MetricRecord({"num-examples": 1})
         return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
 
-    start(AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5), LocalGrid(app, NODES), rounds=1)
-    assert "no explorer moved any prunable parameter" in caplog.text
+    with pytest.raises(RuntimeError, match="no explorer moved any prunable parameter"):
+        start(AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5), LocalGrid(app, NODES), rounds=1)
 
 
 def test_a_mod_that_refuses_for_its_own_reasons_keeps_its_words():
