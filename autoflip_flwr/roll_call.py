@@ -16,7 +16,10 @@ SETTLE = 10.0
 """Seconds without a new node after which all have come, where nobody knows how many there are."""
 
 ANSWERS = 15.0
-"""Seconds without a new node or answer after which nodes that have not answered are mute."""
+"""Seconds without a new node or answer after which nodes that have not answered are mute, at least."""
+
+SLOWER = 3.0
+"""A next answer may take so many times as long as the first one: who explores must not depend on a busy machine."""
 
 EVERY = 10.0
 """Seconds after which it is said again for whom a run waits."""
@@ -100,7 +103,8 @@ class RollCall:
 
         As many are expected as the caller says, else as the nodes' ``num-partitions`` says. Where nobody says it, all
         have come once no new node has for :data:`SETTLE` seconds. A node that does not answer holds the others for
-        :data:`ANSWERS` seconds (``timeout`` while nobody has answered), and is then :attr:`mute`; it may answer later.
+        :data:`ANSWERS` seconds (or :data:`SLOWER` times as long as the first answer took; ``timeout`` while nobody has
+        answered), and is then :attr:`mute`; it may answer later.
 
         Parameters
         ----------
@@ -127,13 +131,18 @@ class RollCall:
         RuntimeError
             If fewer than ``minimum`` nodes have connected in time.
         """
-        started = came = heard = time.monotonic()
-        most, answered, said = 0, False, _Said()
+        started = came = time.monotonic()
+        asked = heard = 0.0  # when the first was, and when the last answer came
+        most, said = 0, _Said()
+        # a first client process takes long to start
+        patience = min(timeout, ANSWERS) if len(self._greeted) > len(self._asked) else timeout
         while True:
             nodes = set(connected())
             answers, now = self.greet(nodes), time.monotonic()
-            answered |= answers > 0
-            heard = now if answers else heard
+            asked = asked or (now if nodes else 0.0)
+            if answers:
+                patience = patience if heard else max(min(timeout, ANSWERS), SLOWER * (now - asked))
+                heard = now
             if len(nodes) > most:
                 most, came = len(nodes), now
             known = expected or self.num_partitions
@@ -143,7 +152,6 @@ class RollCall:
             limit = timeout if longest is None or not lacking else longest
             late = now - came > limit
             all_there = len(nodes) >= wanted and (known > 0 or now - came > min(SETTLE, timeout))
-            patience = min(timeout, ANSWERS) if answered else timeout  # a first client process takes long to start
             waited_for = self.mute & nodes
             if (late or all_there) and (not waited_for or now - max(came, heard) > patience):
                 break
@@ -158,7 +166,7 @@ class RollCall:
             raise RuntimeError(f"{len(nodes)} nodes have connected within {limit:g} s, but {minimum} are needed")
         if len(nodes) < wanted:
             log(WARNING, "%d of %d nodes have connected: no new one for %g s, going on", len(nodes), wanted, limit)
-        log(INFO, "%d nodes are connected", len(nodes))
+        log(INFO, "%d node%s connected", len(nodes), " is" if len(nodes) == 1 else "s are")
         self._warn(nodes)
         return nodes
 
