@@ -258,7 +258,7 @@ def test_evaluation_gets_coded_values_and_answers_without():
 @pytest.mark.parametrize("name", ["values", "values_up", "values_down"])
 @pytest.mark.parametrize("kind", ["int4", "float64", "log8", "", "INT8"])
 def test_an_unknown_coding_is_refused(name: str, kind: str):
-    with pytest.raises(ValueError, match=f"values = {kind!r}: must be one of float32, bfloat16, float16, int8"):
+    with pytest.raises(ValueError, match=f"{name} = {kind!r}: must be one of float32, bfloat16, float16, int8"):
         AutoFlip(inner(), **{name: kind})
 
 
