@@ -151,7 +151,9 @@ class RollCall:
             lacking = len(nodes) < min(minimum, known or minimum)
             limit = timeout if longest is None or not lacking else longest
             late = now - came > limit
-            all_there = len(nodes) >= wanted and (known > 0 or now - came > min(SETTLE, timeout))
+            # nodes that all answer without autoflip_mod cannot explore: better said at once than after a pause
+            settled = known > 0 or (heard > 0 and not self.with_mod) or now - came > min(SETTLE, timeout)
+            all_there = len(nodes) >= wanted and settled
             waited_for = self.mute & nodes
             if (late or all_there) and (not waited_for or now - max(came, heard) > patience):
                 break

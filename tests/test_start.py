@@ -150,6 +150,14 @@ def test_nodes_that_are_there_and_answer_cost_one_small_message_each():
     assert strategy.ledger.bytes_by_phase()["other"] < 3 * 2000
 
 
+def test_nodes_without_the_mod_are_told_at_once(monkeypatch):
+    monkeypatch.setattr(roll_call, "SETTLE", 60.0)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="autoflip_mod must be the first"):
+        started(LocalGrid(message_app(mods=[]), 2))
+    assert time.monotonic() - began < SOON
+
+
 @pytest.mark.parametrize("settings", [{"sparsity": 0}, {"mask": "ready"}, {"exploration": "ready"}])
 def test_without_an_exploration_nobody_is_asked(settings):
     first = started(LocalGrid(message_app(), 2))
