@@ -103,8 +103,8 @@ class RollCall:
 
         As many are expected as the caller says, else as the nodes' ``num-partitions`` says. Where nobody says it, all
         have come once no new node has for :data:`SETTLE` seconds. A node that does not answer holds the others for
-        :data:`ANSWERS` seconds (or :data:`SLOWER` times as long as the first answer took; ``timeout`` while nobody has
-        answered), and is then :attr:`mute`; it may answer later.
+        :data:`ANSWERS` seconds (or :data:`SLOWER` times as long as the first answer took; as often ``timeout`` while
+        nobody has answered), and is then :attr:`mute`; it may answer later.
 
         Parameters
         ----------
@@ -135,7 +135,7 @@ class RollCall:
         asked = heard = 0.0  # when the first was, and when the last answer came
         most, said = 0, _Said()
         # a first client process takes long to start
-        patience = min(timeout, ANSWERS) if len(self._greeted) > len(self._asked) else timeout
+        patience = min(timeout, ANSWERS) if len(self._greeted) > len(self._asked) else SLOWER * timeout
         while True:
             nodes = set(connected())
             answers, now = self.greet(nodes), time.monotonic()
