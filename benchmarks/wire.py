@@ -23,6 +23,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod, wire
 from autoflip_flwr.layout import Arrays
+from autoflip_flwr.ledger import phase_of
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.traffic import message_bytes, record_bytes
 from autoflip_flwr.translate import to_arrays, to_record
@@ -76,13 +77,15 @@ def measure(parameters: int, density: float, kind: str = "float32") -> dict[str,
     grid = LocalGrid(client_app(), 2, tamper=lambda reply: replies.append(reply) or reply)  # type: ignore[func-returns-value]
     initial = twocnn(parameters)
     strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=round(1 - density, 12), values=kind)
-    sizes: list[int] = []
+    down: dict[str, list[int]] = {}  # bytes of the last exchange of each phase
+    up: dict[str, list[int]] = {}
     push = grid.push_messages
 
     def pushing(messages):  # type: ignore[no-untyped-def]
-        sizes.extend(message_bytes(message) for message in messages)
+        phase = phase_of(messages[0])
+        down[phase] = [message_bytes(message) for message in messages]
         ids = push(messages)
-        sizes.extend(message_bytes(reply) for reply in replies[-len(messages) :])
+        up[phase] = [message_bytes(reply) for reply in replies[-len(messages) :]]
         return ids
 
     grid.push_messages = pushing  # type: ignore[method-assign]
@@ -94,21 +97,20 @@ def measure(parameters: int, density: float, kind: str = "float32") -> dict[str,
         for spec in mask.layout.specs
     )
     limit = math.floor(1.01 * values + 2048)
-    first = grid.sent[2].content
+    first = next(message.content for message in grid.sent if phase_of(message) == "train")
     p = mask.density
     entropy = 0.0 if p in (0, 1) else -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
-    explored, (down1, down2, up1, up2) = sizes[2:4], sizes[-4:]
     return {
         "parameters": sum(array.size for array in initial.values()),
         "density": p,
         "values_bytes": values,
-        "upload_bytes": max(up1, up2),
+        "upload_bytes": max(up["train"]),
         "upload_limit_bytes": limit,
-        "download_bytes": max(down1, down2),
+        "download_bytes": max(down["train"]),
         "download_limit_bytes": limit,
         "mask_bytes": record_bytes(first, wire.MASK),
         "mask_entropy_bytes": math.ceil(entropy * mask.layout.prunable_size / 8),
-        "exploration_upload_bytes": max(explored),
+        "exploration_upload_bytes": max(up["exploration"]),
         "dense_bytes": message_bytes(Message(RecordDict({"arrays": to_record(initial)}), 1, "train")),
     }
 
