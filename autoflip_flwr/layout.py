@@ -54,6 +54,7 @@ class Layout:
         The arrays.
     output : dict[str, int]
         The weights of the output layers -> the axis of their units. Each unit keeps at least one incoming weight.
+        ``None`` is made an empty one: no such floor.
     guesses : tuple[str, ...]
         Those of them that are guesses: they give way where a sparsity cannot be had with them.
     """
@@ -63,6 +64,8 @@ class Layout:
     guesses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.output is None:
+            object.__setattr__(self, "output", {})
         names = [spec.name for spec in self.specs]
         if len(set(names)) != len(names):
             raise ValueError("array names must differ")
