@@ -13,10 +13,11 @@ torch.set_num_threads(1)  # the tests are many small steps: threads only wait fo
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_collection_finish() -> None:
-    """Set aside what is loaded: Flower collects garbage for every array that it converts, and would go through it."""
-    gc.collect()
-    gc.freeze()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two workers, a module's tests share one, and what starts other processes goes one after another."""
+    for item in items:
+        alone = item.get_closest_marker("runs") or item.get_closest_marker("slow")
+        item.add_marker(pytest.mark.xdist_group("runs" if alone else item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,13 @@ def data_dir() -> str:
     if not folder.is_dir():
         pytest.fail(f"no data sets in {folder}: set AUTOFLIP_DATA to the folder with MNIST/raw and cifar10", False)
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Set aside what is there: Flower collects garbage for each array that it converts, and would go through it all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -277,6 +277,7 @@ def test_the_kernel_changes_no_bit_of_a_run(kind: type[FedAvg], packing: str, va
     assert runs[0][0]["steps"] == 3 * NODES
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("values", ["float32", *KINDS])
 @pytest.mark.parametrize("packing", ["packed", "dense"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])

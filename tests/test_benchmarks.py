@@ -12,6 +12,7 @@ import pytest
 from benchmarks import startup
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("params", "density"), [(60_000, 0.1), (200_000, 0.3), (200_000, 0.7)])
 def test_wire_keeps_to_its_limits(params, density):
     command = [sys.executable, "-m", "benchmarks.wire", "--params", str(params), "--density", str(density)]
@@ -30,6 +31,7 @@ def test_wire_keeps_to_its_limits(params, density):
     assert found["upload_bytes"] < density * found["dense_bytes"] * 1.1 + 4096
 
 
+@pytest.mark.runs
 def test_a_clients_start_up_is_measured_with_the_mod_and_without():
     cached, along = startup.measure("cnn", 1)
     assert [cached["case"], along["case"]] == ["cnn, mask cached", "cnn, mask along"]

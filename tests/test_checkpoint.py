@@ -96,6 +96,7 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("coordinates", ["packed", "dense"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_end_is_bit_identical(name, coordinates, tmp_path):

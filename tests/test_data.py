@@ -145,6 +145,7 @@ print(int(data.x_train.sum(dtype="int64")), int(data.y_test.sum()))
 """
 
 
+@pytest.mark.runs
 def test_two_processes_load_first_at_once(data_dir: str, fresh_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "ready").mkdir()
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -115,6 +115,7 @@ def test_images_are_built_here_at_the_version_of_the_project(file, name, service
     assert interpolate(service["image"]) == f"autoflip-{build['target']}:{PROJECT['version']}{backend}"
 
 
+@pytest.mark.runs
 @each_service
 def test_commands_have_options_that_flower_knows(file, name, service):
     (command,) = entrypoint(service["build"]["target"])

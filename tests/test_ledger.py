@@ -282,6 +282,7 @@ def test_a_node_that_comes_back_under_another_id_is_one_partition():
     assert table[0]["train_down"] == 2 * table[1]["train_down"] == 2 * table[1]["total"] - 2 * table[1]["train_up"]
 
 
+@pytest.mark.runs
 def test_a_thousand_nodes_need_little_room():
     told = Ledger()
     content = {"arrays": record(model()), wire.MASK: ConfigRecord({"bits": bytes(10)})}

@@ -277,7 +277,9 @@ def run_of(name: str) -> Run:
     return run(KINDS[name])
 
 
-each_kind = pytest.mark.parametrize("name", KINDS)
+each_kind = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.runs] if name == "1,000 tensors" else []) for name in KINDS]
+)
 
 
 def same_bytes(left: Arrays, right: Arrays) -> None:

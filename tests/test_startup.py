@@ -49,11 +49,13 @@ last = Last()
 }
 
 
+@pytest.mark.runs
 def test_a_client_process_sets_its_modules_aside_and_ends_quietly() -> None:
     done = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("crash", "message"), zip(CRASHES, ["ZeroDivisionError", "ZeroDivisionError", "Fatal Python error"], strict=True)
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import random
 from dataclasses import dataclass
 
@@ -42,15 +41,6 @@ ACROSS_COORDINATES = [
     "DifferentialPrivacyServerSideAdaptiveClipping",
 ]
 """Strategies that take norms or distances: zeros in between change the order of summation, and so the last bits."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_collections():
-    # QFedAvg and Bulyan have Flower collect garbage once a reply: spare it the modules that stay anyway
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @dataclass(frozen=True)
@@ -166,6 +156,7 @@ def test_masks_that_change_are_respected_in_their_rounds_and_the_model_learns(na
     check_end(run, 0.65, 0.35)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("changing", [False, True], ids=["static", "changing"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_packed_and_dense_coordinates_agree(name, changing):

@@ -198,6 +198,7 @@ def test_a_node_that_lies_about_the_number_of_nodes_keeps_nobody_waiting(lie: An
     assert grid.num_partitions == 3
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("length", [100, 5000])
 def test_many_arrays_that_end_alike_are_counted_soon(length: int):
     content = RecordDict(

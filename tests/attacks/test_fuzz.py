@@ -30,6 +30,8 @@ from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import to_arrays, to_record
 from autoflip_flwr.values import Coded, coded_size
 
+pytestmark = pytest.mark.runs
+
 MESSAGES, REPLIES, MOVES, MASKS, LAYOUTS, BYTES = 4000, 1500, 1000, 750, 1000, 500
 """Examples of each test; some run for several cases."""
 
