@@ -19,6 +19,8 @@ from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.training import choose_device, seed_of
 from autoflip_flwr.testing import LocalGrid
 
+pytestmark = pytest.mark.runs
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -32,7 +34,6 @@ def summary(path: Path) -> dict:
     return json.loads((path / "summary.json").read_text())
 
 
-@pytest.mark.runs
 def test_one_seed_gives_one_result(tmp_path):
     first, second, other = (run(tmp_path, seed=seed) for seed in (1, 1, 2))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
@@ -63,7 +64,6 @@ def test_the_record_tells_what_happened(tmp_path):
     assert json.loads((path / "config.json").read_text())["config"]["sparsity"] == 0.7
 
 
-@pytest.mark.runs
 def test_a_run_that_goes_on_has_one_record(tmp_path):
     whole = run(tmp_path, num_server_rounds=4)
     path = run(tmp_path)
@@ -82,7 +82,6 @@ def test_a_run_that_goes_on_has_one_record(tmp_path):
     assert resumed["source"] == about["source"]
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
@@ -120,7 +119,6 @@ def test_nodes_that_lack_the_mask_and_replies_that_are_left_out_are_counted_righ
     ]
 
 
-@pytest.mark.runs
 def test_an_exploration_is_shared_and_charged_to_each_run(tmp_path):
     first = run(tmp_path)
     shared = run(tmp_path, exploration=str(first / "exploration.safetensors"))
@@ -144,7 +142,6 @@ def test_fedavg_starts_from_the_same_model_and_samples_the_same_nodes(tmp_path):
     assert told["dense_bytes"] == pytest.approx(told["bytes"]["train_up"] + told["bytes"]["train_down"], rel=1e-3)
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize(
     "settings",
     [
@@ -161,7 +158,6 @@ def test_every_way_to_run_it_runs(tmp_path, settings):
     assert told["failures"]["errors"] == 0
 
 
-@pytest.mark.runs
 def test_real_data_runs(tmp_path, data_dir):
     for dataset in ("mnist", "cifar10"):
         values = {
@@ -252,7 +248,6 @@ def only(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.runs
 def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
     done = autoflip("-c", f'num-server-rounds=8 output-dir="{tmp_path}"')
     assert done.returncode == 0, done.stdout + done.stderr
@@ -264,7 +259,6 @@ def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
     assert "[round 8/8] accuracy" in done.stdout
 
 
-@pytest.mark.runs
 def test_nothing_pruned_equals_fedavg_bit_for_bit_under_ray(tmp_path):
     models = []
     for name, settings in (("autoflip", "sparsity=0.0"), ("fedavg", 'method="fedavg"')):

@@ -14,6 +14,8 @@ from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.testing import LocalGrid
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -52,7 +54,6 @@ def test_one_node_is_enough_if_the_settings_say_so(method, tmp_path):
     assert json.loads((path / "summary.json").read_text())["rounds"] == 1
 
 
-@pytest.mark.runs
 def test_the_small_model_does_not_depend_on_the_threads_of_its_clients(tmp_path):
     before, models = torch.get_num_threads(), []
     try:
@@ -65,7 +66,6 @@ def test_the_small_model_does_not_depend_on_the_threads_of_its_clients(tmp_path)
     assert models[0] == models[1]
 
 
-@pytest.mark.runs
 def test_threads_of_a_clients_process_wait_without_spinning():
     code = "import os, client_app; print(os.environ['OMP_WAIT_POLICY'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

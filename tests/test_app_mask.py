@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from autoflip_flwr.experiment import client, server
@@ -13,6 +14,8 @@ from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.record import summary_table
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.testing import LocalGrid
+
+pytestmark = pytest.mark.runs
 
 
 def trained(decay: float, config: dict[str, object]) -> np.ndarray:

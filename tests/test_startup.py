@@ -57,7 +57,8 @@ def test_a_client_process_sets_its_modules_aside_and_ends_quietly() -> None:
 
 @pytest.mark.runs
 @pytest.mark.parametrize(
-    ("crash", "message"), zip(CRASHES, ["ZeroDivisionError", "ZeroDivisionError", "Fatal Python error"], strict=True)
+    ("crash", "message"),
+    list(zip(CRASHES, ["ZeroDivisionError", "ZeroDivisionError", "Fatal Python error"], strict=True)),
 )
 def test_what_goes_wrong_at_the_end_is_seen(crash: str, message: str) -> None:
     done = subprocess.run([sys.executable, "-c", CRASHES[crash]], capture_output=True, text=True)
