@@ -140,9 +140,9 @@ class RollCall:
             nodes = set(connected())
             answers, now = self.greet(nodes), time.monotonic()
             asked = asked or (now if nodes else 0.0)
-            if answers:
-                patience = patience if heard else max(min(timeout, ANSWERS), SLOWER * (now - asked))
-                heard = now
+            if answers and not heard:
+                patience = max(min(timeout, ANSWERS), SLOWER * (now - asked))
+            heard = now if answers else heard
             if len(nodes) > most:
                 most, came = len(nodes), now
             known = expected or self.num_partitions

@@ -80,7 +80,7 @@ class Rounds(Configured):
         translator = self._started
         plainly = coords.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
-        before, longest, undo = translator.integers, self._quarantine.longest, undo_of(self.strategy)
+        before, longest = translator.integers, self._quarantine.longest
         if plainly:
             counted, mean = translator.average(replies, server_round)
         else:
@@ -99,6 +99,7 @@ class Rounds(Configured):
         if plainly:
             _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
         else:
+            undo = undo_of(self.strategy)
             record, metrics = privacy.aggregate(self.strategy, server_round, counted, self.privacy)
             mean = None if record is None else translator.from_strategy(record)
             if mean is not None and not translator.mask.layout.is_finite(mean):

@@ -4,7 +4,6 @@ import gc
 import importlib
 import inspect
 import pickle
-import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from threads import errors_in_threads
 from torch import nn
 
 from autoflip_flwr import AutoFlip, autoflip_mod
@@ -793,25 +793,15 @@ def test_another_loss_may_still_go_back_through_the_model_after_a_step():
 
 
 def test_threads_may_train_models_of_their_own():
-    failed = []
-
     def work() -> None:
-        try:
-            for _ in range(20):
-                model = network()
-                mask, optimizer = mask_of(model), sgd(model)
-                masked_training(model, mask)
-                step(model, optimizer)
-                assert leaks(model, optimizer, mask) == []
-        except Exception as error:
-            failed.append(error)
+        for _ in range(20):
+            model = network()
+            mask, optimizer = mask_of(model), sgd(model)
+            masked_training(model, mask)
+            step(model, optimizer)
+            assert leaks(model, optimizer, mask) == []
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    assert errors_in_threads(work) == []
 
 
 def test_positions_may_be_those_of_the_parameters_and_then_the_buffers():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from threads import errors_in_threads
 from torch import nn
 
 from autoflip_flwr import Layout, Mask
@@ -176,27 +176,17 @@ def test_an_optimizer_of_another_model_does_not_mind_a_replacement_that_does_not
 
 
 def test_threads_may_replace_the_parameters_of_models_of_their_own():
-    failed = []
-
     def work() -> None:
-        try:
-            for _ in range(15):
-                model = Net()
-                masked_training(model, mask())
-                for _ in range(3):
-                    model.load_state_dict({"layer.weight": torch.ones(2, 2)}, assign=True)
-                    assert step(model) == LEFT
-                    model.register_parameter("more", nn.Parameter(torch.ones(1)))
-                    del model.more
-        except Exception as error:
-            failed.append(error)
+        for _ in range(15):
+            model = Net()
+            masked_training(model, mask())
+            for _ in range(3):
+                model.load_state_dict({"layer.weight": torch.ones(2, 2)}, assign=True)
+                assert step(model) == LEFT
+                model.register_parameter("more", nn.Parameter(torch.ones(1)))
+                del model.more
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    assert errors_in_threads(work) == []
 
 
 # Blocks within blocks
