@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import time
@@ -140,11 +141,18 @@ def serve(
     return strategy, to_arrays(result.arrays), strategy.ledger.failures["quarantined"]
 
 
+@functools.cache
+def honest(phase: str, values: str) -> dict[str, np.ndarray]:
+    """The model after a run in which all nodes are honest."""
+    _, arrays, left_out = serve({"phase": phase, "values": values}, None)
+    assert not left_out
+    return arrays
+
+
 @files("replies")
 def test_a_server_leaves_the_reply_out_and_the_round_goes_on(file: Path):
     described = json.loads(file.read_text())
-    _, expected, left_out = serve(described, None)
-    assert not left_out
+    expected = honest(described["phase"], described["values"])
     with little_memory(file.stat().st_size):
         strategy, arrays, left_out = serve(described, lambda: from_json(described["records"]))
     assert left_out == 1
