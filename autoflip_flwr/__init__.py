@@ -4,19 +4,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoflip_flwr.guidance import Exploration
-    from autoflip_flwr.layout import Layout
+    from autoflip_flwr.core.layout import Layout
+    from autoflip_flwr.core.mask import Mask
+    from autoflip_flwr.core.statistics import Exploration
     from autoflip_flwr.ledger import Ledger
-    from autoflip_flwr.mask import Mask
     from autoflip_flwr.mod import apply_mask, autoflip_mod, current_mask
     from autoflip_flwr.strategy import AutoFlip
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
     _MODULES = {
         "AutoFlip": "strategy",
-        "Exploration": "guidance",
-        "Layout": "layout",
+        "Exploration": "core.statistics",
+        "Layout": "core.layout",
         "Ledger": "ledger",
-        "Mask": "mask",
+        "Mask": "core.mask",
         "apply_mask": "mod",
         "autoflip_mod": "mod",
         "current_mask": "mod",

@@ -25,8 +25,8 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask, check_unused, unpack_bits
+from autoflip_flwr.core.layout import ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask, check_unused, unpack_bits
 
 ENCODINGS = ("full", "bitmap", "gaps", "units")
 

@@ -19,8 +19,8 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import Arrays
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
 

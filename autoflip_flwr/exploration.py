@@ -16,13 +16,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
-from autoflip_flwr import evidence, firewall, maskrecord, wire
+from autoflip_flwr import firewall, maskrecord, wire
 from autoflip_flwr.coordinates import setting
+from autoflip_flwr.core import evidence
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.statistics import Exploration, combine
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.guidance import Exploration, combine
-from autoflip_flwr.layout import Arrays
 from autoflip_flwr.ledger import Ledger, examples_processed
-from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.norms import Update, joint_norm
 from autoflip_flwr.quarantine import Quarantine
@@ -239,7 +240,8 @@ def explore(
         )
     log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
     evidence.check_moved(found)
-    updates.check()
+    if doubt := updates.check():
+        log(WARNING, "%s", doubt)
     return found
 
 

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from numpy.typing import NDArray
 
 from autoflip_flwr import wire
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.values import Coded, coded_size, encode, is_coded
 
 RESIDUAL = "autoflip.residual"

@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, Error, Message, MetricRecord
 from numpy.typing import NDArray
 
 from autoflip_flwr import wire
-from autoflip_flwr.layout import Arrays
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.reason import last_words
 from autoflip_flwr.values import Vector
 

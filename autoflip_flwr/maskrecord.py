@@ -11,8 +11,8 @@ from typing import cast
 from flwr.app import ConfigRecord
 
 from autoflip_flwr import bits
-from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import MASK, WireError
 
 DIFFERENCE = "difference"

@@ -14,9 +14,9 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 from autoflip_flwr import legacy, maskrecord, wire
+from autoflip_flwr.core.layout import Arrays, ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.feedback import pack_reply
-from autoflip_flwr.layout import Arrays, ArraySpec, Layout
-from autoflip_flwr.mask import Mask
 from autoflip_flwr.values import KINDS
 
 LAYOUT = "autoflip.layout"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.bits import inflate
-from autoflip_flwr.layout import Arrays, ArraySpec
+from autoflip_flwr.core.layout import Arrays, ArraySpec
 
 LEVELS = 127
 LARGEST = 1e36

@@ -8,10 +8,12 @@ from logging import INFO, WARNING
 import numpy as np
 from flwr.common.logger import log
 
-from autoflip_flwr import evidence, guidance
-from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core import evidence, health
+from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.scores import NORMALISATIONS, scores
+from autoflip_flwr.core.selection import SCOPES, choose_mask, narrowed, protected_outputs, tied_weights
+from autoflip_flwr.core.statistics import Exploration, Floats
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class MaskPlan:
             raise ValueError(f"sparsity = {self.sparsity}: must be a number in [0, 1)")
         if not 0 <= self.gamma < np.inf:
             raise ValueError(f"gamma = {self.gamma}: must be a number >= 0")
-        for name, allowed in (("scope", guidance.SCOPES), ("normalisation", guidance.NORMALISATIONS)):
+        for name, allowed in (("scope", SCOPES), ("normalisation", NORMALISATIONS)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
@@ -68,14 +70,14 @@ class MaskPlan:
                 "mask follows the size of those: explore without it (the config says autoflip-weight-decay = 0.0)",
                 ", ".join(names),
             )
-        score = guidance.scores(exploration, self.normalisation, self.gamma)
-        tied = guidance.tied(layout, initial, exploration)
+        score = scores(exploration, self.normalisation, self.gamma)
+        twins = tied_weights(layout, initial, exploration)
         spared = [] if self.prune_unmoved else still
-        counted = guidance.narrowed(layout, tied, spared)
-        if outputs := list(guidance.protected_outputs(counted, self.sparsity, self.scope)):
+        counted = narrowed(layout, twins, spared)
+        if outputs := list(protected_outputs(counted, self.sparsity, self.scope)):
             log(INFO, "each unit of %s keeps an incoming weight (output=)", ", ".join(outputs))
         try:
-            return guidance.choose_mask(layout, score, self.sparsity, self.scope, tied=tied, spared=spared)
+            return choose_mask(layout, score, self.sparsity, self.scope, tied=twins, spared=spared)
         except ValueError as error:
             if not spared:
                 raise
@@ -103,9 +105,19 @@ class MaskPlan:
                 raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
             if mask is None:
                 evidence.check_moved(exploration)
-                guidance.scores(exploration, self.normalisation, self.gamma)
+                scores(exploration, self.normalisation, self.gamma)
         elif mask is None and self.sparsity > 0:
-            same: dict[str, guidance.Floats] = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
-            tied = guidance.tied(layout, initial, Exploration(same, same, same, explorers=0))
-            for names in ({}, tied) if tied else ({},):  # arrays that start alike may turn out to be one weight
-                guidance.choose_mask(layout, same, self.sparsity, self.scope, tied=names)
+            same: dict[str, Floats] = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
+            twins = tied_weights(layout, initial, Exploration(same, same, same, explorers=0))
+            for names in ({}, twins) if twins else ({},):  # arrays that start alike may turn out to be one weight
+                choose_mask(layout, same, self.sparsity, self.scope, tied=names)
+
+
+def warn_of_problems(mask: Mask) -> None:
+    """Log the problems of a mask in one warning, with what to do."""
+    if found := health.problems(mask):
+        log(
+            WARNING,
+            "the mask may leave a network that cannot learn: %s. Try scope='layer', a lower sparsity, or exclude=[...]",
+            "; ".join(found),
+        )

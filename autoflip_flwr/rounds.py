@@ -10,9 +10,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import health, privacy, subspace, wire
-from autoflip_flwr.layout import Arrays
-from autoflip_flwr.mask import Mask
+from autoflip_flwr import privacy, subspace, wire
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.plan import warn_of_problems
 from autoflip_flwr.privacy import Budget
 from autoflip_flwr.progress import Progress
 from autoflip_flwr.quarantine import Quarantine, why_none
@@ -179,7 +180,7 @@ class Rounds(Configured):
             self._shadow = old.scatter(old.gather(full), into=self._shadow)
             coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
             translator.mask = new
-            health.warn(new)
+            warn_of_problems(new)
             self._changed = full = new.apply(self._shadow)
         vars(self)["mask"] = translator.mask
         return full

@@ -13,14 +13,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import guidance, health, loop, privacy, savings, subspace
+from autoflip_flwr import loop, privacy, savings, subspace
+from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.statistics import Exploration, start_arrays
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.ledger import Ledger
-from autoflip_flwr.mask import Mask
-from autoflip_flwr.plan import MaskPlan
+from autoflip_flwr.plan import MaskPlan, warn_of_problems
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.rounds import Rounds
@@ -57,12 +57,12 @@ class AutoFlip(Rounds):
         Prune biases too (the authors' code does).
     prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
         Which arrays are pruned: shell-style patterns of their names, or a function of name and shape; default: those
-        that are weights (:mod:`autoflip_flwr.weights`).
+        that are weights (:mod:`autoflip_flwr.core.weights`).
     exclude : the same, or None
         Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
     output : str, Sequence[str], Mapping[str, int] or None (default: "auto")
         Weights of which each unit keeps an incoming weight: names or patterns, or these with the axis of their units;
-        default: those that can be outputs (:mod:`autoflip_flwr.outputs`).
+        default: those that can be outputs (:mod:`autoflip_flwr.core.outputs`).
     prune_unmoved : bool (default: False)
         Prune what no explorer moved (first of all) instead of keeping it whole.
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
@@ -306,10 +306,10 @@ exploration_values
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
-        health.warn(mask)
+        warn_of_problems(mask)
         full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
-            full, self._moved_by = guidance.start_arrays(full, self.exploration), self.exploration
+            full, self._moved_by = start_arrays(full, self.exploration), self.exploration
         self._shadow = full
         if previous is not None and not resumed and subspace.same_arrays(previous.mask.layout, full):
             moved = previous.shown, previous.mask, mask, full

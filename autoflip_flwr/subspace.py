@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable
 from itertools import takewhile
 
-from autoflip_flwr.layout import Arrays, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.mask import Mask
 
 Schedule = Callable[..., Mask | None]
 """Takes one, two or three of the round, the mask in force and the model (full arrays by name), in this order."""

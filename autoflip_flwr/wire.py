@@ -28,8 +28,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import Arrays, ArraySpec
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Arrays, ArraySpec
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.moves import decode_moves, encode_moves
 from autoflip_flwr.values import KINDS, Coded, Vector, coded_size, encode, is_coded
 

@@ -33,9 +33,10 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from torchvision.models import resnet18
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, guidance, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
 from autoflip_flwr.average import weighted_mean
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import to_arrays, to_record
 
@@ -201,7 +202,7 @@ def other_work(density: float) -> dict[str, Any]:
     large_score = {spec.name: random.random(spec.shape) for spec in large_layout.prunable}
     return {
         "scores": layout.prunable_size,
-        "choose_ms": timed(lambda: guidance.choose_mask(layout, score, 1 - density), 3),
+        "choose_ms": timed(lambda: choose_mask(layout, score, 1 - density), 3),
         "copy_ms": timed(flat.copy, 25),
         "pack_and_unpack_ms": timed(lambda: wire.unpack(mask, wire.pack(mask, packed)), 25),
         "unpack_ms": timed(lambda: wire.unpack(mask, record), 25),
@@ -210,7 +211,7 @@ def other_work(density: float) -> dict[str, Any]:
         "large": {
             "parameters": large_layout.size,
             "arrives_as_sent": same,
-            "choose_ms": timed(lambda: guidance.choose_mask(large_layout, large_score, 1 - density), 1),
+            "choose_ms": timed(lambda: choose_mask(large_layout, large_score, 1 - density), 1),
         },
     }
 

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from autoflip_flwr import current_mask
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.mod import EPOCHS_KEY, PHASE_KEY
 from autoflip_flwr.translate import to_arrays, to_record
 

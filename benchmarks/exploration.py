@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from autoflip_flwr import Layout, Mask
+from autoflip_flwr.core.scores import scores
+from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.explored import read_exploration, start_digest
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
-from autoflip_flwr.guidance import choose_mask, scores
 from benchmarks.sparsity import ROOT, run
 from benchmarks.values import cut
 

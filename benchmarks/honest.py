@@ -32,8 +32,8 @@ from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from numpy.typing import NDArray
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.experiment import data
-from autoflip_flwr.layout import Arrays
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import to_arrays, to_record

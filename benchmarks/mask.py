@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torchvision.models import resnet18
 
 from autoflip_flwr import bits, maskrecord, wire
-from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.traffic import record_bytes
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)

@@ -25,8 +25,8 @@ from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
 
 from autoflip_flwr import AutoFlip, autoflip_mod
-from autoflip_flwr.layout import Arrays
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import to_arrays, to_record
 from benchmarks import digits

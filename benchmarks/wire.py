@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod, wire
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.ledger import phase_of
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.traffic import message_bytes, record_bytes

@@ -10,7 +10,7 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from autoflip_flwr import autoflip_mod, current_mask
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.mod import PHASE_KEY
 
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, average, coordinates, translate
 from autoflip_flwr.average import weighted_mean
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.values import CHUNK, Coded, Vector, encode
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import bits
-from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask
 
 SHAPES = ((), (0,), (0, 3), (3, 0), (1,), (5,), (300,), (2, 3), (4, 1), (1, 9), (12, 7), (2, 1, 3), (3, 5, 2, 2))
 DENSITIES = (0.0, 0.01, 0.1, 0.3, 0.7, 0.99, 1.0)

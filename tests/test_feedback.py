@@ -27,8 +27,8 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask, maskrecord, wire
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.feedback import RESIDUAL
-from autoflip_flwr.layout import Arrays
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import KEPT_MASKS
 from autoflip_flwr.values import Coded, coded_size, encode, is_coded

@@ -19,8 +19,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from autoflip_flwr import maskrecord, wire
-from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask
 
 FILE = Path(__file__).with_name("golden") / f"wire-{wire.FORMAT}.json"
 KINDS = ("float32", "bfloat16", "float16", "int8")

@@ -6,20 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr.guidance import (
-    NORMALISATIONS,
-    SCOPES,
-    Exploration,
-    agreement,
-    choose_mask,
-    combine,
-    minmax,
-    pruned_count,
-    scores,
-    start_arrays,
-    tied,
-)
-from autoflip_flwr.layout import Layout
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.scores import NORMALISATIONS, agreement, scores
+from autoflip_flwr.core.selection import SCOPES, choose_mask, pruned_count, tied_weights
+from autoflip_flwr.core.statistics import Exploration, combine, minmax, start_arrays
 
 Arrays = dict[str, np.ndarray]
 
@@ -427,19 +417,19 @@ def test_arrays_that_start_alike_and_move_alike_are_one_weight_known_by_its_firs
     layout = twins(f=(2, 2), o=(2, 2))
     initial = {"e": E, "d": E.copy(), "f": E.copy(), "o": E + 1}
     one, two = dict.fromkeys("edfo", MOVES), dict.fromkeys("edfo", -2 * MOVES)
-    assert tied(layout, initial, found_of(layout, one, two)) == {"d": "e", "f": "e"}
+    assert tied_weights(layout, initial, found_of(layout, one, two)) == {"d": "e", "f": "e"}
 
 
 def test_two_pairs_are_told_apart():
     layout = twins(f=(2, 2), o=(2, 2))
     initial = {"e": E, "d": E + 1, "f": E, "o": E + 1}
-    assert tied(layout, initial, found_of(layout, dict.fromkeys("edfo", MOVES))) == {"f": "e", "o": "d"}
+    assert tied_weights(layout, initial, found_of(layout, dict.fromkeys("edfo", MOVES))) == {"f": "e", "o": "d"}
 
 
 def test_a_third_array_that_only_starts_alike_does_not_hide_a_pair():
     layout = twins(f=(2, 2))
     initial = dict.fromkeys("edf", E)  # a frozen or a target copy of a model whose own weights are tied
-    assert tied(layout, initial, found_of(layout, {"e": 0 * MOVES, "d": MOVES, "f": MOVES})) == {"f": "d"}
+    assert tied_weights(layout, initial, found_of(layout, {"e": 0 * MOVES, "d": MOVES, "f": MOVES})) == {"f": "d"}
 
 
 @pytest.mark.parametrize(
@@ -454,7 +444,7 @@ def test_a_third_array_that_only_starts_alike_does_not_hide_a_pair():
 def test_arrays_that_start_alike_and_move_apart_are_not_tied(other: list[dict[str, np.ndarray]]):
     layout = twins()
     found = found_of(layout, *({"e": MOVES, **answer} for answer in other))
-    assert tied(layout, {"e": E, "d": E.copy()}, found) == {}
+    assert tied_weights(layout, {"e": E, "d": E.copy()}, found) == {}
 
 
 @pytest.mark.parametrize(
@@ -466,19 +456,19 @@ def test_arrays_that_start_apart_are_not_tied(second: np.ndarray):
     initial = {"e": E, "d": second}
     layout = Layout.of(initial)
     moves = {name: np.ones(array.shape) for name, array in initial.items()}
-    assert tied(layout, initial, found_of(layout, moves)) == {}
+    assert tied_weights(layout, initial, found_of(layout, moves)) == {}
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.5])
 def test_arrays_of_one_value_are_never_tied(value: float):
     layout = twins()
     initial = {name: np.full((2, 2), value, np.float32) for name in "ed"}
-    assert tied(layout, initial, found_of(layout, {"e": MOVES, "d": MOVES})) == {}
+    assert tied_weights(layout, initial, found_of(layout, {"e": MOVES, "d": MOVES})) == {}
 
 
 def test_arrays_that_are_not_prunable_are_never_tied():
     layout = Layout.of({"e": E, "d": E}, exclude="d")
-    assert tied(layout, {"e": E, "d": E}, found_of(layout, {"e": MOVES, "d": MOVES})) == {}
+    assert tied_weights(layout, {"e": E, "d": E}, found_of(layout, {"e": MOVES, "d": MOVES})) == {}
 
 
 def pair(output: str | None, sparsity: float, scope: str = "global") -> dict[str, list[int]]:

@@ -12,31 +12,31 @@ import pytest
 import autoflip_flwr
 
 PACKAGE = Path(autoflip_flwr.__file__).parent
-CORE = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
-# from the bottom up; a module may import from lower rows only
-ROWS = [
-    {"files", "loop", "metrics", "norms", "reason", "savings", "traffic", "weights", "_flower"},
-    {"outputs"},
-    {"layout"},
-    {"mask", "testing", "values"},
-    {"average", "bits", "guidance", "health", "subspace"},
-    {"evidence", "moves"},
-    {"wire"},
-    {"coordinates", "feedback", "firewall", "ledger", "legacy", "maskrecord", "plan", "roll_call"},
-    {"waiting"},
-    {"grid", "mod", "quarantine", "privacy"},
-    {"translate"},
-    {"state", "checkpoint"},
-    {"exploration", "progress"},
-    {"settings"},
-    {"rounds"},
-    {"strategy"},
-    {"__init__"},
-]
+# Each room with the rooms that it may import from, and the packages beside Python's own.
+ROOMS = {
+    "core": ("", "numpy"),
+    "wire": ("core", "numpy flwr"),
+    "client": ("core wire", "numpy flwr"),
+    "costs": ("core wire", "numpy flwr"),
+    "storage": ("core wire", "numpy flwr safetensors"),
+    "replies": ("core wire costs", "numpy flwr"),
+    "wrapped": ("core wire costs storage", "numpy flwr"),
+    "torch": ("core wire client", "numpy flwr torch"),
+    "server": ("core wire costs storage replies wrapped", "numpy flwr"),
+    "experiment": ("core wire client costs storage replies wrapped torch server", "*"),
+    "launch": ("core wire costs storage experiment", "flwr rich"),
+}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py" or path.parent.name == "torch"
+}
+IN_ROOMS = [name for name in MODULES if name.count(".") > 1]
 
 
 def imported(path: Path) -> set[str]:
+    """Every module that a file imports, and every name that it imports from one."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
@@ -45,24 +45,25 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_every_module_of_the_core_has_its_row():
-    assert sorted(set().union(*ROWS)) == CORE
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_imports_point_downwards(module):
-    row = next(index for index, modules in enumerate(ROWS) if module in modules)
-    names = {name for name in imported(PACKAGE / f"{module}.py") if name.startswith("autoflip_flwr.")}
-    used = {name.split(".")[1] for name in names} & set(CORE)
-    assert used <= set().union(*ROWS[:row])
-    assert not {name.split(".")[1] for name in names} & {"torch", "experiment"}
+@pytest.mark.parametrize("module", IN_ROOMS)
+def test_a_room_imports_from_the_rooms_below_it_alone(module):
+    rooms, packages = ROOMS[room_of(module)]
+    names = imported(MODULES[module])
+    ours = {room_of(name) for name in names if name.startswith("autoflip_flwr.")} & ROOMS.keys()
+    assert ours - {room_of(module)} <= set(rooms.split())
+    roots = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"autoflip_flwr"}
+    assert packages == "*" or roots <= set(packages.split())
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_the_core_imports_numpy_and_flower_only(module):
-    roots = {name.partition(".")[0] for name in imported(PACKAGE / f"{module}.py")}
-    allowed = {"numpy", "flwr", "autoflip_flwr"} | ({"safetensors"} if module == "checkpoint" else set())
-    assert roots - set(sys.stdlib_module_names) <= allowed
+def test_the_rooms_have_an_order():
+    below: set[str] = set()
+    for room, (rooms, _) in ROOMS.items():
+        assert set(rooms.split()) <= below
+        below.add(room)
 
 
 def test_importing_the_library_loads_neither_torch_nor_ray():
@@ -104,12 +105,11 @@ def test_flowers_private_parts_are_needed_for_testing_only():
     assert done.stdout.startswith("no module flwr.supercore")
 
 
-def test_a_client_does_not_load_the_servers_modules():
-    code = "import sys, autoflip_flwr.mod; print(*(name for name in sys.modules if name.startswith('autoflip_flwr.')))"
+def test_a_client_loads_core_wire_and_client_alone():
+    code = "import sys; from autoflip_flwr import autoflip_mod; print(*(n for n in sys.modules if n.count('.') > 1))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[2] for name in done.stdout.split()}
-    core = {"layout", "mask", "outputs", "values", "weights"}
-    assert loaded == core | {"bits", "moves", "wire", "feedback", "legacy", "maskrecord", "mod"}
+    ours = {room_of(name) for name in done.stdout.split() if name.startswith("autoflip_flwr.")}
+    assert ours <= {"core", "wire", "client"}
 
 
 def test_every_public_name_is_there_when_it_is_asked_for():

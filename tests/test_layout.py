@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from autoflip_flwr.layout import Layout
+from autoflip_flwr.core.layout import Layout
 
 
 def zeros(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
 
 DTYPES = ("float16", "float32", "float64", "int64", "bool")
 SHAPES = ((), (0,), (1,), (5,), (2, 3), (3, 0), (2, 1, 3), (2, 2, 2, 2))

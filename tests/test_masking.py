@@ -18,8 +18,8 @@ from threads import errors_in_threads
 from torch import nn
 
 from autoflip_flwr import AutoFlip, autoflip_mod
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.mod import PHASE_KEY
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import apply_mask, masked_training
@@ -258,7 +258,7 @@ def test_a_parameter_of_another_shape_is_refused_by_name_before_anything_is_chan
     assert same(values(model), before)
 
 
-@pytest.mark.parametrize("name", ["autoflip_flwr.mask", "autoflip_flwr.torch.masking"])
+@pytest.mark.parametrize("name", ["autoflip_flwr.core.mask", "autoflip_flwr.torch.masking"])
 def test_the_examples_in_the_docstrings_work(name: str):
     result = doctest.testmod(importlib.import_module(name))
     assert (result.failed, result.attempted > 3) == (0, True)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_wire import LAYOUT, MASK, Arrays, messages, mutations, quick, same, sent
 
 from autoflip_flwr import bits, maskrecord, wire
-from autoflip_flwr.layout import ArraySpec, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import ArraySpec, Layout
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import WireError
 
 ENCODED = {"bitmap": zlib.compress(b"\xb0"), "gaps": zlib.compress(b"\0\1\0"), "units": zlib.compress(b"\xc0\xc0")}

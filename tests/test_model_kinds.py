@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from autoflip_flwr import AutoFlip, Mask, autoflip_mod, current_mask, wire
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.mod import PHASE_KEY
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import masked_training

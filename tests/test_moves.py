@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr.guidance import choose_mask, combine, scores
-from autoflip_flwr.layout import Arrays, ArraySpec, Layout
+from autoflip_flwr.core.layout import Arrays, ArraySpec, Layout
+from autoflip_flwr.core.scores import scores
+from autoflip_flwr.core.selection import choose_mask
+from autoflip_flwr.core.statistics import combine
 from autoflip_flwr.moves import LARGEST, decode_moves, encode_moves
 
 quick = settings(deadline=None, max_examples=150)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from autoflip_flwr.guidance import choose_mask, protected_outputs
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.selection import choose_mask, protected_outputs
 from autoflip_flwr.maskrecord import decode_mask, encode_mask
 
 Shapes = dict[str, tuple[int, ...]]

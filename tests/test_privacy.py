@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, PrivacySpent, SamplingMethod
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
-from autoflip_flwr.guidance import choose_mask
+from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.privacy import RELATIONS, Budget
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid

@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
-from autoflip_flwr.guidance import choose_mask
-from autoflip_flwr.layout import Arrays
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import to_arrays, to_record
 from benchmarks import digits

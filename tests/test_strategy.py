@@ -19,8 +19,8 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
+from autoflip_flwr.core.statistics import combine
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.guidance import combine
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.testing import LocalGrid
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import wire
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import WireError
 
 DTYPES = ("float16", "float32", "float64", "int8", "uint64", "bool")

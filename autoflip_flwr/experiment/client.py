@@ -12,13 +12,13 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from autoflip_flwr import autoflip_mod, current_mask
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.models import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.ledger import EXAMPLES_PROCESSED
-from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
 

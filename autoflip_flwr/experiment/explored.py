@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment.config import ConfigError, Value, shown
 from autoflip_flwr.files import write_atomic
-from autoflip_flwr.guidance import Exploration
 
 _FIELDS = ("deviation", "signed_mean", "normalised")
 

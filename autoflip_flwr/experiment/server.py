@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from autoflip_flwr import AutoFlip, Ledger
 from autoflip_flwr.checkpoint import Checkpoints
+from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
@@ -24,7 +25,6 @@ from autoflip_flwr.experiment.preflight import resumable
 from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.guidance import Exploration
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.translate import to_record
 

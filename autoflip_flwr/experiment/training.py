@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.startup import light_imports
-from autoflip_flwr.mask import Mask
 from autoflip_flwr.torch import masked_training
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.mod import mask_and_layout
 from autoflip_flwr.torch.names import Names
 from autoflip_flwr.torch.targets import Holder, Key, Model, Parameters, target_of

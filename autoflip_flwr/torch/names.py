@@ -8,7 +8,7 @@ from difflib import get_close_matches
 import torch
 from torch import nn
 
-from autoflip_flwr.layout import ArraySpec, Layout
+from autoflip_flwr.core.layout import ArraySpec, Layout
 
 Tensors = dict[str, torch.Tensor]
 Names = Mapping[str, str | torch.Tensor]

@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import nn
 
-from autoflip_flwr.layout import Layout
+from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.mod import sent_array
 from autoflip_flwr.torch.names import Names, Tensors, check, find, modules, parameters, unwrapped
 

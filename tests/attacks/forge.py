@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from records import to_json
 
 from autoflip_flwr import maskrecord, wire
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
 
 FOLDER = Path(__file__).parent
 MODEL = {

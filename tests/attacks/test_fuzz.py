@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod, bits, firewall, maskrecord, wire
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.moves import decode_moves
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import to_arrays, to_record

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import Layout
-from autoflip_flwr.mask import Mask
-from autoflip_flwr.outputs import input_axis, takes, unit_axis
-from autoflip_flwr.weights import leaf, weights_of
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.outputs import input_axis, takes, unit_axis
+from autoflip_flwr.core.weights import leaf, weights_of
 
 Bools = NDArray[np.bool_]
 
@@ -38,16 +36,6 @@ def problems(mask: Mask) -> list[str]:
     if cuts := _cuts(mask):
         found.append(f"no path leads on {'; nor '.join(cuts)}")
     return found
-
-
-def warn(mask: Mask) -> None:
-    """Log the problems of a mask in one warning, with what to do."""
-    if found := problems(mask):
-        log(
-            WARNING,
-            "the mask may leave a network that cannot learn: %s. Try scope='layer', a lower sparsity, or exclude=[...]",
-            "; ".join(found),
-        )
 
 
 def _bare(mask: Mask) -> list[str]:

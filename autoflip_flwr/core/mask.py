@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import Arrays, Layout
+from autoflip_flwr.core.layout import Arrays, Layout
 
 
 def unpack_bits(bits: bytes, count: int) -> NDArray[np.bool_]:

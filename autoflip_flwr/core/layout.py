@@ -11,8 +11,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.outputs import outputs_of, unit_axis
-from autoflip_flwr.weights import biases_of, weights_of
+from autoflip_flwr.core.outputs import outputs_of, unit_axis
+from autoflip_flwr.core.weights import biases_of, weights_of
 
 Arrays = dict[str, NDArray[np.generic]]
 Rule = str | Sequence[str] | Callable[[str, tuple[int, ...]], bool]
@@ -93,7 +93,7 @@ class Layout:
             Name -> array, in the model's order.
         prunable : str | Sequence[str] | Callable[[str, tuple[int, ...]], bool] | None
             Which floating arrays are pruned entry by entry: patterns of names, or a function of name and shape.
-            Default: weights (:mod:`autoflip_flwr.weights`), and biases if ``biases``.
+            Default: weights (:mod:`autoflip_flwr.core.weights`), and biases if ``biases``.
         exclude : the same, or None
             Which of them are not.
         biases : bool
@@ -102,7 +102,7 @@ class Layout:
         output : str | Sequence[str] | Mapping[str, int] | None
             The output layers' weights: names or patterns, or these -> the axis of their units, negative ones counted
             from the end (default: 0, of a ``kernel`` the last). ``"auto"``: those that can be outputs
-            (:mod:`autoflip_flwr.outputs`), the last prunable weight first. ``None``: none.
+            (:mod:`autoflip_flwr.core.outputs`), the last prunable weight first. ``None``: none.
 
         Raises
         ------

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from autoflip_flwr.guidance import Exploration
-from autoflip_flwr.layout import Arrays, Layout
+from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.statistics import Exploration
 
 UPDATE_COSINE = 0.3
 """What an explorer returned may be an update if it points so little in the direction of W0. Weights of real trainings
@@ -79,8 +77,14 @@ class Updates:
             product = 1 + along / self._square
         self._lengths.append(length if product <= UPDATE_COSINE * length else math.inf)
 
-    def check(self) -> None:
-        """Raise ``RuntimeError`` if most explorers have returned updates, and warn if most may have."""
+    def check(self) -> str:
+        """Return what to warn of if most explorers may have returned updates, else "".
+
+        Raises
+        ------
+        RuntimeError
+            If most have.
+        """
         for longest, raises in ((UPDATE_LENGTH, True), (DOUBTFUL_LENGTH, False)):
             number = sum(length <= longest for length in self._lengths)
             if number <= len(self._lengths) / 2:
@@ -93,8 +97,8 @@ class Updates:
                     f"{found}: the mask would follow the size of the initial weights. Return weights while exploring "
                     "(the config then has 'autoflip-phase'), or bring a mask (mask=)"
                 )
-            log(WARNING, "%s; if so, the mask follows the size of the initial weights", found)
-            return
+            return f"{found}; if so, the mask follows the size of the initial weights"
+        return ""
 
 
 def decayed(layout: Layout, initial: Arrays, exploration: Exploration) -> list[str]:

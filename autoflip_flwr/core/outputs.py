@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from autoflip_flwr.weights import leaf, words
+from autoflip_flwr.core.weights import leaf, words
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,169 +1,20 @@
-"""From the explorers' deviations to scores and a mask: pure functions on arrays.
-
-Sources: the AutoFLIP paper (arXiv 2405.10271) and the code its authors published, FedLEx (arXiv 2506.18640). What
-neither settles is marked "our reading".
-"""
+"""From scores to a mask: exact counts, floors, ties."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.layout import Arrays, Layout
-from autoflip_flwr.mask import Mask
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.statistics import Exploration, Floats
 
-NORMALISATIONS = ("none", "layer", "per-client")
 SCOPES = ("global", "layer")
-
-Floats = NDArray[np.floating[Any]]
-
-_SMALLEST = float(np.finfo(np.float32).tiny)
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class Exploration:
-    """What the explorers found, averaged over those that answered.
-
-    It is summed in float64 and held in float32, array by array, unless an array has values beyond what float32 tells
-    apart (squares of tiny moves, say) or is of float64 itself: that one stays in float64.
-
-    Parameters
-    ----------
-    deviation : dict[str, ndarray]
-        ``D = sum_k p_k Delta_k ** 2`` of each prunable array, with ``Delta_k = W_k - W0`` (paper, code).
-    signed_mean : dict[str, ndarray]
-        ``A = sum_k p_k Delta_k`` of each floating array.
-    normalised : dict[str, ndarray]
-        ``sum_k p_k minmax(Delta_k ** 2)`` of each prunable array: each explorer's deviation min-max normalised per
-        array before averaging (FedLEx). Empty where it was not asked for.
-    explorers : int
-        How many explorers answered.
-    """
-
-    deviation: dict[str, Floats]
-    signed_mean: dict[str, Floats]
-    normalised: dict[str, Floats]
-    explorers: int
-
-
-def combine(
-    layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]]], *, per_client: bool = False
-) -> Exploration:
-    """Average the explorers' answers, one at a time (memory does not grow with their number).
-
-    Parameters
-    ----------
-    layout : Layout
-        The model's arrays.
-    answers : Iterable[tuple[float, Mapping[str, ndarray]]]
-        For each explorer its weight ``> 0`` (1 for ``p_k = 1/|X|``, or its number of examples) and ``Delta_k`` for
-        each floating array, in the layout's shapes.
-    per_client : bool
-        Also average the deviations that are normalised per explorer, which ``normalisation="per-client"`` needs.
-
-    Raises
-    ------
-    ValueError
-        If there is no answer, or a weight is not positive and finite.
-    """
-    deviation = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
-    normalised = {spec.name: np.zeros(spec.shape) for spec in layout.prunable if per_client}
-    mean = {spec.name: np.zeros(spec.shape) for spec in layout.specs if spec.floating}
-    total, explorers = 0.0, 0
-    for weight, delta in answers:
-        if not 0 < weight < np.inf:
-            raise ValueError(f"weight of an explorer = {weight}: must be a positive number")
-        total += weight
-        explorers += 1
-        for name in mean:
-            values = np.asarray(delta[name], np.float64)
-            mean[name] += weight * values
-            if name in deviation:
-                square = values**2
-                deviation[name] += weight * square
-                if per_client:
-                    normalised[name] += weight * minmax(square)
-    if not explorers:
-        raise ValueError("no explorer answered")
-
-    def held(sums: dict[str, NDArray[np.float64]]) -> dict[str, Floats]:
-        return {name: _held(sums.pop(name) / total, layout[name].dtype) for name in list(sums)}
-
-    return Exploration(held(deviation), held(mean), held(normalised), explorers)
-
-
-def _held(values: Floats, dtype: str) -> Floats:
-    """The values in float32 if that tells them apart as well as it does a model's of this dtype, else as they are."""
-    if np.dtype(dtype).itemsize > 4:
-        return values
-    size = np.abs(values)
-    fits = not size.size or (size.max() <= _LARGEST and size.min(initial=np.inf, where=size > 0) >= _SMALLEST)
-    return values.astype(np.float32) if fits else values
-
-
-def minmax(values: Floats) -> NDArray[np.float64]:
-    """``(x - min) / (max - min)``, float64; all 0 where max equals min."""
-    values = np.asarray(values, np.float64)
-    low, high = values.min(), values.max()
-    if not high > low:
-        return np.zeros_like(values)
-    result: NDArray[np.float64] = (values - low) / (high - low)
-    return result
-
-
-def agreement(deviation: Floats, signed_mean: Floats) -> Floats:
-    """Client agreement ``a = A ** 2 / D`` in [0, 1], float64 (our reading).
-
-    1 where the explorers moved a parameter the same way, 0 where they cancel or nobody moved it.
-    """
-    square = np.asarray(signed_mean, np.float64) ** 2
-    share = np.divide(square, deviation, out=np.zeros_like(square), where=deviation > 0)
-    return np.minimum(share, 1.0)
-
-
-def scores(exploration: Exploration, normalisation: str = "none", gamma: float = 1.0) -> dict[str, Floats]:
-    """Score of each prunable parameter: guidance times agreement to the power gamma.
-
-    Parameters
-    ----------
-    exploration : Exploration
-        What the explorers found.
-    normalisation : str
-        ``"none"``: G = D. ``"layer"``: D min-max normalised per array (the authors' code). ``"per-client"``: each
-        explorer's deviation normalised, then averaged (FedLEx).
-    gamma : float
-        Power of the agreement, ``>= 0``; 0 ignores it. ``"none"`` with 1 ranks by the squared signed mean.
-
-    Returns
-    -------
-    dict[str, ndarray]
-        float64 arrays in the shapes of the prunable arrays; low = unimportant.
-    """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"normalisation = {normalisation!r}: must be one of {', '.join(NORMALISATIONS)}")
-    if not 0 <= gamma < np.inf:
-        raise ValueError(f"gamma = {gamma}: must be a number >= 0")
-    if normalisation == "per-client" and exploration.normalised.keys() != exploration.deviation.keys():
-        raise ValueError(
-            "normalisation = 'per-client': the exploration was made without it and no longer tells the explorers "
-            "apart; explore again with this setting"
-        )
-    result = {}
-    for name, held in exploration.deviation.items():
-        deviation = np.asarray(held, np.float64)
-        if normalisation == "per-client":
-            guidance: Floats = np.asarray(exploration.normalised[name], np.float64)
-        else:
-            guidance = minmax(deviation) if normalisation == "layer" else deviation
-        result[name] = guidance * agreement(deviation, exploration.signed_mean[name]) ** gamma if gamma else guidance
-    return result
 
 
 def pruned_count(sparsity: float, size: int) -> int:
@@ -171,7 +22,9 @@ def pruned_count(sparsity: float, size: int) -> int:
     return int(Fraction(repr(float(sparsity))) * size)
 
 
-def tied(layout: Layout, initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> dict[str, str]:
+def tied_weights(
+    layout: Layout, initial: Mapping[str, NDArray[np.generic]], exploration: Exploration
+) -> dict[str, str]:
     """Prunable arrays that are a weight known by another name too -> the first of its names.
 
     Tied weights (an embedding that is the output layer as well) come under each of their names with the same values,
@@ -219,7 +72,8 @@ def choose_mask(
     version : int
         Version of the mask.
     tied : Mapping[str, str] | None
-        Arrays that are another one's weight under a second name (:func:`tied`): they count once, and get its mask.
+        Arrays that are another one's weight under a second name (:func:`tied_weights`): they count once, and get its
+        mask.
     spared : Collection[str]
         Prunable arrays that keep all of their entries; they do not count.
 
@@ -276,7 +130,7 @@ def protected_outputs(layout: Layout, sparsity: float, scope: str) -> dict[str, 
 
 
 def narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -> Layout:
-    """The layout without second names (:func:`tied`), in which what is spared is not prunable."""
+    """The layout without second names (:func:`tied_weights`), in which what is spared is not prunable."""
     specs = (replace(spec, prunable=spec.prunable and spec.name not in spared) for spec in layout.specs)
     output = {tied.get(name, name): axis for name, axis in layout.output.items()}
     return Layout(
@@ -315,13 +169,3 @@ def _keep(values: Floats, protected: NDArray[np.bool_], sparsity: float, what: s
     keep = np.ones(values.size, dtype=bool)
     keep[~protected] = keep_free
     return keep
-
-
-def start_arrays(initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> Arrays:
-    """The explorers' average ``W0 + A`` (``initial = "scouts"``), in the dtypes of ``initial``."""
-    return {
-        name: np.asarray(array.astype(np.float64) + exploration.signed_mean[name], array.dtype)
-        if name in exploration.signed_mean
-        else array
-        for name, array in initial.items()
-    }

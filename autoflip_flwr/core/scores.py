@@ -1,0 +1,61 @@
+"""Scores from statistics: how important each parameter is.
+
+Sources: the AutoFLIP paper (arXiv 2405.10271) and the code its authors published, FedLEx (arXiv 2506.18640). What
+neither settles is marked "our reading".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autoflip_flwr.core.statistics import Exploration, Floats, minmax
+
+NORMALISATIONS = ("none", "layer", "per-client")
+
+
+def agreement(deviation: Floats, signed_mean: Floats) -> Floats:
+    """Client agreement ``a = A ** 2 / D`` in [0, 1], float64 (our reading).
+
+    1 where the explorers moved a parameter the same way, 0 where they cancel or nobody moved it.
+    """
+    square = np.asarray(signed_mean, np.float64) ** 2
+    share = np.divide(square, deviation, out=np.zeros_like(square), where=deviation > 0)
+    return np.minimum(share, 1.0)
+
+
+def scores(exploration: Exploration, normalisation: str = "none", gamma: float = 1.0) -> dict[str, Floats]:
+    """Score of each prunable parameter: guidance times agreement to the power gamma.
+
+    Parameters
+    ----------
+    exploration : Exploration
+        What the explorers found.
+    normalisation : str
+        ``"none"``: G = D. ``"layer"``: D min-max normalised per array (the authors' code). ``"per-client"``: each
+        explorer's deviation normalised, then averaged (FedLEx).
+    gamma : float
+        Power of the agreement, ``>= 0``; 0 ignores it. ``"none"`` with 1 ranks by the squared signed mean.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        float64 arrays in the shapes of the prunable arrays; low = unimportant.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"normalisation = {normalisation!r}: must be one of {', '.join(NORMALISATIONS)}")
+    if not 0 <= gamma < np.inf:
+        raise ValueError(f"gamma = {gamma}: must be a number >= 0")
+    if normalisation == "per-client" and exploration.normalised.keys() != exploration.deviation.keys():
+        raise ValueError(
+            "normalisation = 'per-client': the exploration was made without it and no longer tells the explorers "
+            "apart; explore again with this setting"
+        )
+    result = {}
+    for name, held in exploration.deviation.items():
+        deviation = np.asarray(held, np.float64)
+        if normalisation == "per-client":
+            guidance: Floats = np.asarray(exploration.normalised[name], np.float64)
+        else:
+            guidance = minmax(deviation) if normalisation == "layer" else deviation
+        result[name] = guidance * agreement(deviation, exploration.signed_mean[name]) ** gamma if gamma else guidance
+    return result
