@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autoflip_flwr.client.context import apply_mask, current_mask
+    from autoflip_flwr.client.mod import autoflip_mod
     from autoflip_flwr.core.layout import Layout
     from autoflip_flwr.core.mask import Mask
     from autoflip_flwr.core.statistics import Exploration
     from autoflip_flwr.ledger import Ledger
-    from autoflip_flwr.mod import apply_mask, autoflip_mod, current_mask
     from autoflip_flwr.strategy import AutoFlip
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
     _MODULES = {
@@ -17,9 +18,9 @@ else:  # when asked for: a client starts for every message and needs none of the
         "Layout": "core.layout",
         "Ledger": "ledger",
         "Mask": "core.mask",
-        "apply_mask": "mod",
-        "autoflip_mod": "mod",
-        "current_mask": "mod",
+        "apply_mask": "client.context",
+        "autoflip_mod": "client.mod",
+        "current_mask": "client.context",
     }
 
     def __getattr__(name: str) -> object:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.values import CHUNK, Vector
+from autoflip_flwr.wire.values import CHUNK, Vector
 
 _WORTH_THREADS = 2**20
 

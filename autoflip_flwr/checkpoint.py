@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from autoflip_flwr.files import write_atomic
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 try:
     import fcntl

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
-from autoflip_flwr import firewall, maskrecord, wire
+from autoflip_flwr import firewall
 from autoflip_flwr.coordinates import setting
 from autoflip_flwr.core import evidence
 from autoflip_flwr.core.layout import Arrays
@@ -24,17 +24,27 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, combine
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.ledger import Ledger, examples_processed
-from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.norms import Update, joint_norm
 from autoflip_flwr.quarantine import Quarantine
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import (
+    EPOCHS_KEY,
+    EXPLORE,
+    HEADER,
+    MASK_RECORD,
+    PATIENCE_KEY,
+    PHASE_KEY,
+    ROUND_KEY,
+    WEIGHT_DECAY_KEY,
+)
+from autoflip_flwr.wire.messages import make_header, pack_values, value_entries, weight_entry
+from autoflip_flwr.wire.records import WireError
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")
-ROUND_KEY = "server-round"
-"""Key of the round in the config records of Flower's strategies; it is 0 in the exploration."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class ExplorationPlan:
     weighting : str
         ``"uniform"`` (the authors' code) or ``"examples"``, by number of examples (our reading).
     values : str
-        How explorers' moves travel: ``"log8"``, a byte a parameter or less (:mod:`autoflip_flwr.moves`), or
+        How explorers' moves travel: ``"log8"``, a byte a parameter or less (:mod:`autoflip_flwr.wire.deltas`), or
         ``"float32"``, as the model has them.
     """
 
@@ -110,7 +120,7 @@ def explore(
     weight_key : str
         Metric that holds an explorer's number of examples.
     kind : str
-        How W0 is coded on its way to the explorers, one of :data:`~autoflip_flwr.values.KINDS`.
+        How W0 is coded on its way to the explorers, one of :data:`~autoflip_flwr.wire.values.KINDS`.
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
@@ -157,18 +167,18 @@ def explore(
         )
         (record,) = reply.content.array_records.values()
         if not math.isfinite(joint_norm(moves.values())):
-            raise wire.WireError("the norm of its moves overflows")
+            raise WireError("the norm of its moves overflows")
         norm = joint_norm(moves[name] for name in compared)
         return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
 
-    judged: dict[str, Answer | wire.WireError] = {}  # by the message's id: each reply is judged once
+    judged: dict[str, Answer | WireError] = {}  # by the message's id: each reply is judged once
 
     def arrived(message: Message, reply: Message) -> None:
         if reply.has_error():
             return
         try:
             answer = judged[message.metadata.message_id] = judge(reply)
-        except wire.WireError as error:
+        except WireError as error:
             judged[message.metadata.message_id] = error
             return
         if checkpoints is not None:
@@ -183,11 +193,11 @@ def explore(
         problems.setdefault(reason, []).append(node)
 
     def answers() -> Iterator[tuple[float, Arrays]]:
-        packed = wire.pack(mask, mask.gather(initial), kind)
-        head = wire.header(
-            wire.EXPLORE, 0, mask, **wire.weight_key(weight_key), **wire.kinds(values=kind, reply=plan.values)
+        packed = pack_values(mask, mask.gather(initial), kind)
+        head = make_header(
+            EXPLORE, 0, mask, **weight_entry(weight_key), **value_entries(values=kind, reply=plan.values)
         )
-        ours = RecordDict({wire.HEADER: head, wire.MASK: maskrecord.encode_mask(mask)})
+        ours = RecordDict({HEADER: head, MASK_RECORD: mask_record.encode_mask(mask)})
         contents: dict[int, RecordDict] = {}  # strategies put one record into all of their messages, or few
 
         def content(node: int) -> RecordDict:
@@ -211,7 +221,7 @@ def explore(
                     continue
                 elif reply.has_error():
                     problems.setdefault(firewall.explain(reply.error), []).append(node)
-                elif isinstance(answer := judged.pop(str(reply.metadata.reply_to_message_id)), wire.WireError):
+                elif isinstance(answer := judged.pop(str(reply.metadata.reply_to_message_id)), WireError):
                     left_out(node, str(answer))
                 else:
                     good[node] = answer
@@ -289,7 +299,7 @@ def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, o
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
     told = {ROUND_KEY: 0} if ROUND_KEY in config else {}
     asked: dict[str, float | str] = {
-        PHASE_KEY: wire.EXPLORE,
+        PHASE_KEY: EXPLORE,
         EPOCHS_KEY: plan.epochs,
         PATIENCE_KEY: plan.patience,
         WEIGHT_DECAY_KEY: 0.0,

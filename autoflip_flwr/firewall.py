@@ -11,11 +11,13 @@ import numpy as np
 from flwr.app import ArrayRecord, Error, Message, MetricRecord
 from numpy.typing import NDArray
 
-from autoflip_flwr import wire
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.reason import last_words
-from autoflip_flwr.values import Vector
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, LOG8, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.messages import arrays_of, kept_and_size, read_header, read_vectors, unpack_deltas
+from autoflip_flwr.wire.records import WireError, fingerprint
+from autoflip_flwr.wire.values import Vector
 
 MAX_MOVE = 1e100
 """A parameter that an explorer has moved further has diverged, and its square might overflow."""
@@ -96,15 +98,15 @@ def judge(
         another mask, phase or round, a value that is not finite, a weight that is not positive or too large, a needed
         metric that is no number in its range, an update whose norm overflows.
     """
-    key, record, weight = _judge_record(reply, mask, wire.TRAIN, round_, weight_key, kind, max_weight)
+    key, record, weight = _judge_record(reply, mask, TRAIN, round_, weight_key, kind, max_weight)
     _judge_needed(reply, needed or {})
-    vectors = wire.vectors(mask, record, kind, base)
+    vectors = read_vectors(mask, record, kind, base)
     ends = {dtype: compared(mask, dtype) for dtype in sent}
     kept_norm = math.hypot(*(vectors[dtype].distance(values, 0, ends[dtype]) for dtype, values in sent.items()))
     norm = math.hypot(kept_norm, *(vectors[dtype].distance(values, ends[dtype]) for dtype, values in sent.items()))
     if not math.isfinite(norm):  # not all values are, or the square of one is not
         _finite(mask, vectors)
-        raise wire.WireError("the norm of its update overflows")
+        raise WireError("the norm of its update overflows")
     return Judged(key, vectors, weight, norm, kept_norm)
 
 
@@ -113,7 +115,7 @@ def compared(mask: Mask, dtype: str) -> int:
 
     They are the kept prunable ones, or all where the model has nothing prunable: running statistics go their own ways.
     """
-    kept, size = wire.kept_and_size(mask, mask.layout.by_dtype[dtype])
+    kept, size = kept_and_size(mask, mask.layout.by_dtype[dtype])
     return kept if mask.layout.prunable_size else size
 
 
@@ -121,19 +123,19 @@ def judge_moves(
     reply: Message, *, mask: Mask, weight_key: str, kind: str, max_weight: float = math.inf
 ) -> tuple[float, Arrays]:
     """Check an explorer's reply; its weight, and how far it moved each floating array. Raises as :func:`judge` does."""
-    _, record, weight = _judge_record(reply, mask, wire.EXPLORE, 0, weight_key, kind, max_weight)
+    _, record, weight = _judge_record(reply, mask, EXPLORE, 0, weight_key, kind, max_weight)
     return weight, read_moves(record, mask=mask, kind=kind)
 
 
 def read_moves(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
     """How far an explorer moved each floating array, from its reply's record. Raises as :func:`judge` does."""
-    if kind == wire.LOG8:
-        moves = wire.unpack_moves(mask, record)
+    if kind == LOG8:
+        moves = unpack_deltas(mask, record)
     else:
-        moves = mask.scatter(wire.arrays_of(mask, _finite(mask, wire.vectors(mask, record, kind))))
+        moves = mask.scatter(arrays_of(mask, _finite(mask, read_vectors(mask, record, kind))))
     for name, values in moves.items():
         if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
-            raise wire.WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
+            raise WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
     return moves
 
 
@@ -144,40 +146,40 @@ def _judge_record(
     judge_header(reply, mask=mask, phase=phase, round_=round_)
     arrays = [(key, record) for key, record in reply.content.items() if isinstance(record, ArrayRecord)]
     if len(arrays) != 1:
-        raise wire.WireError(f"{len(arrays)} ArrayRecords, expected 1")
+        raise WireError(f"{len(arrays)} ArrayRecords, expected 1")
     weight = judge_weight(reply, weight_key)
     if weight_key and weight > max_weight:
-        raise wire.WireError(f"metric {weight_key!r} is {weight:g}, expected at most {max_weight:g}")
-    head = reply.content[wire.HEADER]
+        raise WireError(f"metric {weight_key!r} is {weight:g}, expected at most {max_weight:g}")
+    head = reply.content[HEADER]
     if head.get("values", "float32") != kind:
-        raise wire.WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")
-    if head.get("fingerprint") != wire.fingerprint(arrays[0][1]):
-        raise wire.WireError(f"its values were changed after autoflip_mod had packed them: {FIRST}")
+        raise WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")
+    if head.get("fingerprint") != fingerprint(arrays[0][1]):
+        raise WireError(f"its values were changed after autoflip_mod had packed them: {FIRST}")
     return *arrays[0], weight
 
 
 def _finite(mask: Mask, vectors: dict[str, Vector]) -> dict[str, Vector]:
     if all(vector.is_finite() for vector in vectors.values()):
         return vectors
-    arrays = wire.arrays_of(mask, vectors)
+    arrays = arrays_of(mask, vectors)
     first = next(name for name, values in arrays.items() if not np.isfinite(values).all())
-    raise wire.WireError(f"array {first!r} holds NaN or infinity")
+    raise WireError(f"array {first!r} holds NaN or infinity")
 
 
 def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None:
     """Check that a reply answers this message under this mask; raises as :func:`judge` does."""
-    head = wire.read_header(reply.content)
+    head = read_header(reply.content)
     if head is None:
-        raise wire.WireError(f"the reply has no AutoFLIP header: {FIRST}")
+        raise WireError(f"the reply has no AutoFLIP header: {FIRST}")
     for key, expected in (("phase", phase), ("round", round_), ("digest", mask.digest)):
         if head.get(key) != expected:
-            raise wire.WireError(f"{key} {head.get(key)!r}, expected {expected!r}")
+            raise WireError(f"{key} {head.get(key)!r}, expected {expected!r}")
 
 
 def explain(error: Error) -> str:
     """The reason of an error reply; where a mod of Flower's has met our records, that it stands in the wrong place."""
     reason = last_words((error.reason or f"error {error.code}")[-30_000:])[:2000]
-    met_ours = error.code == wire.MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
+    met_ours = error.code == MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
     return f"{reason.rstrip('.')}: {FIRST}" if met_ours else reason
 
 
@@ -186,7 +188,7 @@ def _judge_needed(reply: Message, needed: Mapping[str, float]) -> None:
         found = [record[name] for record in reply.content.metric_records.values() if name in record]
         if not found or isinstance(found[0], list) or not least <= found[0] <= MAX_NEEDED:
             told = repr(found[0]) if found else "missing"
-            raise wire.WireError(
+            raise WireError(
                 f"metric {name!r} is {told}; the strategy needs a number in [{least:g}, {MAX_NEEDED:g}] of each client"
             )
 
@@ -201,10 +203,10 @@ def judge_weight(reply: Message, weight_key: str, *, or_none: bool = False) -> f
         return 1.0
     records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
     if len(records) != 1:
-        raise wire.WireError(f"{len(records)} MetricRecords, expected 1")
+        raise WireError(f"{len(records)} MetricRecords, expected 1")
     weight = records[0].get(weight_key)
     if or_none and weight == 0:
         return 0.0
     if isinstance(weight, list) or weight is None or not 0 < weight <= MAX_WEIGHT:
-        raise wire.WireError(f"metric {weight_key!r} is {weight!r}, expected a number in (0, {MAX_WEIGHT:g}]")
+        raise WireError(f"metric {weight_key!r} is {weight!r}, expected a number in (0, {MAX_WEIGHT:g}]")
     return float(weight)

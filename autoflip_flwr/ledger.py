@@ -9,24 +9,21 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from autoflip_flwr import wire
 from autoflip_flwr.reason import last_words
 from autoflip_flwr.traffic import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
-
-EXAMPLES_PROCESSED = "examples-processed"
-"""Metric in which a client may say how many examples it ran forward and backward (epochs count each time)."""
+from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
 
 PHASES = ("exploration", "train", "evaluate", "other")
 
 MAX_REASON = 300
 """Characters of a node's own words that are noted."""
 
-_PHASE_OF_HEADER = {wire.EXPLORE: "exploration", wire.TRAIN: "train", wire.EVALUATE: "evaluate", wire.HELLO: "other"}
+_PHASE_OF_HEADER = {EXPLORE: "exploration", TRAIN: "train", EVALUATE: "evaluate", HELLO: "other"}
 
 
 def phase_of(message: Message) -> str:
     """The phase that a message is charged to, one of ``PHASES``."""
-    head = message.content.get(wire.HEADER) if message.has_content() else None
+    head = message.content.get(HEADER) if message.has_content() else None
     if head is not None:
         return _PHASE_OF_HEADER.get(str(head.get("phase")), "other")
     category = message.metadata.message_type.partition(".")[0]
@@ -49,7 +46,7 @@ def round_of(message: Message) -> int:
     """The round that a message belongs to, by our header, or else by the config of Flower's own strategies."""
     if not message.has_content():
         return 0
-    head = message.content.get(wire.HEADER)
+    head = message.content.get(HEADER)
     if isinstance(head, ConfigRecord):
         found = head.get("round")
     else:
@@ -125,7 +122,7 @@ class Ledger:
         """Charge a message to a node, whether or not the node will fetch it."""
         phase = phase_of(message)
         self.messages[phase] += 1
-        mask = record_bytes(message.content, wire.MASK) if wire.MASK in message.content else 0
+        mask = record_bytes(message.content, MASK_RECORD) if MASK_RECORD in message.content else 0
         self._charge(phase, message.metadata.dst_node_id, message_traffic(message), mask)
 
     def received(self, message: Message, reply: Message) -> None:

@@ -22,7 +22,8 @@ from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.privacy import Budget
 from autoflip_flwr.quarantine import Quarantine
 from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state
-from autoflip_flwr.translate import Translator, to_arrays, to_record
+from autoflip_flwr.translate import Translator
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have

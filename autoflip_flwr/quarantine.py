@@ -11,8 +11,9 @@ from typing import Any
 from flwr.app import Message
 from flwr.common.logger import log
 
-from autoflip_flwr import firewall, norms, wire
+from autoflip_flwr import firewall, norms
 from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.wire.keys import TRAIN
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object
     """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
     reasons = Counter(firewall.explain(reply.error) for reply in replies if reply.has_error())
     reasons.update(
-        str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == wire.TRAIN
+        str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == TRAIN
     )
     told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
     return "; ".join(told[:3]) or "no reply in time"

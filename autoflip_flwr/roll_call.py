@@ -10,7 +10,8 @@ from logging import INFO, WARNING
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 
-from autoflip_flwr import wire
+from autoflip_flwr.wire.keys import HEADER, HELLO
+from autoflip_flwr.wire.messages import make_header
 
 SETTLE = 10.0
 """Seconds without a new node after which all have come, where nobody knows how many there are."""
@@ -77,7 +78,7 @@ class RollCall:
         """Ask those that have not been asked, without waiting; returns how many answers have come since before."""
         if new := sorted(set(nodes) - self._greeted):
             self._greeted |= set(new)
-            head = {wire.HEADER: wire.header(wire.HELLO, 0)}
+            head = {HEADER: make_header(HELLO, 0)}
             hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
             self._push(hellos)
             self._asked |= {hello.metadata.message_id: hello for hello in hellos}
@@ -186,7 +187,7 @@ class RollCall:
             )
 
     def _learn(self, reply: Message) -> None:
-        head = reply.content.get(wire.HEADER) if reply.has_content() else None
+        head = reply.content.get(HEADER) if reply.has_content() else None
         if not isinstance(head, ConfigRecord):
             return
         self.with_mod.add(reply.metadata.src_node_id)

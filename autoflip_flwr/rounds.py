@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import privacy, subspace, wire
+from autoflip_flwr import privacy, subspace
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.plan import warn_of_problems
@@ -20,7 +20,9 @@ from autoflip_flwr.quarantine import Quarantine, why_none
 from autoflip_flwr.settings import Configured
 from autoflip_flwr.state import undo_of
 from autoflip_flwr.subspace import Schedule
-from autoflip_flwr.translate import Translator, to_arrays, to_record
+from autoflip_flwr.translate import Translator
+from autoflip_flwr.wire.keys import EVALUATE, TRAIN
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 
 class Rounds(Configured):
@@ -55,7 +57,7 @@ class Rounds(Configured):
         full = self._in_force(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
-        outgoing = translator.outgoing(messages, wire.TRAIN, server_round)
+        outgoing = translator.outgoing(messages, TRAIN, server_round)
         self._asked, self._noted = len(outgoing), len(self.ledger.incidents)
         return outgoing
 
@@ -119,7 +121,7 @@ class Rounds(Configured):
         server_round += self._progress.before
         record = translator.to_strategy(translator.mask.gather(to_arrays(arrays)))
         messages = self.strategy.configure_evaluate(server_round, record, config, grid)
-        return translator.outgoing(messages, wire.EVALUATE, server_round)
+        return translator.outgoing(messages, EVALUATE, server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Judge the replies and let the wrapped strategy aggregate those that count."""

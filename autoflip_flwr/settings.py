@@ -23,7 +23,7 @@ from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.privacy import budget_of
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.state import settings_of, strategy_state
-from autoflip_flwr.values import KINDS
+from autoflip_flwr.wire.values import KINDS
 
 INITIALS = ("scratch", "scouts")
 

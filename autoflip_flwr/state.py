@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.coordinates import layers
 from autoflip_flwr.privacy import WRAPPERS
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -25,7 +25,8 @@ from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import check
-from autoflip_flwr.translate import Translator, model_of, to_record
+from autoflip_flwr.translate import Translator, model_of
+from autoflip_flwr.wire.records import to_record
 
 if TYPE_CHECKING:
     from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -37,7 +38,7 @@ class AutoFlip(Rounds):
     Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
     and report how far each parameter moved; the server makes one global mask of it; then the wrapped strategy samples,
     weighs and averages as it always does, while messages carry the kept values only. The clients run
-    :func:`~autoflip_flwr.mod.autoflip_mod`. Without a ``mask_schedule`` the mask is static.
+    :func:`~autoflip_flwr.client.mod.autoflip_mod`. Without a ``mask_schedule`` the mask is static.
 
     Parameters
     ----------

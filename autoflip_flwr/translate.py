@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from autoflip_flwr import firewall, maskrecord, wire
+from autoflip_flwr import firewall
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
@@ -21,23 +21,26 @@ from autoflip_flwr.ledger import examples_processed
 from autoflip_flwr.metrics import Likeness
 from autoflip_flwr.norms import Update, joint_norm
 from autoflip_flwr.quarantine import Quarantine
-from autoflip_flwr.values import is_coded
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import EVALUATE, HEADER, MASK_MISSING, MASK_RECORD, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.messages import (
+    arrays_of,
+    flatten,
+    make_header,
+    pack_values,
+    read_vectors,
+    split_vectors,
+    value_entries,
+    weight_entry,
+)
+from autoflip_flwr.wire.records import WireError, array_bytes, to_arrays, to_record
+from autoflip_flwr.wire.values import is_coded
 
 KEPT_MASKS = 4
 """So many masks before the one in force are kept, for nodes that need the difference alone."""
 
 _NUDGE = 1e-7
 """Its square is a normal float32."""
-
-
-def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
-    """Arrays by name -> Flower's record of them."""
-    return ArrayRecord({name: wire.array([np.ascontiguousarray(array)], array.shape) for name, array in arrays.items()})
-
-
-def to_arrays(record: ArrayRecord) -> Arrays:
-    """Flower's record of arrays -> arrays by name (copies)."""
-    return {name: array.numpy() for name, array in record.items()}
 
 
 def model_of(record: ArrayRecord) -> Arrays:
@@ -85,7 +88,7 @@ class Translator:
     nudges : bool
         Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
-        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.values.KINDS`.
+        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.wire.values.KINDS`.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Translator:
         weight_key: str,
         quarantine: Quarantine,
         needed: Mapping[str, float] | None = None,
-        averaged: Collection[str] = (wire.TRAIN, wire.EVALUATE),
+        averaged: Collection[str] = (TRAIN, EVALUATE),
         nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
@@ -150,8 +153,8 @@ class Translator:
         """
         batch = list(messages)
         self._sent = {}
-        coding = wire.kinds(values=self._down, reply="float32" if phase == wire.EVALUATE else self._up)
-        head = wire.header(phase, round_, self.mask, **wire.weight_key(self._weight_key), **coding)
+        coding = value_entries(values=self._down, reply="float32" if phase == EVALUATE else self._up)
+        head = make_header(phase, round_, self.mask, **weight_entry(self._weight_key), **coding)
         values: dict[int, tuple[ArrayRecord, Sent]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
@@ -162,21 +165,21 @@ class Translator:
                 values[id(record)] = self._to_wire(record)
             node = message.metadata.dst_node_id
             content[key], self._sent[node] = values[id(record)]
-            content[wire.HEADER] = head
+            content[HEADER] = head
             if self._confirmed.get(node) != self.mask.digest:
-                maskrecord.check_entries(self.mask.layout.prunable_size, wire.carried(content), full=self.mask.is_full)
-                content[wire.MASK] = self._mask_record(self._confirmed.get(node, ""))
+                mask_record.check_entries(self.mask.layout.prunable_size, array_bytes(content), full=self.mask.is_full)
+                content[MASK_RECORD] = self._mask_record(self._confirmed.get(node, ""))
             message.content = content
         return batch
 
     def repeat(self, message: Message, reply: Message) -> Message | None:
         """The message again, with the mask, if the node says that it lacks it."""
-        head = reply.content.get(wire.HEADER) if reply.has_content() else None
-        had = message.content.get(wire.MASK)
-        whole = had is not None and not maskrecord.base_of(had)
-        if head is None or head.get("status") != wire.MASK_MISSING or whole:
+        head = reply.content.get(HEADER) if reply.has_content() else None
+        had = message.content.get(MASK_RECORD)
+        whole = had is not None and not mask_record.base_of(had)
+        if head is None or head.get("status") != MASK_MISSING or whole:
             return None
-        content = RecordDict({**message.content, wire.MASK: self._mask_record()})
+        content = RecordDict({**message.content, MASK_RECORD: self._mask_record()})
         sent = message.metadata
         return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
@@ -184,7 +187,7 @@ class Translator:
         """The train replies that count, as the strategy expects them, then the error replies."""
         admitted, judged = self._judge(replies, round_)
         for reply, found in zip(admitted, judged, strict=False):  # errors come last
-            arrays = wire.arrays_of(self.mask, found.vectors)
+            arrays = arrays_of(self.mask, found.vectors)
             if found.norm == 0 and self._nudges:
                 arrays = _nudged(arrays)
             reply.content[found.key] = self.to_strategy(arrays)
@@ -201,7 +204,7 @@ class Translator:
             for dtype in judged[0].vectors
             if np.dtype(dtype).kind == "f"
         }
-        return admitted, self.mask.scatter(wire.split(self.mask, mean) | self.integers)
+        return admitted, self.mask.scatter(split_vectors(self.mask, mean) | self.integers)
 
     def _judge(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], list[Judged]]:
         """The replies that count, with an empty record for their arrays, then the errors; what the former hold.
@@ -214,7 +217,7 @@ class Translator:
         def accept(reply: Message) -> RecordDict:
             node = reply.metadata.src_node_id
             if node not in self._sent:
-                raise wire.WireError("nothing was sent to this node in this round")
+                raise WireError("nothing was sent to this node in this round")
             sent = self._sent[node]
             judged = firewall.judge(
                 reply,
@@ -232,41 +235,41 @@ class Translator:
             updates[node] = Update(judged.kept_norm, judged.weight, processed, sent.norm)
             return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
 
-        counted, errors = self._admit(replies, wire.TRAIN, round_, accept)
+        counted, errors = self._admit(replies, TRAIN, round_, accept)
         nodes = [reply.metadata.src_node_id for reply in counted]
-        far = self._quarantine.judge_norms({node: updates[node] for node in nodes}, wire.TRAIN, round_)
-        counted = self._without(far, counted, wire.TRAIN, round_)
+        far = self._quarantine.judge_norms({node: updates[node] for node in nodes}, TRAIN, round_)
+        counted = self._without(far, counted, TRAIN, round_)
         if self._weight_key:
-            self._likeness.drop_disputed(counted, wire.TRAIN, round_)
+            self._likeness.drop_disputed(counted, TRAIN, round_)
         judged = [seen[reply.metadata.src_node_id] for reply in counted]
         for reply in counted:
             self._quarantine.clear(reply.metadata.src_node_id)
         if judged and self.integers:
             largest = max(judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
-            self.integers = {name: np.array(values) for name, values in wire.arrays_of(self.mask, counters).items()}
+            self.integers = {name: np.array(values) for name, values in arrays_of(self.mask, counters).items()}
         return counted + errors, judged
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The evaluate replies that count, without our header, then the error replies; a weight of 0 does not count."""
 
         def accept(reply: Message) -> RecordDict | None:
-            firewall.judge_header(reply, mask=self.mask, phase=wire.EVALUATE, round_=round_)
+            firewall.judge_header(reply, mask=self.mask, phase=EVALUATE, round_=round_)
             return _without_ours(reply) if firewall.judge_weight(reply, self._weight_key, or_none=True) else None
 
-        counted, errors = self._admit(replies, wire.EVALUATE, round_, accept)
+        counted, errors = self._admit(replies, EVALUATE, round_, accept)
         if self._weight_key:
-            self._likeness.drop_disputed(counted, wire.EVALUATE, round_)
+            self._likeness.drop_disputed(counted, EVALUATE, round_)
         return counted + errors
 
     def _mask_record(self, had: str = "") -> ConfigRecord:
         """The mask's record for a node that has the mask of that digest: the difference where that is smaller."""
         # compressing a large mask takes a while, and a new mask goes to every node
         if "" not in self._encoded:
-            self._encoded[""] = maskrecord.encode_mask(self.mask)
+            self._encoded[""] = mask_record.encode_mask(self.mask)
         whole = self._encoded[""]
         if had in self._older and had not in self._encoded:
-            difference = maskrecord.encode_mask(self.mask, self._older[had])
+            difference = mask_record.encode_mask(self.mask, self._older[had])
             self._encoded[had] = min(difference, whole, key=ConfigRecord.count_bytes)
         return self._encoded.get(had, whole)
 
@@ -279,12 +282,12 @@ class Translator:
         """
         arrays = to_arrays(record) | self.integers
         packed = arrays if self._packed else self.mask.gather(arrays)
-        sent = wire.pack(self.mask, packed, self._down)
-        flat = wire.flatten(self.mask, packed)
+        sent = pack_values(self.mask, packed, self._down)
+        flat = flatten(self.mask, packed)
         exact = {dtype: values for dtype, values in flat.items() if values.dtype.kind == "f"}
         base = {}
         if not self._down == self._up == "float32":
-            read = wire.vectors(self.mask, sent, self._down)
+            read = read_vectors(self.mask, sent, self._down)
             for dtype, values in exact.items():
                 if is_coded(self._up, dtype):
                     base[dtype] = values
@@ -307,14 +310,14 @@ class Translator:
             node = reply.metadata.src_node_id
             if reply.has_error():
                 errors.append(reply)
-                if reply.error.code == wire.MOD_REFUSED:
+                if reply.error.code == MOD_REFUSED:
                     log(WARNING, "round %d: node %d: %s", round_, node, firewall.explain(reply.error))
                 continue
             try:
                 if node in answered:
-                    raise wire.WireError("the node has answered before")
+                    raise WireError("the node has answered before")
                 content = accept(reply)
-            except wire.WireError as error:
+            except WireError as error:
                 self._quarantine.strike(node, phase, round_, str(error))
                 continue
             answered.add(node)
@@ -343,4 +346,4 @@ def _nudged(arrays: Arrays) -> Arrays:
 
 
 def _without_ours(reply: Message) -> RecordDict:
-    return RecordDict({key: record for key, record in reply.content.items() if key != wire.HEADER})
+    return RecordDict({key: record for key, record in reply.content.items() if key != HEADER})

@@ -33,12 +33,13 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from torchvision.models import resnet18
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.messages import flatten, pack_values, read_vectors, unpack_values
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 DISTINCT = 10
 """Dense replies that differ; more of them are these again, which is as far from the cache."""
@@ -118,7 +119,7 @@ class Measured(AutoFlip):
         batch = list(replies)
         contents = [reply.content for reply in batch]
         assert self.mask is not None
-        vectors = [wire.vectors(self.mask, content["arrays"])["float32"] for content in contents]
+        vectors = [read_vectors(self.mask, content["arrays"])["float32"] for content in contents]
         weights = [float(content["metrics"]["num-examples"]) for content in contents]  # type: ignore[arg-type]
         row: dict[str, Any] = {"replies": len(batch), "density": round(self.mask.density, 4)}
         row["gemv_ms"] = gemv_ms([vector.whole() for vector in vectors], weights)
@@ -147,7 +148,7 @@ class Measured(AutoFlip):
         assert mask is not None
 
         def unpacked(content: RecordDict) -> RecordDict:
-            full = mask.scatter(wire.unpack(mask, content["arrays"]))
+            full = mask.scatter(unpack_values(mask, content["arrays"]))
             return RecordDict({"arrays": to_record(full), "metrics": content["metrics"]})
 
         def work() -> None:
@@ -160,7 +161,7 @@ class Measured(AutoFlip):
     def _dense(self, batch: list[Message], contents: list[RecordDict]) -> float:
         assert self.mask is not None
         full = [
-            to_record(self.mask.scatter(wire.unpack(self.mask, content["arrays"]))) for content in contents[:DISTINCT]
+            to_record(self.mask.scatter(unpack_values(self.mask, content["arrays"]))) for content in contents[:DISTINCT]
         ]
         for index, (reply, content) in enumerate(zip(batch, contents, strict=True)):
             reply.content = RecordDict({"arrays": full[index % DISTINCT], "metrics": content["metrics"]})
@@ -191,21 +192,21 @@ def other_work(density: float) -> dict[str, Any]:
     random = np.random.default_rng(2)
     score = {spec.name: random.random(spec.shape) for spec in layout.prunable}
     packed = mask.gather(initial)
-    flat = wire.flatten(mask, packed)["float32"]
-    record = wire.pack(mask, packed)
+    flat = flatten(mask, packed)["float32"]
+    record = pack_values(mask, packed)
     mask.scatter(packed)  # its indices are made once
     large = model(96)
     large_layout = Layout.of(large)
     large_mask = random_mask(large_layout, density)
-    back = large_mask.scatter(wire.unpack(large_mask, wire.pack(large_mask, large_mask.gather(large))))
+    back = large_mask.scatter(unpack_values(large_mask, pack_values(large_mask, large_mask.gather(large))))
     same = all(np.array_equal(back[name], array) for name, array in large_mask.apply(large).items())
     large_score = {spec.name: random.random(spec.shape) for spec in large_layout.prunable}
     return {
         "scores": layout.prunable_size,
         "choose_ms": timed(lambda: choose_mask(layout, score, 1 - density), 3),
         "copy_ms": timed(flat.copy, 25),
-        "pack_and_unpack_ms": timed(lambda: wire.unpack(mask, wire.pack(mask, packed)), 25),
-        "unpack_ms": timed(lambda: wire.unpack(mask, record), 25),
+        "pack_and_unpack_ms": timed(lambda: unpack_values(mask, pack_values(mask, packed)), 25),
+        "unpack_ms": timed(lambda: unpack_values(mask, record), 25),
         "gather_ms": timed(lambda: mask.gather(initial)),
         "scatter_ms": timed(lambda: mask.scatter(packed)),
         "large": {

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
 from benchmarks.strategies import LAST, prepare
 

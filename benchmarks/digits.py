@@ -40,8 +40,8 @@ from sklearn.datasets import load_digits
 
 from autoflip_flwr import current_mask
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.mod import EPOCHS_KEY, PHASE_KEY
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.keys import EPOCHS_KEY, PHASE_KEY
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 NODES = 10
 CLASSES, PIXELS, HIDDEN = 10, 64, 32

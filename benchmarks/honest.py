@@ -36,7 +36,7 @@ from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.experiment import data
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
 
 HIDDEN, LEARNING_RATE = 32, 0.05

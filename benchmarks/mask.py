@@ -22,10 +22,11 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 from torchvision.models import resnet18
 
-from autoflip_flwr import bits, maskrecord, wire
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.traffic import record_bytes
+from autoflip_flwr.wire import mask_bits, mask_record
+from autoflip_flwr.wire.keys import MASK_RECORD
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 CHANGED = 0.02
@@ -86,10 +87,12 @@ def row(name: str, mask: Mask, base: Mask | None = None) -> dict[str, Any]:
 
     def code() -> tuple[str, bytes]:
         fresh = Mask(mask.layout, mask.bits)  # what a mask caches must not flatter the encoder
-        return bits.encode(fresh) if base is None else ("difference", bits.encode_difference(fresh, base))
+        return mask_bits.encode(fresh) if base is None else ("difference", mask_bits.encode_difference(fresh, base))
 
     def decode() -> bytes:
-        return bits.decode(mask.layout, encoding, data) if base is None else bits.decode_difference(base, data)
+        return (
+            mask_bits.decode(mask.layout, encoding, data) if base is None else mask_bits.decode_difference(base, data)
+        )
 
     encode_ms, (encoding, data) = _best(code)
     decode_ms, found = _best(decode)
@@ -104,7 +107,7 @@ def row(name: str, mask: Mask, base: Mask | None = None) -> dict[str, Any]:
         "density": round(mask.density, 4),
         "encoding": encoding,
         "bytes": len(data),
-        "record_bytes": record_bytes(RecordDict({wire.MASK: maskrecord.encode_mask(mask, base)}), wire.MASK),
+        "record_bytes": record_bytes(RecordDict({MASK_RECORD: mask_record.encode_mask(mask, base)}), MASK_RECORD),
         "entropy_bytes": math.ceil(entropy),
         "ratio": round(len(data) / entropy, 4),
         "encode_ms": round(encode_ms, 1),

@@ -24,11 +24,12 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from autoflip_flwr import autoflip_mod, wire
+from autoflip_flwr import autoflip_mod
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import EXPLORE, HEADER
 
 ROOT = Path(__file__).parents[1]
 LAST = 5
@@ -36,10 +37,10 @@ LAST = 5
 
 def hide_mask(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """A mod behind ours: the client's own code sees no mask, and trains dense between messages."""
-    head = context.state[wire.HEADER]
-    context.state[wire.HEADER] = ConfigRecord({**head, "phase": wire.EXPLORE})  # type: ignore[dict-item]
+    head = context.state[HEADER]
+    context.state[HEADER] = ConfigRecord({**head, "phase": EXPLORE})  # type: ignore[dict-item]
     reply = call_next(message, context)
-    context.state[wire.HEADER] = head
+    context.state[HEADER] = head
     return reply
 
 

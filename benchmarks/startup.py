@@ -37,9 +37,10 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.experiment.record import source_commit
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import HEADER, MASK_RECORD
 from benchmarks import startup_client
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,8 +62,8 @@ def write_messages(folder: Path, model: str) -> dict[str, Path]:
 
     def keep_message(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.content.array_records:
-            packed = wire.HEADER in message.content
-            case = (ALONG if wire.MASK in message.content else CACHED) if packed else PLAIN
+            packed = HEADER in message.content
+            case = (ALONG if MASK_RECORD in message.content else CACHED) if packed else PLAIN
             startup_client.save(files[case], message, context)
         return call_next(message, context)
 

@@ -28,7 +28,7 @@ from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
 
 LAST = 5

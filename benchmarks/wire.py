@@ -21,13 +21,14 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from autoflip_flwr import AutoFlip, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.ledger import phase_of
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.traffic import message_bytes, record_bytes
-from autoflip_flwr.translate import to_arrays, to_record
-from autoflip_flwr.values import KINDS
+from autoflip_flwr.wire.keys import MASK_RECORD
+from autoflip_flwr.wire.records import to_arrays, to_record
+from autoflip_flwr.wire.values import KINDS
 
 
 def twocnn(parameters: int) -> Arrays:
@@ -108,7 +109,7 @@ def measure(parameters: int, density: float, kind: str = "float32") -> dict[str,
         "upload_limit_bytes": limit,
         "download_bytes": max(down["train"]),
         "download_limit_bytes": limit,
-        "mask_bytes": record_bytes(first, wire.MASK),
+        "mask_bytes": record_bytes(first, MASK_RECORD),
         "mask_entropy_bytes": math.ceil(entropy * mask.layout.prunable_size / 8),
         "exploration_upload_bytes": max(up["exploration"]),
         "dense_bytes": message_bytes(Message(RecordDict({"arrays": to_record(initial)}), 1, "train")),

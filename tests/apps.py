@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from autoflip_flwr import autoflip_mod, current_mask
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.mod import PHASE_KEY
+from autoflip_flwr.wire.keys import PHASE_KEY
 
 
 def model(seed: int = 0) -> Arrays:

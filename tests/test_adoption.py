@@ -29,8 +29,9 @@ from flwr.serverapp.strategy import (
 )
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from autoflip_flwr import AutoFlip, Layout, Mask, apply_mask, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, apply_mask, autoflip_mod
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, HELLO, TRAIN
 
 NODES = 4
 FULL = {name: array.shape for name, array in model().items()}
@@ -151,8 +152,8 @@ def test_a_strategy_with_a_loop_of_its_own_keeps_it():
     grid = LocalGrid(message_app(), NODES)
     result = start(wrapped, grid, rounds=3)
     assert strategy.rounds == 2
-    phases = [message.content[wire.HEADER]["phase"] for message in grid.sent]
-    assert phases == [wire.HELLO] * NODES + [wire.EXPLORE] * NODES + [wire.TRAIN] * 3 * NODES
+    phases = [message.content[HEADER]["phase"] for message in grid.sent]
+    assert phases == [HELLO] * NODES + [EXPLORE] * NODES + [TRAIN] * 3 * NODES
     for arrays in (arrays_of(strategy.best), arrays_of(result.arrays)):
         assert {name: array.shape for name, array in arrays.items()} == FULL
         assert not any(arrays[name][~keep].any() for name, keep in wrapped.mask.keep.items())

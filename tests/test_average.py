@@ -30,7 +30,7 @@ from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, average, coordin
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.values import CHUNK, Coded, Vector, encode
+from autoflip_flwr.wire.values import CHUNK, Coded, Vector, encode
 
 NODES = 4
 KINDS = ("bfloat16", "float16", "int8")

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr import bits
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wire import mask_bits
 
 SHAPES = ((), (0,), (0, 3), (3, 0), (1,), (5,), (300,), (2, 3), (4, 1), (1, 9), (12, 7), (2, 1, 3), (3, 5, 2, 2))
 DENSITIES = (0.0, 0.01, 0.1, 0.3, 0.7, 0.99, 1.0)
 UNIT_SHAPES = ((16, 3, 3, 3), (16,), (32, 16, 3, 3), (80, 20), (80, 16), (80,), (10, 32))  # conv, bias, LSTM, linear
-CODES = (*bits.ENCODINGS, "difference")
+CODES = (*mask_bits.ENCODINGS, "difference")
 
 quick = settings(deadline=None, max_examples=150)
 
@@ -54,9 +54,9 @@ def stored(data: bytes) -> bytes:
 def decoded(layout: Layout, code: str, data: bytes) -> bytes:
     """Decode with either of the two decoders; what comes out must be a mask."""
     if code == "difference":
-        result = bits.decode_difference(random_mask(layout, 0.5, 0), data)
+        result = mask_bits.decode_difference(random_mask(layout, 0.5, 0), data)
     else:
-        result = bits.decode(layout, code, data)
+        result = mask_bits.decode(layout, code, data)
     Mask(layout, result)
     return result
 
@@ -64,10 +64,10 @@ def decoded(layout: Layout, code: str, data: bytes) -> bytes:
 def encodings_of(mask: Mask) -> dict[str, bytes]:
     """All encodings that can hold a mask, whether or not ``encode`` would choose them."""
     flags = np.unpackbits(np.frombuffer(mask.bits, np.uint8), count=mask.layout.prunable_size).view(bool)
-    found = {"bitmap": stored(mask.bits), "gaps": stored(bits._to_gaps(flags))}
+    found = {"bitmap": stored(mask.bits), "gaps": stored(mask_bits._to_gaps(flags))}
     if mask.is_full:
         found["full"] = b""
-    if (units := bits._to_units(mask)) is not None:
+    if (units := mask_bits._to_units(mask)) is not None:
         found["units"] = stored(units)
     return found
 
@@ -98,13 +98,13 @@ def masks(draw: st.DrawFn, units: bool = False) -> Mask:
     ids=["no entries", "none kept", "all kept", "gaps", "254", "255", "256", "511, and more at the end"],
 )
 def test_gaps_count_the_pruned_entries_before_each_kept_one(flags: list[int], expected: list[int]):
-    assert list(bits._to_gaps(np.array(flags, bool))) == expected
-    assert bits._from_gaps(stored(bytes(expected)), len(flags)).tolist() == flags
+    assert list(mask_bits._to_gaps(np.array(flags, bool))) == expected
+    assert mask_bits._from_gaps(stored(bytes(expected)), len(flags)).tolist() == flags
 
 
 def test_the_bitmap_is_the_masks_bits():
     mask = mask_of(1, 0, 1, 1, 0, 0, 1, 0, 1)
-    assert bits.decode(mask.layout, "bitmap", stored(b"\xb2\x80")) == mask.bits == b"\xb2\x80"
+    assert mask_bits.decode(mask.layout, "bitmap", stored(b"\xb2\x80")) == mask.bits == b"\xb2\x80"
 
 
 def test_units_are_the_bits_of_axis_0_then_those_of_axis_1_of_each_array():
@@ -119,27 +119,27 @@ def test_units_are_the_bits_of_axis_0_then_those_of_axis_1_of_each_array():
     }
     mask = Mask.from_bool(layout, keep)
     expected = bytes([0b1000_0000, 0b1111_1110, 0b1000_0000, 0b0110_0000, 0b1001_0000, 0b1000_0000])
-    assert bits._to_units(mask) == expected
-    assert bits.decode(layout, "units", stored(expected)) == mask.bits
+    assert mask_bits._to_units(mask) == expected
+    assert mask_bits.decode(layout, "units", stored(expected)) == mask.bits
 
 
 def test_a_full_mask_needs_no_data():
     for size in (0, 1, 7, 8, 9):
         mask = Mask.full(layout_of((size,)))
-        assert bits.encode(mask) == ("full", b"")
-        assert bits.decode(mask.layout, "full", b"") == mask.bits
+        assert mask_bits.encode(mask) == ("full", b"")
+        assert mask_bits.decode(mask.layout, "full", b"") == mask.bits
 
 
 def test_a_difference_is_the_gaps_of_what_changed():
     one, other = mask_of(1, 0, 1, 1, 0), mask_of(1, 1, 1, 0, 0)
-    assert zlib.decompress(bits.encode_difference(one, other)) == bytes([1, 1])
-    assert bits.decode_difference(other, stored(bytes([1, 1]))) == one.bits
-    assert zlib.decompress(bits.encode_difference(one, one)) == b""
+    assert zlib.decompress(mask_bits.encode_difference(one, other)) == bytes([1, 1])
+    assert mask_bits.decode_difference(other, stored(bytes([1, 1]))) == one.bits
+    assert zlib.decompress(mask_bits.encode_difference(one, one)) == b""
 
 
 def test_a_difference_of_masks_of_other_layouts_is_refused():
     with pytest.raises(ValueError, match="same layout"):
-        bits.encode_difference(Mask.full(layout_of((2, 3))), Mask.full(layout_of((3, 2))))
+        mask_bits.encode_difference(Mask.full(layout_of((2, 3))), Mask.full(layout_of((3, 2))))
 
 
 # There and back
@@ -148,34 +148,36 @@ def test_a_difference_of_masks_of_other_layouts_is_refused():
 @quick
 @given(mask=masks())
 def test_any_mask_comes_back(mask: Mask):
-    encoding, data = bits.encode(mask)
-    assert encoding in bits.ENCODINGS
-    assert bits.decode(mask.layout, encoding, data) == mask.bits
+    encoding, data = mask_bits.encode(mask)
+    assert encoding in mask_bits.ENCODINGS
+    assert mask_bits.decode(mask.layout, encoding, data) == mask.bits
     for other, data in encodings_of(mask).items():
-        assert bits.decode(mask.layout, other, data) == mask.bits, other
+        assert mask_bits.decode(mask.layout, other, data) == mask.bits, other
 
 
 @quick
 @given(mask=masks(units=True))
 def test_any_mask_of_whole_units_comes_back_as_units(mask: Mask):
-    units = bits._to_units(mask)
+    units = mask_bits._to_units(mask)
     assert units is not None
-    assert bits.decode(mask.layout, "units", stored(units)) == mask.bits
+    assert mask_bits.decode(mask.layout, "units", stored(units)) == mask.bits
 
 
 @quick
 @given(mask=masks(), seed=st.integers(0, 999), density=st.sampled_from(DENSITIES))
 def test_any_difference_leads_from_one_mask_to_the_other(mask: Mask, seed: int, density: float):
     base = random_mask(mask.layout, density, seed)
-    assert bits.decode_difference(base, bits.encode_difference(mask, base)) == mask.bits
+    assert mask_bits.decode_difference(base, mask_bits.encode_difference(mask, base)) == mask.bits
 
 
-@pytest.mark.parametrize("size", [bits._BATCH - 1, bits._BATCH, bits._BATCH + 1, 2 * bits._BATCH + 3])
+@pytest.mark.parametrize(
+    "size", [mask_bits._BATCH - 1, mask_bits._BATCH, mask_bits._BATCH + 1, 2 * mask_bits._BATCH + 3]
+)
 @pytest.mark.parametrize("density", [0.0, 0.001, 1.0])
 def test_gaps_longer_than_a_batch_come_back(size: int, density: float):
     mask = random_mask(layout_of((size,)), density, 0)
     base = Mask(mask.layout, bytes(len(mask.bits)))
-    assert bits.decode_difference(base, bits.encode_difference(mask, base)) == mask.bits
+    assert mask_bits.decode_difference(base, mask_bits.encode_difference(mask, base)) == mask.bits
 
 
 # The choice, and the size
@@ -188,7 +190,7 @@ def entropy_bytes(count: int, density: float) -> float:
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.12, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9])
 def test_a_random_mask_is_within_5_percent_of_its_entropy(density: float):
     mask = random_mask(layout_of((400, 500)), density, 0)
-    encoding, data = bits.encode(mask)
+    encoding, data = mask_bits.encode(mask)
     assert encoding == ("gaps" if density <= 0.12 else "bitmap")
     assert len(data) <= 1.05 * entropy_bytes(200_000, mask.density)
 
@@ -198,7 +200,7 @@ def test_a_difference_costs_what_has_changed(share: float):
     base = random_mask(layout_of((400, 500)), 0.3, 0)
     changed = random_mask(base.layout, share, 1)
     mask = Mask(base.layout, bytes(a ^ b for a, b in zip(base.bits, changed.bits, strict=True)))
-    assert len(bits.encode_difference(mask, base)) <= 1.05 * entropy_bytes(200_000, share) + 50
+    assert len(mask_bits.encode_difference(mask, base)) <= 1.05 * entropy_bytes(200_000, share) + 50
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.05, 0.2, 0.6, 0.999])
@@ -207,13 +209,13 @@ def test_no_other_encoding_is_much_smaller_than_the_chosen_one(density: float):
         random_mask(layout_of((300, 200), (600,)), density, 0),
         unit_mask(layout_of((30, 20, 3, 3), (60, 30)), density, 0),
     ):
-        assert len(bits.encode(mask)[1]) <= 1.02 * min(map(len, encodings_of(mask).values())) + 10
+        assert len(mask_bits.encode(mask)[1]) <= 1.02 * min(map(len, encodings_of(mask).values())) + 10
 
 
 def test_whole_units_cost_two_bits_for_each_channel_at_most():
     layout = layout_of(*UNIT_SHAPES)
     mask = unit_mask(layout, 0.5, 0)
-    encoding, data = bits.encode(mask)
+    encoding, data = mask_bits.encode(mask)
     told = sum(sum(shape[:2]) for shape in UNIT_SHAPES)
     assert encoding == "units"
     assert len(data) <= told / 8 + 20
@@ -227,7 +229,7 @@ def test_the_shared_channels_of_a_deep_model_are_told_once():
         for i, (into, out) in enumerate(pairwise(channels))
     }
     mask = Mask.from_bool(layout_of(*[(512, 512, 2)] * 10), keep)
-    encoding, data = bits.encode(mask)
+    encoding, data = mask_bits.encode(mask)
     assert encoding == "units"
     assert len(data) <= 11 * 512 / 8 * 1.15
 
@@ -237,15 +239,15 @@ def test_one_entry_that_differs_makes_a_mask_of_units_an_unstructured_one():
     for i in (0, len(mask.bits) - 1):
         flipped = bytes(byte ^ (0x80 if at == i else 0) for at, byte in enumerate(mask.bits))
         other = Mask(mask.layout, flipped)
-        assert bits._to_units(other) is None
-        assert bits.decode(mask.layout, *bits.encode(other)) == flipped
+        assert mask_bits._to_units(other) is None
+        assert mask_bits.decode(mask.layout, *mask_bits.encode(other)) == flipped
 
 
 def test_regular_masks_cost_next_to_nothing():
     flags = np.zeros((2000, 100), bool)
     flags[::3, ::2] = flags[1::3, 1::2] = True
     mask = Mask.from_bool(layout_of((2000, 100)), {"a0": flags})
-    assert len(bits.encode(mask)[1]) < 1000
+    assert len(mask_bits.encode(mask)[1]) < 1000
 
 
 # Hostile senders
@@ -269,7 +271,7 @@ def test_damaged_and_cut_data_give_a_mask_or_a_value_error(mask: Mask, at: int, 
         if not data:
             continue
         with pytest.raises(ValueError, match="the mask's"):
-            bits.decode(mask.layout, encoding, data[: at % len(data)])
+            mask_bits.decode(mask.layout, encoding, data[: at % len(data)])
         damaged = bytearray(data)
         damaged[at % len(data)] = value
         with suppress(ValueError):
@@ -316,7 +318,7 @@ def test_the_longest_gaps_that_can_be_true_take_a_few_bytes_for_each_entry():
     layout = layout_of((8 * 2**20,))
     data = stored(bytes(layout.prunable_size))
     tracemalloc.start()
-    assert bits.decode(layout, "gaps", data) == b"\xff" * 2**20
+    assert mask_bits.decode(layout, "gaps", data) == b"\xff" * 2**20
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6 * layout.prunable_size
@@ -332,7 +334,7 @@ def test_gaps_beyond_the_last_entry_are_refused(code: str, gaps: list[int]):
 
 
 def test_the_last_entry_can_be_kept():
-    assert bits.decode(LAYOUT, "gaps", stored(bytes([40]))) == bytes([0, 0, 0, 0, 0, 0x80])
+    assert mask_bits.decode(LAYOUT, "gaps", stored(bytes([40]))) == bytes([0, 0, 0, 0, 0, 0x80])
 
 
 @pytest.mark.parametrize(
@@ -346,19 +348,19 @@ def test_unused_bits_that_are_set_are_refused(code: str, data: bytes):
 
 def test_a_full_mask_with_data_is_refused():
     with pytest.raises(ValueError, match="expected none"):
-        bits.decode(LAYOUT, "full", stored(b""))
+        mask_bits.decode(LAYOUT, "full", stored(b""))
 
 
 @pytest.mark.parametrize("encoding", ["", "raw", "zlib", "difference", "FULL", "x" * 10**6])
 def test_an_unknown_encoding_is_refused_and_not_quoted_at_length(encoding: str):
     with pytest.raises(ValueError, match="must be one of full, bitmap, gaps, units") as error:
-        bits.decode(LAYOUT, encoding, b"")
+        mask_bits.decode(LAYOUT, encoding, b"")
     assert len(str(error.value)) < 100
 
 
 def test_a_layout_of_huge_empty_arrays_does_not_make_units_allocate():
     layout = layout_of((2**40, 0), (0, 2**40), (2, 2))
-    assert bits.decode(layout, "units", stored(bytes([0x80, 0x40]))) == bytes([0x40])
+    assert mask_bits.decode(layout, "units", stored(bytes([0x80, 0x40]))) == bytes([0x40])
 
 
 # inflate
@@ -366,8 +368,8 @@ def test_a_layout_of_huge_empty_arrays_does_not_make_units_allocate():
 
 def test_inflate_gives_up_to_the_limit():
     data = stored(b"12345")
-    assert bits.inflate(data, 5, "x", exact=True) == bits.inflate(data, 99, "x", exact=False) == b"12345"
-    assert bits.inflate(stored(b""), 0, "x", exact=True) == b""
+    assert mask_bits.inflate(data, 5, "x", exact=True) == mask_bits.inflate(data, 99, "x", exact=False) == b"12345"
+    assert mask_bits.inflate(stored(b""), 0, "x", exact=True) == b""
     for limit, exact in [(4, True), (4, False), (6, True), (0, False)]:
         with pytest.raises(ValueError, match=r"the thing: .* do not hold what is expected"):
-            bits.inflate(data, limit, "the thing", exact=exact)
+            mask_bits.inflate(data, limit, "the thing", exact=exact)

@@ -13,8 +13,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx
 
 from autoflip_flwr import AutoFlip, autoflip_mod, current_mask
-from autoflip_flwr.mod import EXPLORED, PHASE_KEY
+from autoflip_flwr.client.mod import EXPLORED
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import PHASE_KEY
 
 Seen = list[tuple[int, bool, int, list[str]]]  # round, exploring, the client's own count, names of its records
 

@@ -26,12 +26,16 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask, maskrecord, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask
+from autoflip_flwr.client.error_feedback import RESIDUAL
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.feedback import RESIDUAL
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.translate import KEPT_MASKS
-from autoflip_flwr.values import Coded, coded_size, encode, is_coded
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, MASK_RECORD, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.messages import flatten, kept_and_size, make_header, pack_values, unpack_values
+from autoflip_flwr.wire.records import fingerprint
+from autoflip_flwr.wire.values import Coded, coded_size, encode, is_coded
 
 NODES = 4
 KINDS = ("bfloat16", "float16", "int8")
@@ -78,11 +82,11 @@ class Run:
 
     def sent(self, node: int, round_: int) -> list[RecordDict]:
         found = [message.content for message in self.grid.sent if message.metadata.dst_node_id == node]
-        return [content for content in found if content[wire.HEADER]["round"] == round_]
+        return [content for content in found if content[HEADER]["round"] == round_]
 
     def replied(self, node: int, round_: int) -> list[RecordDict]:
         found = [reply.content for reply in self.replies if reply.node == node and reply.content is not None]
-        return [content for content in found if content[wire.HEADER]["round"] == round_]
+        return [content for content in found if content[HEADER]["round"] == round_]
 
 
 def run(
@@ -187,11 +191,11 @@ def test_replies_are_bytes_of_the_size_known_beforehand_and_messages_are_not(kin
     for reply in found.replies:
         shapes = {key: (array.dtype, array.shape) for key, array in reply.content["arrays"].items()}
         assert shapes == {"float32": ("uint8", (coded_size(kind, KEPT, SIZE),)), "int64": ("int64", (1,))}
-        assert reply.content[wire.HEADER]["values"] == kind
+        assert reply.content[HEADER]["values"] == kind
     for message in found.grid.sent:
         assert message.content["arrays"]["float32"].dtype == "float32"
-        assert message.content[wire.HEADER]["reply"] == kind
-        assert "values" not in message.content[wire.HEADER]
+        assert message.content[HEADER]["reply"] == kind
+        assert "values" not in message.content[HEADER]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,11 +204,11 @@ def test_messages_are_bytes_of_the_size_known_beforehand_and_replies_are_not(kin
     for message in found.grid.sent:
         shapes = {key: (array.dtype, array.shape) for key, array in message.content["arrays"].items()}
         assert shapes == {"float32": ("uint8", (coded_size(kind, KEPT, SIZE),)), "int64": ("int64", (1,))}
-        assert message.content[wire.HEADER]["values"] == kind
-        assert "reply" not in message.content[wire.HEADER]
+        assert message.content[HEADER]["values"] == kind
+        assert "reply" not in message.content[HEADER]
     for reply in found.replies:
         assert reply.content["arrays"]["float32"].dtype == "float32"
-        assert "values" not in reply.content[wire.HEADER]
+        assert "values" not in reply.content[HEADER]
 
 
 def test_either_way_may_be_coded_differently():
@@ -221,13 +225,13 @@ def test_the_client_gets_what_the_message_holds_and_full_arrays_of_the_models_dt
     app = message_app(lambda message, context: seen.append(arrays_of(message.content["arrays"])))
     found = run(AutoFlip(inner(), mask=MASK, values="int8"), app, rounds=1)
     start = MASK.gather(MASK.apply(model()))
-    expected = MASK.scatter(wire.unpack(MASK, wire.pack(MASK, start, "int8"), "int8"))
+    expected = MASK.scatter(unpack_values(MASK, pack_values(MASK, start, "int8"), "int8"))
     assert len(seen) == NODES
     for arrays in seen:
         same_bytes(arrays, {name: np.asarray(array) for name, array in expected.items()})
     assert (
         found.sent(100, 1)[0]["arrays"]["float32"].numpy().tobytes()
-        == encode("int8", wire.flatten(MASK, start)["float32"], KEPT).tobytes()
+        == encode("int8", flatten(MASK, start)["float32"], KEPT).tobytes()
     )
 
 
@@ -251,7 +255,7 @@ def test_evaluation_gets_coded_values_and_answers_without():
     found = run(AutoFlip(FedAvg(), mask=MASK, values="int8"), message_app(look), rounds=2)
     assert found.failures == NO_FAILURES
     assert shapes == [{name: array.shape for name, array in model().items()}] * 2 * NODES
-    evaluations = [m for m in found.grid.sent if m.content[wire.HEADER]["phase"] == wire.EVALUATE]
+    evaluations = [m for m in found.grid.sent if m.content[HEADER]["phase"] == EVALUATE]
     assert {message.content["arrays"]["float32"].dtype for message in evaluations} == {"uint8"}
 
 
@@ -281,12 +285,12 @@ def test_updates_that_clients_clip_are_not_rounded(private: Strategy):
 @pytest.mark.parametrize(
     ("phase", "coding"),
     [
-        (wire.TRAIN, {"reply": "log8"}),
-        (wire.TRAIN, {"values": "log8"}),
-        (wire.EVALUATE, {"values": "log8"}),
-        (wire.EXPLORE, {"reply": "int8"}),
-        (wire.EXPLORE, {"reply": "bfloat16"}),
-        (wire.TRAIN, {"values": "int4"}),
+        (TRAIN, {"reply": "log8"}),
+        (TRAIN, {"values": "log8"}),
+        (EVALUATE, {"values": "log8"}),
+        (EXPLORE, {"reply": "int8"}),
+        (EXPLORE, {"reply": "bfloat16"}),
+        (TRAIN, {"values": "int4"}),
     ],
 )
 def test_the_client_refuses_a_coding_that_does_not_belong_to_the_phase(phase: str, coding: dict[str, str]):
@@ -294,16 +298,16 @@ def test_the_client_refuses_a_coding_that_does_not_belong_to_the_phase(phase: st
     grid = LocalGrid(message_app(lambda message, context: called.append(1)), 1)
     content = RecordDict(
         {
-            "arrays": wire.pack(MASK, MASK.gather(model())),
+            "arrays": pack_values(MASK, MASK.gather(model())),
             "config": ConfigRecord({"server-round": 1}),
-            wire.HEADER: wire.header(phase, 1, MASK, **coding),
-            wire.MASK: maskrecord.encode_mask(MASK),
+            HEADER: make_header(phase, 1, MASK, **coding),
+            MASK_RECORD: mask_record.encode_mask(MASK),
         }
     )
-    kind = "evaluate" if phase == wire.EVALUATE else "train"
+    kind = "evaluate" if phase == EVALUATE else "train"
     (reply,) = grid.send_and_receive([Message(content, 100, kind)])
     assert reply.has_error()
-    assert reply.error.code == wire.MOD_REFUSED
+    assert reply.error.code == MOD_REFUSED
     assert next(iter(coding.values())) in reply.error.reason
     assert called == []
 
@@ -385,7 +389,7 @@ def leap(name: str, array: np.ndarray, context: Context, round_: int) -> np.ndar
 
 
 def residual(grid: LocalGrid, node: int, mask: Mask, dtype: str = "float32") -> np.ndarray:
-    kept, size = wire.kept_and_size(mask, mask.layout.by_dtype[dtype])
+    kept, size = kept_and_size(mask, mask.layout.by_dtype[dtype])
     data = grid.contexts[node].state[RESIDUAL][dtype]
     return Coded(np.frombuffer(data, np.uint8), "int8", kept, size).read(0, size)
 
@@ -430,7 +434,7 @@ def test_a_node_that_loses_its_state_loses_the_remainder_alone(lost: int):
             same_bytes(arrays, kept.models[round_])
         # one node's remainder, half of the average, and what is being rounded on either side
         assert distance(arrays, kept.models[round_]) < 0.5 / 254 + 1 / 127, round_
-    repeated = [content for content in forgot.sent(101, lost + 1) if wire.MASK in content]
+    repeated = [content for content in forgot.sent(101, lost + 1) if MASK_RECORD in content]
     assert len(repeated) == 1
 
 
@@ -536,7 +540,7 @@ def test_rounding_on_the_way_down_does_not_add_up_where_clients_return_what_they
     for arrays in found.models.values():
         assert distance(arrays, start) < 1e-5
     assert found.sent(100, 1)[0]["arrays"]["float32"].dtype == "uint8"
-    seen = wire.unpack(MASK, found.sent(100, 1)[0]["arrays"], kind)
+    seen = unpack_values(MASK, found.sent(100, 1)[0]["arrays"], kind)
     assert np.abs(seen["hidden.weight"] - MASK.gather(start)["hidden.weight"]).max() > 1e-4  # clients saw other values
 
 
@@ -614,9 +618,9 @@ def tampered(change: Callable[[RecordDict], None]) -> Callable[[Message], Messag
 def says(kind: str | None) -> Callable[[RecordDict], None]:
     def change(content: RecordDict) -> None:
         if kind is None:
-            del content[wire.HEADER]["values"]
+            del content[HEADER]["values"]
         else:
-            content[wire.HEADER]["values"] = kind
+            content[HEADER]["values"] = kind
 
     return change
 
@@ -628,9 +632,9 @@ def holds(data: Callable[[np.ndarray], np.ndarray], kind: str | None = None) -> 
         packed = arrays_of(content["arrays"])
         packed["float32"] = data(packed["float32"])
         content["arrays"] = record(packed)
-        content[wire.HEADER]["fingerprint"] = wire.fingerprint(content["arrays"])
+        content[HEADER]["fingerprint"] = fingerprint(content["arrays"])
         if kind is not None:
-            content[wire.HEADER]["values"] = kind
+            content[HEADER]["values"] = kind
 
     return change
 
@@ -680,7 +684,7 @@ def test_an_update_that_leads_beyond_the_models_range_is_left_out(caplog: pytest
         packed = arrays_of(content["arrays"])
         packed["float32"] = encode("bfloat16", np.full(SIZE, 3e38, np.float32), KEPT)
         content["arrays"] = record(packed)
-        content[wire.HEADER]["fingerprint"] = wire.fingerprint(content["arrays"])
+        content[HEADER]["fingerprint"] = fingerprint(content["arrays"])
 
     start = {name: np.full_like(array, 3e38) if name == "hidden.bias" else array for name, array in model().items()}
     still = client(lambda name, array, context, round_: array)
@@ -744,16 +748,16 @@ def test_a_mask_that_changes_a_little_travels_as_the_difference(values: str):
     assert found.failures == NO_FAILURES
     for node in found.grid.contexts:
         first, *others = (found.sent(node, round_) for round_ in (1, 2, 3))
-        whole = first[0][wire.MASK]
-        assert maskrecord.base_of(whole) == ""
+        whole = first[0][MASK_RECORD]
+        assert mask_record.base_of(whole) == ""
         for base, (content,) in zip(masks, others, strict=False):
-            difference = content[wire.MASK]
+            difference = content[MASK_RECORD]
             assert difference["encoding"] == "difference"
             assert difference["base"] == base.digest
             assert difference.count_bytes() < whole.count_bytes() / 2
         (last,) = found.sent(node, 4)
-        assert wire.MASK not in last  # nothing has changed
-        stored = maskrecord.decode_mask(found.grid.contexts[node].state[wire.MASK])
+        assert MASK_RECORD not in last  # nothing has changed
+        stored = mask_record.decode_mask(found.grid.contexts[node].state[MASK_RECORD])
         assert (stored.bits, stored.version) == (masks[2].bits, found.strategy.mask.version)
     for round_ in range(1, 5):
         assert respects(found.models[round_], masks[min(round_, 3) - 1])
@@ -763,7 +767,7 @@ def test_a_mask_that_changes_a_little_travels_as_the_difference(values: str):
 def test_the_result_does_not_depend_on_how_the_mask_travels():
     masks = drift(4)
     expected = drifting(masks)
-    assert "difference" in {c[wire.MASK]["encoding"] for c in expected.sent(101, 3)}
+    assert "difference" in {c[MASK_RECORD]["encoding"] for c in expected.sent(101, 3)}
     same_bytes(expected.arrays, drifting(masks, forget=lambda node, count: True).arrays)
 
 
@@ -773,13 +777,13 @@ def test_a_node_that_has_forgotten_its_mask_gets_the_whole_one_in_the_same_round
     found = drifting(masks, values=values, forget=lambda node, count: node == 101 and count == 1)
     assert found.failures == NO_FAILURES
     first, again = found.sent(101, 2)
-    assert first[wire.MASK]["encoding"] == "difference"
-    assert maskrecord.base_of(again[wire.MASK]) == ""
-    assert maskrecord.decode_mask(again[wire.MASK]).bits == masks[1].bits
-    assert [dict(content[wire.HEADER]).get("status") for content in found.replied(101, 2)] == ["mask-missing", None]
+    assert first[MASK_RECORD]["encoding"] == "difference"
+    assert mask_record.base_of(again[MASK_RECORD]) == ""
+    assert mask_record.decode_mask(again[MASK_RECORD]).bits == masks[1].bits
+    assert [dict(content[HEADER]).get("status") for content in found.replied(101, 2)] == ["mask-missing", None]
     assert counts(found, 101, 2)
     (content,) = found.sent(101, 3)  # the next one is a difference again
-    assert content[wire.MASK]["base"] == masks[1].digest
+    assert content[MASK_RECORD]["base"] == masks[1].digest
     assert len(found.sent(100, 2)) == 1
     if values == "float32":
         same_bytes(found.arrays, drifting(masks).arrays)
@@ -792,8 +796,8 @@ def test_a_node_that_was_away_gets_the_difference_from_the_mask_that_it_has():
     assert found.sent(101, 2) == found.sent(101, 3) == []
     for node, base in ((100, masks[2]), (101, masks[0]), (102, masks[1])):
         (content,) = found.sent(node, 4)
-        assert content[wire.MASK]["encoding"] == "difference"
-        assert content[wire.MASK]["base"] == base.digest
+        assert content[MASK_RECORD]["encoding"] == "difference"
+        assert content[MASK_RECORD]["base"] == base.digest
         assert counts(found, node, 4)
     same_bytes(
         found.arrays,
@@ -806,25 +810,25 @@ def test_a_node_that_was_away_for_too_long_gets_the_whole_mask():
     found = drifting(drift(rounds), absent={round_: {101} for round_ in range(2, rounds)})
     assert found.failures == NO_FAILURES
     (content,) = found.sent(101, rounds)
-    assert maskrecord.base_of(content[wire.MASK]) == ""
+    assert mask_record.base_of(content[MASK_RECORD]) == ""
     assert counts(found, 101, rounds)
     within = drifting(drift(rounds - 1), absent={round_: {101} for round_ in range(2, rounds - 2)})
     (content,) = within.sent(101, rounds - 2)
-    assert maskrecord.base_of(content[wire.MASK]) == drift(1)[0].digest
+    assert mask_record.base_of(content[MASK_RECORD]) == drift(1)[0].digest
 
 
 def test_a_node_whose_reply_was_lost_has_a_later_mask_than_the_server_knows():
     def lose(reply: Message) -> Message:
-        if reply.metadata.src_node_id == 101 and reply.content[wire.HEADER]["round"] == 2:
-            reply.content[wire.HEADER]["digest"] = "0" * 64
+        if reply.metadata.src_node_id == 101 and reply.content[HEADER]["round"] == 2:
+            reply.content[HEADER]["digest"] = "0" * 64
         return reply
 
     masks = drift(3)
     found = drifting(masks, tamper=lose)
     assert found.failures == {"quarantined": 1, "errors": 0, "absent": 0}
     first, again = found.sent(101, 3)
-    assert first[wire.MASK]["base"] == masks[0].digest
-    assert maskrecord.base_of(again[wire.MASK]) == ""
+    assert first[MASK_RECORD]["base"] == masks[0].digest
+    assert mask_record.base_of(again[MASK_RECORD]) == ""
     assert counts(found, 101, 3)
 
 
@@ -834,7 +838,7 @@ def test_a_mask_that_returns_is_the_difference_from_the_last_one():
     assert found.failures == NO_FAILURES
     for round_, base in ((2, one), (3, other), (4, one), (5, other)):
         (content,) = found.sent(100, round_)
-        assert content[wire.MASK]["base"] == base.digest
+        assert content[MASK_RECORD]["base"] == base.digest
     assert respects(found.arrays, one)
 
 
@@ -843,7 +847,7 @@ def test_a_node_that_was_away_while_the_mask_went_and_came_back_gets_none():
     found = drifting([one, other, one], absent={2: {101}})
     assert found.failures == NO_FAILURES
     (content,) = found.sent(101, 3)
-    assert wire.MASK not in content
+    assert MASK_RECORD not in content
     assert counts(found, 101, 3)
 
 
@@ -854,5 +858,5 @@ def test_a_mask_that_has_little_in_common_with_the_last_one_travels_whole():
     found = drifting([first, other])
     assert found.failures == NO_FAILURES
     (content,) = found.sent(100, 2)
-    assert maskrecord.base_of(content[wire.MASK]) == ""
+    assert mask_record.base_of(content[MASK_RECORD]) == ""
     assert respects(found.arrays, other)

@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-from autoflip_flwr import maskrecord, wire
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import FORMAT, HEADER
+from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, read_header, unpack_deltas, unpack_values
+from autoflip_flwr.wire.records import fingerprint, make_array
 
-FILE = Path(__file__).with_name("golden") / f"wire-{wire.FORMAT}.json"
+FILE = Path(__file__).with_name("golden") / f"wire-{FORMAT}.json"
 KINDS = ("float32", "bfloat16", "float16", "int8")
 MASKS = ("full", "bitmap", "gaps", "units", "difference")
 HEX = "hex:"
@@ -45,23 +48,23 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
         for name, keep in plain["keep"].items()
     }
     packed = {spec.name: np.array(plain["packed"][spec.name], spec.dtype) for spec in layout.specs}
-    values = {kind: wire.pack(masks["bitmap"], packed, kind) for kind in KINDS}
+    values = {kind: pack_values(masks["bitmap"], packed, kind) for kind in KINDS}
     moves = {name: np.array(array, "f4").reshape(layout[name].shape) for name, array in plain["moves"].items()}
-    records = {name: maskrecord.encode_mask(mask) for name, mask in masks.items() if name != "difference"}
-    records["difference"] = maskrecord.encode_mask(masks["difference"], masks["bitmap"])
+    records = {name: mask_record.encode_mask(mask) for name, mask in masks.items() if name != "difference"}
+    records["difference"] = mask_record.encode_mask(masks["difference"], masks["bitmap"])
     own = ("format", "phase", "round")
     headers = [
-        wire.header(head["phase"], head["round"], **{key: head[key] for key in head if key not in own})
+        make_header(head["phase"], head["round"], **{key: head[key] for key in head if key not in own})
         for head in plain["headers"]
     ]
-    long = ArrayRecord({"uint8": wire.array([np.arange(20_000).astype(np.uint8)])})
+    long = ArrayRecord({"uint8": make_array([np.arange(20_000).astype(np.uint8)])})
     return {
         "header_bytes": [head.deflate() for head in headers],
         "digests": {name: mask.digest for name, mask in masks.items()},
         "masks": {name: dict(record) for name, record in records.items()},
         "values": {kind: {key: array.data for key, array in record.items()} for kind, record in values.items()},
-        "move_bytes": {key: array.data for key, array in wire.pack_moves(masks["full"], moves).items()},
-        "fingerprints": {"int8": wire.fingerprint(values["int8"]), "long": wire.fingerprint(long)},
+        "move_bytes": {key: array.data for key, array in pack_deltas(masks["full"], moves).items()},
+        "fingerprints": {"int8": fingerprint(values["int8"]), "long": fingerprint(long)},
     }
 
 
@@ -82,7 +85,7 @@ def encoded(golden) -> dict[str, Any]:
 def masks(golden) -> dict[str, Mask]:
     found: dict[str, Mask] = {}
     for name in MASKS:
-        found[name] = maskrecord.decode_mask(ConfigRecord(golden["masks"][name]), found.get("bitmap"))
+        found[name] = mask_record.decode_mask(ConfigRecord(golden["masks"][name]), found.get("bitmap"))
     return found
 
 
@@ -96,7 +99,7 @@ def inflated(record: dict[str, Any]) -> dict[str, Any]:
 
 def test_headers_are_the_golden_ones(golden, encoded):
     assert encoded["header_bytes"] == golden["header_bytes"]
-    heads = [wire.read_header({wire.HEADER: ConfigRecord.inflate(data)}) for data in golden["header_bytes"]]
+    heads = [read_header({HEADER: ConfigRecord.inflate(data)}) for data in golden["header_bytes"]]
     assert [dict(head) for head in heads] == golden["headers"]
 
 
@@ -114,14 +117,14 @@ def test_masks_are_the_golden_ones(name, golden, encoded, masks):
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_are_the_golden_ones(kind, golden, encoded, masks):
     assert encoded["values"][kind] == golden["values"][kind]
-    packed = wire.unpack(masks["bitmap"], record_of(golden["values"][kind]), kind)
+    packed = unpack_values(masks["bitmap"], record_of(golden["values"][kind]), kind)
     assert {name: array.tolist() for name, array in packed.items()} == golden["packed"]
     assert [array.dtype.name for array in packed.values()] == [row[2] for row in golden["layout"]]
 
 
 def test_moves_are_the_golden_ones(golden, encoded, masks):
     for data in (golden["move_bytes"], encoded["move_bytes"]):
-        moves = wire.unpack_moves(masks["full"], record_of(data))
+        moves = unpack_deltas(masks["full"], record_of(data))
         assert list(moves) == ["conv.weight", "fc.weight", "fc.bias", "half.weight"]
         for name, array in moves.items():
             np.testing.assert_allclose(
@@ -240,7 +243,7 @@ def plain() -> dict[str, Any]:
     values = block + [value / 16 for value in block]  # the second block of int8 has another scale
     sizes = [0.5 * math.exp((k - 127) * 0.05) for k in (1, 1, 1, *range(4, 90, 2), 127)]
     column = [0.25 * math.exp((k - 127) * 0.03) for k in (1, 1, *range(60, 77), 127)]
-    head, digest = {"format": wire.FORMAT}, "0123456789abcdef" * 4
+    head, digest = {"format": FORMAT}, "0123456789abcdef" * 4
     asked = {"weight-key": "num-examples", "values": "bfloat16"}
     return {
         "layout": layout,

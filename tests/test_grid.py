@@ -11,7 +11,7 @@ from flwr.supercore.differential_privacy import KEY_NORM_BIT
 from autoflip_flwr import _flower, coordinates, testing
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.wire import MOD_REFUSED
+from autoflip_flwr.wire.keys import MOD_REFUSED
 
 
 def messages(grid, nodes):

@@ -25,11 +25,13 @@ from flwr.proto.node_pb2 import Node
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
-from autoflip_flwr import AutoFlip, Ledger, traffic, wire
+from autoflip_flwr import AutoFlip, Ledger, traffic
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.ledger import EXAMPLES_PROCESSED, phase_of
+from autoflip_flwr.ledger import phase_of
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.traffic import Traffic, message_bytes, message_traffic, record_bytes, reply_traffic
+from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
+from autoflip_flwr.wire.messages import make_header
 
 NODES = 4
 NODE = 2**63 + 12345  # ids are random 64-bit numbers
@@ -96,7 +98,7 @@ CONTENTS = {
     "three chunks": {"arrays": record({"w": draw.normal(size=1_500_000), "i": np.zeros(1, np.int64)})},
     "equal chunks": {"arrays": record({"w": np.zeros(3_000_000)})},
     "equal records": {"a": ConfigRecord(), "b": ConfigRecord(), "c": record(model()), "d": record(model())},
-    "a mask": {wire.MASK: ConfigRecord({"bits": bytes(70_000)}), wire.HEADER: wire.header(wire.TRAIN, 3)},
+    "a mask": {MASK_RECORD: ConfigRecord({"bits": bytes(70_000)}), HEADER: make_header(TRAIN, 3)},
     "other array types": {"arrays": ArrayRecord({"a": Array("mine", (2, 3), "my.type", b"12345")})},
     "metrics": {"metrics": MetricRecord({"loss": 0.5, "ints": [1, 2, 300], "n": 7})},
 }
@@ -159,7 +161,7 @@ def expected(grid):
     table, beside = {}, 0
     for message, reply in zip(grid.sent, grid.replies, strict=True):
         phase, down, up = phase_of(message), moved_by_message(message), moved_by_reply(reply)
-        mask = sum(sizes(message.content[wire.MASK]).values()) if wire.MASK in message.content else 0
+        mask = sum(sizes(message.content[MASK_RECORD]).values()) if MASK_RECORD in message.content else 0
         table.setdefault(message.metadata.dst_node_id, Counter()).update(
             {f"{phase}_up": down.up + up.up, f"{phase}_down": down.down + up.down - mask, "mask_down": mask}
         )
@@ -199,9 +201,9 @@ def test_a_mask_counts_for_the_nodes_that_it_is_sent_to():
     grid = Tapped(message_app(), forget=lambda node, count: node == 102 and count == 5)
     alike, told = run(LocalGrid(message_app(), NODES)), run(grid)
     assert told.by_node == expected(grid)[0]
-    (again,) = [m for m in grid.sent if wire.MASK in m.content and m.content[wire.HEADER]["round"] > 1]
-    mask = record_bytes(again.content, wire.MASK)
-    assert mask == sum(sizes(again.content[wire.MASK]).values())
+    (again,) = [m for m in grid.sent if MASK_RECORD in m.content and m.content[HEADER]["round"] > 1]
+    mask = record_bytes(again.content, MASK_RECORD)
+    assert mask == sum(sizes(again.content[MASK_RECORD]).values())
     assert told.mask_down == alike.mask_down + mask
     assert told.by_node[102]["mask_down"] == alike.by_node[102]["mask_down"] + mask
     # the message that found no mask, and the node's answer to it, count as well
@@ -285,11 +287,11 @@ def test_a_node_that_comes_back_under_another_id_is_one_partition():
 @pytest.mark.runs
 def test_a_thousand_nodes_need_little_room():
     told = Ledger()
-    content = {"arrays": record(model()), wire.MASK: ConfigRecord({"bits": bytes(10)})}
+    content = {"arrays": record(model()), MASK_RECORD: ConfigRecord({"bits": bytes(10)})}
     for _ in range(3):
-        for phase in (wire.HELLO, wire.EXPLORE, wire.TRAIN, wire.EVALUATE):
+        for phase in (HELLO, EXPLORE, TRAIN, EVALUATE):
             for node in range(1000):
-                message = Message(RecordDict(content | {wire.HEADER: wire.header(phase, 1)}), NODE + node, "train")
+                message = Message(RecordDict(content | {HEADER: make_header(phase, 1)}), NODE + node, "train")
                 told.sent(message)
                 told.received(message, reply_to(message, message.content))
     assert len(json.dumps(told.bytes_by_node())) < 300_000

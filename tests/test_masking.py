@@ -20,9 +20,9 @@ from torch import nn
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.mod import PHASE_KEY
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import apply_mask, masked_training
+from autoflip_flwr.wire.keys import PHASE_KEY
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),

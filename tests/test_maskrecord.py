@@ -10,29 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wire import LAYOUT, MASK, Arrays, messages, mutations, quick, same, sent
 
-from autoflip_flwr import bits, maskrecord, wire
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.wire import WireError
+from autoflip_flwr.wire import mask_bits, mask_record
+from autoflip_flwr.wire.messages import pack_values, unpack_values
+from autoflip_flwr.wire.records import WireError
 
 ENCODED = {"bitmap": zlib.compress(b"\xb0"), "gaps": zlib.compress(b"\0\1\0"), "units": zlib.compress(b"\xc0\xc0")}
 """Bits of masks of ``LAYOUT``: the first two of ``MASK``, the last of a full one."""
 
 
-def mask_record(**changes: Any) -> ConfigRecord:
-    return ConfigRecord({**maskrecord.encode_mask(MASK), **changes})
+def record_with(**changes: Any) -> ConfigRecord:
+    return ConfigRecord({**mask_record.encode_mask(MASK), **changes})
 
 
 def layout_record(layout: object) -> ConfigRecord:
     text = layout if isinstance(layout, bytes) else json.dumps(layout).encode()
-    return mask_record(layout=zlib.compress(text), encoding="full", bits=b"")
+    return record_with(layout=zlib.compress(text), encoding="full", bits=b"")
 
 
 def use(mask: Mask) -> None:
     """All that a client does with a mask."""
     zeros = {s.name: np.zeros(mask.packed_shape(s.name), s.dtype) for s in mask.layout.specs}
     assert len(mask.digest) == 64
-    same(mask.gather(mask.scatter(wire.unpack(mask, wire.pack(mask, zeros)))), zeros)
+    same(mask.gather(mask.scatter(unpack_values(mask, pack_values(mask, zeros)))), zeros)
 
 
 # A mask that stands alone
@@ -42,7 +43,7 @@ def use(mask: Mask) -> None:
 @given(message=messages())
 def test_any_mask_arrives_as_it_was_sent(message: tuple[Mask, Arrays]):
     mask, _ = message
-    arrived = maskrecord.decode_mask(sent(RecordDict({"m": maskrecord.encode_mask(mask)}))["m"])
+    arrived = mask_record.decode_mask(sent(RecordDict({"m": mask_record.encode_mask(mask)}))["m"])
     assert arrived == mask
     assert (arrived.digest, arrived.version) == (mask.digest, 3)
 
@@ -62,38 +63,38 @@ SHAPES = {
 def test_the_encoding_is_the_one_that_suits_the_mask(encoding: str, size: int):
     layout = Layout.of({"w": np.zeros(SHAPE, np.float32)})
     mask = Mask.from_bool(layout, {"w": SHAPES[encoding]}, version=2)
-    record = maskrecord.encode_mask(mask)
+    record = mask_record.encode_mask(mask)
     assert record["encoding"] == encoding
     assert len(record.get("bits", b"")) <= size
     assert set(record) == {"layout", "encoding", "version"} | ({"bits"} if size else set())
-    assert maskrecord.decode_mask(record).bits == mask.bits
+    assert mask_record.decode_mask(record).bits == mask.bits
 
 
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_bits_may_be_written_in_any_encoding(encoding: str):
     expected = Mask.full(LAYOUT) if encoding == "units" else MASK
-    found = maskrecord.decode_mask(mask_record(encoding=encoding, bits=ENCODED[encoding]))
+    found = mask_record.decode_mask(record_with(encoding=encoding, bits=ENCODED[encoding]))
     assert (found.bits, found.version) == (expected.bits, 5)
 
 
 def test_a_mask_that_stands_alone_has_no_base():
-    assert maskrecord.base_of(maskrecord.encode_mask(MASK)) == ""
+    assert mask_record.base_of(mask_record.encode_mask(MASK)) == ""
     for nothing in (None, ConfigRecord(), MetricRecord({"base": 1}), "base"):
-        assert maskrecord.base_of(nothing) == ""
+        assert mask_record.base_of(nothing) == ""
 
 
 def test_masks_are_decoded_once_and_kept_apart_by_content():
-    assert maskrecord.decode_mask(mask_record()) is maskrecord.decode_mask(mask_record())
-    assert maskrecord.decode_mask(mask_record(version=6)).version == 6
-    assert maskrecord.decode_mask(mask_record()).version == 5
+    assert mask_record.decode_mask(record_with()) is mask_record.decode_mask(record_with())
+    assert mask_record.decode_mask(record_with(version=6)).version == 6
+    assert mask_record.decode_mask(record_with()).version == 5
 
 
 def test_names_may_be_any_text():
     mask = Mask.full(Layout.of({"конв/0\n\"'": np.zeros((2, 2)), "": np.zeros(1)}, output=None))
-    assert maskrecord.decode_mask(maskrecord.encode_mask(mask)) == mask
+    assert mask_record.decode_mask(mask_record.encode_mask(mask)) == mask
 
 
-PACKED_LAYOUT = maskrecord.encode_mask(MASK)["layout"]
+PACKED_LAYOUT = mask_record.encode_mask(MASK)["layout"]
 
 
 @pytest.mark.parametrize(
@@ -102,46 +103,46 @@ PACKED_LAYOUT = maskrecord.encode_mask(MASK)["layout"]
         pytest.param(None, id="no record"),
         pytest.param(MetricRecord({"layout": 1}), id="other record"),
         pytest.param(ConfigRecord(), id="empty"),
-        pytest.param(mask_record(layout="text"), id="layout not bytes"),
-        pytest.param(mask_record(bits=[1, 2]), id="bits not bytes"),
-        pytest.param(mask_record(encoding=b"bitmap"), id="encoding not text"),
-        pytest.param(mask_record(encoding=["full"]), id="encoding a list"),
-        pytest.param(mask_record(version=True), id="version not an int"),
-        pytest.param(mask_record(version=1.0), id="version a float"),
-        pytest.param(mask_record(encoding="lzma"), id="unknown encoding"),
-        pytest.param(mask_record(encoding="raw", bits=b"\xb0"), id="an encoding of format 1"),
-        pytest.param(mask_record(encoding="zlib", bits=zlib.compress(b"\xb0")), id="the other one of format 1"),
-        pytest.param(mask_record(encoding="x" * 10**6), id="an encoding of a million letters"),
-        pytest.param(mask_record(bits=b""), id="no bits"),
-        pytest.param(mask_record(encoding="bitmap", bits=b"\xb0"), id="bits, not compressed"),
-        pytest.param(mask_record(encoding="bitmap", bits=zlib.compress(b"")), id="no bits, compressed"),
-        pytest.param(mask_record(encoding="bitmap", bits=zlib.compress(b"\xb0\0")), id="a byte too many"),
-        pytest.param(mask_record(encoding="bitmap", bits=zlib.compress(b"\xb8")), id="unused bits set"),
-        pytest.param(mask_record(encoding="gaps", bits=b"\0\1\0"), id="gaps, not compressed"),
-        pytest.param(mask_record(encoding="gaps", bits=zlib.compress(b"\0\1\1")), id="gaps beyond the end"),
-        pytest.param(mask_record(encoding="gaps", bits=zlib.compress(bytes(5))), id="more gaps than entries"),
-        pytest.param(mask_record(encoding="units", bits=zlib.compress(b"\xc0")), id="units of axis 0 alone"),
-        pytest.param(mask_record(encoding="units", bits=zlib.compress(b"\xc0\xc0\0")), id="units of a third axis"),
-        pytest.param(mask_record(encoding="units", bits=zlib.compress(b"\xe0\xc0")), id="unused bits of units set"),
-        *(pytest.param(mask_record(encoding=code, bits=b""), id=f"no {code}") for code in ENCODED),
+        pytest.param(record_with(layout="text"), id="layout not bytes"),
+        pytest.param(record_with(bits=[1, 2]), id="bits not bytes"),
+        pytest.param(record_with(encoding=b"bitmap"), id="encoding not text"),
+        pytest.param(record_with(encoding=["full"]), id="encoding a list"),
+        pytest.param(record_with(version=True), id="version not an int"),
+        pytest.param(record_with(version=1.0), id="version a float"),
+        pytest.param(record_with(encoding="lzma"), id="unknown encoding"),
+        pytest.param(record_with(encoding="raw", bits=b"\xb0"), id="an encoding of format 1"),
+        pytest.param(record_with(encoding="zlib", bits=zlib.compress(b"\xb0")), id="the other one of format 1"),
+        pytest.param(record_with(encoding="x" * 10**6), id="an encoding of a million letters"),
+        pytest.param(record_with(bits=b""), id="no bits"),
+        pytest.param(record_with(encoding="bitmap", bits=b"\xb0"), id="bits, not compressed"),
+        pytest.param(record_with(encoding="bitmap", bits=zlib.compress(b"")), id="no bits, compressed"),
+        pytest.param(record_with(encoding="bitmap", bits=zlib.compress(b"\xb0\0")), id="a byte too many"),
+        pytest.param(record_with(encoding="bitmap", bits=zlib.compress(b"\xb8")), id="unused bits set"),
+        pytest.param(record_with(encoding="gaps", bits=b"\0\1\0"), id="gaps, not compressed"),
+        pytest.param(record_with(encoding="gaps", bits=zlib.compress(b"\0\1\1")), id="gaps beyond the end"),
+        pytest.param(record_with(encoding="gaps", bits=zlib.compress(bytes(5))), id="more gaps than entries"),
+        pytest.param(record_with(encoding="units", bits=zlib.compress(b"\xc0")), id="units of axis 0 alone"),
+        pytest.param(record_with(encoding="units", bits=zlib.compress(b"\xc0\xc0\0")), id="units of a third axis"),
+        pytest.param(record_with(encoding="units", bits=zlib.compress(b"\xe0\xc0")), id="unused bits of units set"),
+        *(pytest.param(record_with(encoding=code, bits=b""), id=f"no {code}") for code in ENCODED),
         *(
-            pytest.param(mask_record(encoding=code, bits=data[:-1]), id=f"{code}, cut off")
+            pytest.param(record_with(encoding=code, bits=data[:-1]), id=f"{code}, cut off")
             for code, data in ENCODED.items()
         ),
         *(
-            pytest.param(mask_record(encoding=code, bits=data + b"x"), id=f"{code}, longer")
+            pytest.param(record_with(encoding=code, bits=data + b"x"), id=f"{code}, longer")
             for code, data in ENCODED.items()
         ),
-        pytest.param(mask_record(encoding="full", bits=b"\xb0"), id="full, but with bits"),
-        pytest.param(mask_record(layout=b""), id="no layout"),
-        pytest.param(mask_record(layout=PACKED_LAYOUT[:-1]), id="layout cut off"),
-        pytest.param(mask_record(layout=PACKED_LAYOUT + b"x"), id="layout longer"),
-        pytest.param(mask_record(layout=b"[]"), id="layout not compressed"),
+        pytest.param(record_with(encoding="full", bits=b"\xb0"), id="full, but with bits"),
+        pytest.param(record_with(layout=b""), id="no layout"),
+        pytest.param(record_with(layout=PACKED_LAYOUT[:-1]), id="layout cut off"),
+        pytest.param(record_with(layout=PACKED_LAYOUT + b"x"), id="layout longer"),
+        pytest.param(record_with(layout=b"[]"), id="layout not compressed"),
     ],
 )
 def test_a_malformed_mask_record_gives_a_wire_error(record: object):
     with pytest.raises(WireError):
-        maskrecord.decode_mask(record)
+        mask_record.decode_mask(record)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_malformed_mask_record_gives_a_wire_error(record: object):
 )
 def test_a_layout_that_is_not_what_is_expected_gives_a_wire_error(layout: object):
     with pytest.raises(WireError):
-        maskrecord.decode_mask(layout_record(layout))
+        mask_record.decode_mask(layout_record(layout))
 
 
 json_values = st.recursive(
@@ -209,7 +210,7 @@ rows = st.tuples(
 @given(layout=json_values | st.lists(rows, max_size=3))
 def test_any_json_as_layout_gives_a_wire_error_or_a_usable_mask(layout: object):
     try:
-        mask = maskrecord.decode_mask(layout_record(layout))
+        mask = mask_record.decode_mask(layout_record(layout))
     except WireError:
         return
     use(mask)
@@ -222,7 +223,7 @@ JSON = zlib.decompress(PACKED_LAYOUT)
 @given(text=mutations(JSON))
 def test_a_damaged_layout_gives_a_wire_error_or_a_usable_mask(text: bytes):
     try:
-        mask = maskrecord.decode_mask(layout_record(text))
+        mask = mask_record.decode_mask(layout_record(text))
     except WireError:
         return
     use(mask)
@@ -235,7 +236,7 @@ def test_a_damaged_mask_record_gives_a_wire_error_or_a_usable_mask(data: st.Data
     fields = {"layout": PACKED_LAYOUT, "bits": ENCODED.get(encoding, b"")}
     fields[damaged] = data.draw(mutations(fields[damaged]))
     try:
-        mask = maskrecord.decode_mask(mask_record(**fields, encoding=encoding))
+        mask = mask_record.decode_mask(record_with(**fields, encoding=encoding))
     except WireError:
         return
     use(mask)
@@ -245,8 +246,8 @@ def test_a_damaged_mask_record_gives_a_wire_error_or_a_usable_mask(data: st.Data
 @given(encoding=st.sampled_from([*ENCODED, "full"]), content=st.binary(max_size=8), packed=st.booleans())
 def test_any_bits_give_a_wire_error_or_a_usable_mask(encoding: str, content: bytes, packed: bool):
     try:
-        mask = maskrecord.decode_mask(
-            mask_record(encoding=encoding, bits=zlib.compress(content) if packed else content)
+        mask = mask_record.decode_mask(
+            record_with(encoding=encoding, bits=zlib.compress(content) if packed else content)
         )
     except WireError:
         return
@@ -255,20 +256,20 @@ def test_any_bits_give_a_wire_error_or_a_usable_mask(encoding: str, content: byt
 
 @pytest.mark.parametrize(("field", "encoding"), [("layout", "bitmap"), *(("bits", code) for code in ENCODED)])
 def test_a_zlib_bomb_is_not_inflated(field: str, encoding: str):
-    bomb = zlib.compress(bytes(4 * maskrecord.MAX_LAYOUT_BYTES), 9)
-    record = mask_record(**{field: bomb}, encoding=encoding)
+    bomb = zlib.compress(bytes(4 * mask_record.MAX_LAYOUT_BYTES), 9)
+    record = record_with(**{field: bomb}, encoding=encoding)
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match="do not hold what is expected"):
-            maskrecord.decode_mask(record)
-        assert tracemalloc.get_traced_memory()[1] < (2**18 if field == "bits" else 2.5 * maskrecord.MAX_LAYOUT_BYTES)
+            mask_record.decode_mask(record)
+        assert tracemalloc.get_traced_memory()[1] < (2**18 if field == "bits" else 2.5 * mask_record.MAX_LAYOUT_BYTES)
     finally:
         tracemalloc.stop()
 
 
 def test_a_layout_at_the_limit_of_entries_is_read_without_allocating_them():
-    layout = Layout((ArraySpec("w", (maskrecord.MAX_ENTRIES,), "float32", False),))
-    assert maskrecord.decode_mask(maskrecord.encode_mask(Mask(layout, b""))).layout == layout
+    layout = Layout((ArraySpec("w", (mask_record.MAX_ENTRIES,), "float32", False),))
+    assert mask_record.decode_mask(mask_record.encode_mask(Mask(layout, b""))).layout == layout
 
 
 # The difference from a mask that the node has
@@ -281,24 +282,24 @@ NEXT = Mask.from_bool(LARGE, {"w": KEEP ^ (RANDOM.random((60, 50)) < 0.01)}, ver
 
 
 def difference(**changes: Any) -> ConfigRecord:
-    return ConfigRecord({**maskrecord.encode_mask(NEXT, BASE), **changes})
+    return ConfigRecord({**mask_record.encode_mask(NEXT, BASE), **changes})
 
 
 def test_a_difference_holds_no_layout_and_names_its_base():
     record = difference()
     assert set(record) == {"encoding", "base", "bits", "version"}
     assert (record["encoding"], record["version"]) == ("difference", 2)
-    assert maskrecord.base_of(record) == record["base"] == BASE.digest
-    assert record.count_bytes() < maskrecord.encode_mask(NEXT).count_bytes() / 2
+    assert mask_record.base_of(record) == record["base"] == BASE.digest
+    assert record.count_bytes() < mask_record.encode_mask(NEXT).count_bytes() / 2
 
 
 def test_a_difference_arrives_where_its_base_is():
     arrived = sent(RecordDict({"m": difference()}))["m"]
-    found = maskrecord.decode_mask(arrived, BASE)
+    found = mask_record.decode_mask(arrived, BASE)
     assert found == NEXT
     assert (found.digest, found.version) == (NEXT.digest, 2)
     assert found.layout is BASE.layout
-    assert maskrecord.decode_mask(arrived, Mask(LARGE, BASE.bits, version=77)) == NEXT  # whatever the base's version
+    assert mask_record.decode_mask(arrived, Mask(LARGE, BASE.bits, version=77)) == NEXT  # whatever the base's version
 
 
 @quick
@@ -308,34 +309,34 @@ def test_any_difference_arrives(message: tuple[Mask, Arrays], seed: int, density
     random = np.random.default_rng(seed)
     keep = {s.name: np.asarray(random.random(s.shape) < density) for s in base.layout.prunable}
     mask = Mask.from_bool(base.layout, keep, version=4)
-    record = sent(RecordDict({"m": maskrecord.encode_mask(mask, base)}))["m"]
-    assert maskrecord.decode_mask(record, base) == mask
+    record = sent(RecordDict({"m": mask_record.encode_mask(mask, base)}))["m"]
+    assert mask_record.decode_mask(record, base) == mask
 
 
 def test_a_difference_without_its_base_gives_a_wire_error():
     for base in (None, NEXT, MASK, Mask.full(LARGE)):
         with pytest.raises(WireError, match="the difference from one that is not here"):
-            maskrecord.decode_mask(difference(), base)
+            mask_record.decode_mask(difference(), base)
 
 
 def test_a_difference_of_masks_of_other_layouts_cannot_be_made():
     with pytest.raises(ValueError, match="same layout"):
-        maskrecord.encode_mask(MASK, BASE)
+        mask_record.encode_mask(MASK, BASE)
 
 
 def test_a_mask_that_stands_alone_is_read_whatever_the_node_has():
     for base in (BASE, NEXT, MASK):
-        assert maskrecord.decode_mask(maskrecord.encode_mask(NEXT), base) == NEXT
+        assert mask_record.decode_mask(mask_record.encode_mask(NEXT), base) == NEXT
 
 
 def test_a_layout_in_a_difference_is_not_read():
-    bomb = zlib.compress(bytes(4 * maskrecord.MAX_LAYOUT_BYTES), 9)
+    bomb = zlib.compress(bytes(4 * mask_record.MAX_LAYOUT_BYTES), 9)
     for layout in (b"", b"x", bomb, PACKED_LAYOUT, "text"):
-        assert maskrecord.decode_mask(difference(layout=layout), BASE) == NEXT
+        assert mask_record.decode_mask(difference(layout=layout), BASE) == NEXT
 
 
 SIZE = LARGE.prunable_size
-GAPS = bits.encode_difference(NEXT, BASE)
+GAPS = mask_bits.encode_difference(NEXT, BASE)
 
 
 @pytest.mark.parametrize(
@@ -368,12 +369,12 @@ GAPS = bits.encode_difference(NEXT, BASE)
 )
 def test_a_malformed_difference_gives_a_wire_error(record: object):
     with pytest.raises(WireError):
-        maskrecord.decode_mask(record, BASE)
+        mask_record.decode_mask(record, BASE)
 
 
 def test_the_last_entry_can_differ():
     stream = zlib.compress(b"\xff" * (SIZE // 255) + bytes([SIZE % 255 - 1]))
-    found = maskrecord.decode_mask(difference(bits=stream), BASE)
+    found = mask_record.decode_mask(difference(bits=stream), BASE)
     assert np.flatnonzero(found.keep["w"].ravel() != KEEP.ravel()).tolist() == [SIZE - 1]
 
 
@@ -381,7 +382,7 @@ def test_the_last_entry_can_differ():
 @given(data=mutations(GAPS) | mutations(zlib.decompress(GAPS)).map(zlib.compress) | st.binary(max_size=40))
 def test_hostile_bits_of_a_difference_give_a_wire_error_or_a_usable_mask(data: bytes):
     try:
-        mask = maskrecord.decode_mask(difference(bits=data), BASE)
+        mask = mask_record.decode_mask(difference(bits=data), BASE)
     except WireError:
         return
     use(mask)
@@ -392,7 +393,7 @@ def test_a_zlib_bomb_in_a_difference_is_not_inflated():
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match="do not hold what is expected"):
-            maskrecord.decode_mask(record, BASE)
+            mask_record.decode_mask(record, BASE)
         assert tracemalloc.get_traced_memory()[1] < 2**18
     finally:
         tracemalloc.stop()
@@ -406,7 +407,7 @@ def test_the_longest_difference_that_can_be_true_takes_a_few_bytes_for_each_entr
     )
     tracemalloc.start()
     try:
-        assert maskrecord.decode_mask(record, base).bits == bytes(2**20)
+        assert mask_record.decode_mask(record, base).bits == bytes(2**20)
         assert tracemalloc.get_traced_memory()[1] < 6 * 2**23
     finally:
         tracemalloc.stop()

@@ -17,7 +17,7 @@ from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.metrics import disputed, without
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays
+from autoflip_flwr.wire.records import to_arrays
 
 NODES = 3
 NAN = math.nan

@@ -18,11 +18,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from autoflip_flwr import AutoFlip, Mask, autoflip_mod, current_mask, wire
+from autoflip_flwr import AutoFlip, Mask, autoflip_mod, current_mask
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.mod import PHASE_KEY
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import masked_training
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, HELLO, LOG8, PHASE_KEY
 
 NODES, ROUNDS, STEPS = 3, 2, 3
 NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
@@ -259,7 +259,7 @@ def run(kind: Kind, strategy: FedAvg | None = None, **options: Any) -> Run:
         return reply
 
     def travels(content: RecordDict) -> bool:
-        return content[wire.HEADER]["phase"] != wire.HELLO  # the roll call has no model
+        return content[HEADER]["phase"] != HELLO  # the roll call has no model
 
     grid = LocalGrid(client(kind), NODES, tamper=look)
     wrapped = AutoFlip(strategy or FedAvg(fraction_evaluate=0.0), **{"sparsity": 0.5, **kind.options, **options})
@@ -375,10 +375,10 @@ def test_both_ways_one_flat_array_of_each_dtype_travels(name: str):
         dense[spec.dtype] = dense.get(spec.dtype, 0) + spec.size
         kept[spec.dtype] = kept.get(spec.dtype, 0) + math.prod(done.mask.packed_shape(spec.name))
     for content in done.travelled:
-        sizes = dense if content[wire.HEADER]["phase"] == wire.EXPLORE else kept
+        sizes = dense if content[HEADER]["phase"] == EXPLORE else kept
         (record,) = content.array_records.values()
         found = {key: (array.dtype, array.shape) for key, array in record.items()}
-        if content[wire.HEADER].get("values") == wire.LOG8:  # an explorer's moves: bytes, coded by Huffman
+        if content[HEADER].get("values") == LOG8:  # an explorer's moves: bytes, coded by Huffman
             assert {dtype: kind for dtype, (kind, _) in found.items()} == dict.fromkeys(sizes, "uint8")
             continue
         assert found == {dtype: (dtype, (size,)) for dtype, size in sizes.items()}

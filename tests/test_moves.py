@@ -12,7 +12,7 @@ from autoflip_flwr.core.layout import Arrays, ArraySpec, Layout
 from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.core.statistics import combine
-from autoflip_flwr.moves import LARGEST, decode_moves, encode_moves
+from autoflip_flwr.wire.deltas import LARGEST, decode_deltas, encode_deltas
 
 quick = settings(deadline=None, max_examples=150)
 
@@ -23,14 +23,14 @@ def spec(*shape: int, name: str = "w", dtype: str = "float32") -> ArraySpec:
 
 def coded(moves: np.ndarray) -> tuple[float, float, list[int]]:
     """Top, step and codes of one array."""
-    data = encode_moves([spec(*moves.shape)], {"w": moves}).tobytes()
+    data = encode_deltas([spec(*moves.shape)], {"w": moves}).tobytes()
     codes = np.frombuffer(zlib.decompress(data[8:]), np.int8)
     return *struct.unpack("<ff", data[:8]), codes.tolist()
 
 
 def there_and_back(moves: np.ndarray) -> np.ndarray:
     specs = [spec(*moves.shape, dtype=moves.dtype.name)]
-    return decode_moves(specs, encode_moves(specs, {"w": moves}).tobytes())["w"]
+    return decode_deltas(specs, encode_deltas(specs, {"w": moves}).tobytes())["w"]
 
 
 def made(ranges: list[float], codes: bytes) -> bytes:
@@ -62,11 +62,11 @@ def test_coded_moves_are_the_ranges_of_all_arrays_then_one_stream_of_their_codes
         "a": np.array([3, -3], np.float32),
         "b": np.array([[0, -0.25]], np.float32),
     }
-    data = encode_moves(specs, moves)
+    data = encode_deltas(specs, moves)
     assert (data.dtype, data.ndim) == (np.uint8, 1)
     assert data[:24].view("<f4").tolist() == [3, 0, 0.25, 0, 0, 0]
     assert zlib.decompress(data[24:].tobytes()) == bytes([127, 129, 0, 129, 0, 0, 0])
-    found = decode_moves(specs, data.tobytes())
+    found = decode_deltas(specs, data.tobytes())
     assert list(found) == ["a", "b", "c"]
     for name, values in moves.items():
         np.testing.assert_array_equal(found[name], values, strict=True)
@@ -74,7 +74,7 @@ def test_coded_moves_are_the_ranges_of_all_arrays_then_one_stream_of_their_codes
 
 def test_codes_are_read_as_powers_of_the_step_below_the_top():
     data = made([8, math.log(2)], bytes([127, 126, 124, 1, 0, 128, 129, 130, 255]))
-    found = decode_moves([spec(9)], data)["w"]
+    found = decode_deltas([spec(9)], data)["w"]
     assert found.dtype == np.float32
     lowest = 8 * 2.0**-126
     np.testing.assert_allclose(found, [8, 4, 1, lowest, 0, 0, -8, -4, -lowest], rtol=1e-5, atol=0)
@@ -106,7 +106,7 @@ def test_moves_of_one_size_come_back_exactly(value: float, shape: tuple[int, ...
 
 
 def test_models_without_arrays_or_entries_have_no_moves():
-    assert decode_moves([], encode_moves([], {}).tobytes()) == {}
+    assert decode_deltas([], encode_deltas([], {}).tobytes()) == {}
     assert there_and_back(np.zeros((0, 3), np.float32)).shape == (0, 3)
 
 
@@ -166,13 +166,13 @@ def test_log_normal_moves_are_right_to_a_few_percent(spread: float):
 
 def test_100_000_normal_moves_are_smaller_than_a_quarter_of_float32():
     moves = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
-    assert encode_moves([spec(100_000)], {"w": moves}).nbytes < 4 * 100_000 / 4
+    assert encode_deltas([spec(100_000)], {"w": moves}).nbytes < 4 * 100_000 / 4
 
 
 def test_frozen_layers_cost_a_bit_a_parameter_at_most():
     moves = {"w": random_moves(10_000), "frozen": np.zeros(90_000, np.float32)}
     specs = [spec(10_000), spec(90_000, name="frozen")]
-    assert encode_moves(specs, moves).nbytes < 1.1 * 10_000 + 90_000 / 8
+    assert encode_deltas(specs, moves).nbytes < 1.1 * 10_000 + 90_000 / 8
 
 
 # The mask that follows
@@ -199,7 +199,7 @@ def test_the_mask_of_ten_explorers_agrees_with_that_of_float32(spread: float):
         {s.name: random_moves(s.size, 10 * k + i, spread).reshape(s.shape) for i, s in enumerate(LAYOUT.specs)}
         for k in range(10)
     ]
-    arrived = [decode_moves(LAYOUT.specs, encode_moves(LAYOUT.specs, moves).tobytes()) for moves in exact]
+    arrived = [decode_deltas(LAYOUT.specs, encode_deltas(LAYOUT.specs, moves).tobytes()) for moves in exact]
     one, other = chosen(exact), chosen(arrived)
     assert np.count_nonzero(one) == np.count_nonzero(other)
     assert np.count_nonzero(one & other) >= 0.99 * np.count_nonzero(one)
@@ -213,13 +213,13 @@ def test_the_mask_of_ten_explorers_agrees_with_that_of_float32(spread: float):
 def test_moves_that_are_not_finite_are_refused_by_name(value: float, dtype: str):
     moves = {"w": np.ones(3, np.float32), "layer.bias": np.array([0, value], dtype)}
     with pytest.raises(ValueError, match=r"array 'layer.bias' has moved by NaN, infinity or more than 1e\+36"):
-        encode_moves([spec(3), spec(2, name="layer.bias", dtype=dtype)], moves)
+        encode_deltas([spec(3), spec(2, name="layer.bias", dtype=dtype)], moves)
 
 
 @pytest.mark.parametrize("value", [1.1e36, -3e38])
 def test_moves_that_are_too_large_are_refused(value: float):
     with pytest.raises(ValueError, match="has moved by"):
-        encode_moves([spec(2)], {"w": np.array([0, value], np.float32)})
+        encode_deltas([spec(2)], {"w": np.array([0, value], np.float32)})
 
 
 # Hostile senders
@@ -231,13 +231,13 @@ GOOD = made(RANGES, CODES)
 
 
 def test_the_moves_made_by_hand_are_read_where_nothing_is_wrong_with_them():
-    assert {name: values.shape for name, values in decode_moves(SPECS, GOOD).items()} == {"w": (2, 2), "b": (3,)}
+    assert {name: values.shape for name, values in decode_deltas(SPECS, GOOD).items()} == {"w": (2, 2), "b": (3,)}
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 15])
 def test_moves_shorter_than_their_ranges_are_refused(size: int):
     with pytest.raises(ValueError, match=f"{size} bytes of moves do not hold the ranges of 2 arrays"):
-        decode_moves(SPECS, GOOD[:size])
+        decode_deltas(SPECS, GOOD[:size])
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -245,7 +245,7 @@ def test_moves_shorter_than_their_ranges_are_refused(size: int):
 def test_ranges_that_are_not_sizes_are_refused(value: float, at: int):
     ranges = [value if i == at else number for i, number in enumerate(RANGES)]
     with pytest.raises(ValueError, match="the range of an array's moves is not a number"):
-        decode_moves(SPECS, made(ranges, CODES))
+        decode_deltas(SPECS, made(ranges, CODES))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_ranges_that_are_not_sizes_are_refused(value: float, at: int):
 )
 def test_moves_of_another_length_are_refused(data: bytes):
     with pytest.raises(ValueError, match=r"the moves|the range"):
-        decode_moves(SPECS, data)
+        decode_deltas(SPECS, data)
 
 
 def test_a_bomb_is_refused_before_it_is_inflated():
@@ -273,7 +273,7 @@ def test_a_bomb_is_refused_before_it_is_inflated():
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="do not hold what is expected"):
-            decode_moves(SPECS, bomb)
+            decode_deltas(SPECS, bomb)
         assert tracemalloc.get_traced_memory()[1] < 2**18
     finally:
         tracemalloc.stop()
@@ -282,7 +282,7 @@ def test_a_bomb_is_refused_before_it_is_inflated():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("ranges", [[LARGEST, LARGEST], [LARGEST, 0.0], [0.0, LARGEST], [1e-45, 1e-45]])
 def test_the_largest_and_the_smallest_ranges_give_finite_moves(ranges: list[float]):
-    found = decode_moves([spec(256)], made(ranges, bytes(range(256))))["w"]
+    found = decode_deltas([spec(256)], made(ranges, bytes(range(256))))["w"]
     assert np.isfinite(found).all()
     assert found[127] == -found[129] == np.float32(ranges[0])
 
@@ -299,7 +299,7 @@ def test_the_largest_and_the_smallest_ranges_give_finite_moves(ranges: list[floa
 )
 def test_any_bytes_give_a_value_error_or_finite_moves_of_the_right_shapes(data: bytes):
     try:
-        moves = decode_moves(SPECS, data)
+        moves = decode_deltas(SPECS, data)
     except ValueError:
         return
     assert {name: (values.shape, values.dtype) for name, values in moves.items()} == {
@@ -314,7 +314,7 @@ def test_any_bytes_give_a_value_error_or_finite_moves_of_the_right_shapes(data: 
 def test_moves_that_are_coded_again_keep_their_signs(seed: int, codes: bytes):
     """What a decoder accepts, an encoder accepts."""
     ranges = np.random.default_rng(seed).uniform(0, 0.5, 4).tolist()
-    moves = decode_moves(SPECS, made(ranges, codes))
-    again = decode_moves(SPECS, encode_moves(SPECS, moves).tobytes())
+    moves = decode_deltas(SPECS, made(ranges, codes))
+    again = decode_deltas(SPECS, encode_deltas(SPECS, moves).tobytes())
     for name, values in moves.items():
         assert ((np.sign(again[name]) == np.sign(values)) | (again[name] == 0)).all()

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.ledger import Ledger
-from autoflip_flwr.mod import PHASE_KEY
 from autoflip_flwr.norms import Update, joint_norm, judge_norms
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.keys import PHASE_KEY
+from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits, honest
 
 

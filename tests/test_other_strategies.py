@@ -12,9 +12,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from autoflip_flwr import AutoFlip, autoflip_mod, wire
-from autoflip_flwr.mod import PHASE_KEY
+from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import HEADER, MASK_RECORD, PHASE_KEY, TRAIN
 
 NODES = 4
 NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
@@ -271,7 +271,7 @@ def test_a_model_with_infinite_values_is_refused_before_any_client_works():
 
 def test_integers_come_from_a_reply_that_counts():
     def heavy(reply):
-        if reply.metadata.src_node_id == 103 and reply.content[wire.HEADER]["phase"] == wire.TRAIN:
+        if reply.metadata.src_node_id == 103 and reply.content[HEADER]["phase"] == TRAIN:
             reply.content["more metrics"] = MetricRecord({"extra": 1.0})
         return reply
 
@@ -296,5 +296,5 @@ def test_a_strategy_that_asks_its_nodes_between_rounds_does_not_cost_them_the_ma
 
     grid = LocalGrid(client, NODES)
     start(AutoFlip(Polling(fraction_evaluate=0.0), sparsity=0.5, min_explorers=1), grid, rounds=3)
-    rounds = [m for m in grid.sent if wire.HEADER in m.content and m.content[wire.HEADER]["phase"] == wire.TRAIN]
-    assert [wire.MASK in m.content for m in rounds] == [True] * NODES + [False] * 2 * NODES
+    rounds = [m for m in grid.sent if HEADER in m.content and m.content[HEADER]["phase"] == TRAIN]
+    assert [MASK_RECORD in m.content for m in rounds] == [True] * NODES + [False] * 2 * NODES

@@ -6,7 +6,7 @@ import pytest
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.selection import choose_mask, protected_outputs
-from autoflip_flwr.maskrecord import decode_mask, encode_mask
+from autoflip_flwr.wire.mask_record import decode_mask, encode_mask
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -25,12 +25,14 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, PrivacySpent, SamplingMethod
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.privacy import RELATIONS, Budget
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.values import KINDS
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, MASK_RECORD
+from autoflip_flwr.wire.messages import split_vectors, unpack_deltas
+from autoflip_flwr.wire.values import KINDS
 
 NODES, NOISE, CLIP, COUNT_NOISE = 4, 0.5, 0.25, 2.0
 SHORT = 0.2
@@ -180,7 +182,7 @@ def test_a_round_that_lacks_a_reply_keeps_the_model_and_the_next_goes_on(name, w
 @each_wrapper
 def test_a_round_without_any_reply_ends_nothing(name):
     def first(replies):
-        return [reply for reply in replies if reply.content[wire.HEADER]["round"] == 1]
+        return [reply for reply in replies if reply.content[HEADER]["round"] == 1]
 
     strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK)
     models = start(strategy, grid_of(name, arrange=first), rounds=3, timeout=SHORT)
@@ -428,10 +430,10 @@ def test_an_explorer_behind_local_privacy_sends_noised_moves_alone(place, coding
     assert strategy.privacy is None
     layout = Layout.of(WIDE)
     full = Mask.full(layout)
-    explored = [content["arrays"] for content in replies if content["autoflip"]["phase"] == wire.EXPLORE]
+    explored = [content["arrays"] for content in replies if content["autoflip"]["phase"] == EXPLORE]
     assert len(explored) == NODES
     for packed in explored:
-        moves = wire.unpack_moves(full, packed) if coding == "log8" else wire.split(full, arrays_of(packed))
+        moves = unpack_deltas(full, packed) if coding == "log8" else split_vectors(full, arrays_of(packed))
         # all that a client really did, 0.001, is lost in noise of 4.8
         assert moves["w"].std() == pytest.approx(LOCAL_NOISE, rel=0.1)
     assert returned[0]["w"].std() < 2
@@ -465,10 +467,10 @@ def test_under_one_mask_the_packed_replies_of_all_nodes_and_rounds_have_one_leng
     forms = {tuple((key, a.dtype, a.shape, len(a.data)) for key, a in content["arrays"].items()) for content in replies}
     assert len(replies) == 3 * NODES
     assert len(forms) == 1
-    assert not any(wire.MASK in content for content in replies)
+    assert not any(MASK_RECORD in content for content in replies)
     # the mask is a record of its own, sent once a node: the packed values beside it are as long without it
     forms = {tuple((key, a.dtype, a.shape) for key, a in m.content["arrays"].items()) for m in grid.sent}
-    assert [wire.MASK in message.content for message in grid.sent] == [True] * NODES + [False] * 2 * NODES
+    assert [MASK_RECORD in message.content for message in grid.sent] == [True] * NODES + [False] * 2 * NODES
     assert len(forms) == 1
 
 
@@ -476,6 +478,6 @@ def test_explorers_log8_moves_have_no_fixed_length():
     replies = []
     grid = LocalGrid(message_app(), NODES, tamper=lambda reply: replies.append(reply.content) or reply)
     start(AutoFlip(inner(), sparsity=0.5), grid, arrays=WIDE)
-    explored = [content["arrays"] for content in replies if content["autoflip"]["phase"] == wire.EXPLORE]
+    explored = [content["arrays"] for content in replies if content["autoflip"]["phase"] == EXPLORE]
     sizes = {array.shape for packed in explored for array in packed.values()}
     assert len(sizes) > 1

@@ -14,10 +14,10 @@ from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, FedYogi, QFedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.ledger import Ledger
-from autoflip_flwr.mod import PHASE_KEY
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.keys import PHASE_KEY
+from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
 
 NODES, ROUNDS, HOSTILE = 8, 2, 0

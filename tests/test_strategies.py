@@ -23,7 +23,7 @@ from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
 
 NODES, ROUNDS, SPARSITY = 7, 7, 0.5

@@ -18,11 +18,20 @@ from flwr.serverapp.strategy import (
     FedProx,
 )
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, wire
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.statistics import combine
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import (
+    EPOCHS_KEY,
+    EXPLORE,
+    HEADER,
+    MASK_RECORD,
+    PATIENCE_KEY,
+    PHASE_KEY,
+    TRAIN,
+    WEIGHT_DECAY_KEY,
+)
 
 NODES = 4
 
@@ -156,9 +165,9 @@ def test_after_the_mask_nothing_dense_travels_and_the_mask_travels_once():
     grid = LocalGrid(message_app(), NODES)
     strategy = AutoFlip(inner(), sparsity=0.5)
     start(strategy, grid)
-    rounds = [m for m in grid.sent if m.content[wire.HEADER]["phase"] == wire.TRAIN]
+    rounds = [m for m in grid.sent if m.content[HEADER]["phase"] == TRAIN]
     assert len(rounds) == 3 * NODES
-    assert [wire.MASK in m.content for m in rounds] == [True] * NODES + [False] * 2 * NODES
+    assert [MASK_RECORD in m.content for m in rounds] == [True] * NODES + [False] * 2 * NODES
     for message in rounds:
         assert {k: a.shape for k, a in message.content["arrays"].items()} == {"float32": (33 + 6,), "int64": (1,)}
 
@@ -184,7 +193,7 @@ def test_other_mods_work_behind_ours():
 
 
 def _break(kind, reply):
-    if reply.metadata.src_node_id != 102 or reply.content[wire.HEADER]["phase"] != wire.TRAIN:
+    if reply.metadata.src_node_id != 102 or reply.content[HEADER]["phase"] != TRAIN:
         return reply
     content = RecordDict(dict(reply.content))
     flat = arrays_of(content["arrays"])
@@ -202,7 +211,7 @@ def _break(kind, reply):
     if kind == "no arrays":
         del content["arrays"]
     elif kind == "no header":
-        del content[wire.HEADER]
+        del content[HEADER]
     elif kind == "no weight":
         content["metrics"] = MetricRecord({"train-loss": 1.0})
     elif kind == "weight 0":
@@ -212,9 +221,9 @@ def _break(kind, reply):
     elif kind == "another record":
         content["more"] = MetricRecord({"num-examples": 24, "loss": 1.0})
     elif kind == "stale":
-        content[wire.HEADER]["round"] = 0
+        content[HEADER]["round"] = 0
     elif kind == "another mask":
-        content[wire.HEADER]["digest"] = "0" * 64
+        content[HEADER]["digest"] = "0" * 64
     reply.content = content
     return reply
 
@@ -242,7 +251,7 @@ def test_a_bad_reply_is_left_out_and_named(kind, caplog):
     result = start(strategy, LocalGrid(message_app(), NODES, tamper=lambda reply: _break(kind, reply)))
 
     def gone(reply):
-        counts = reply.metadata.src_node_id != 102 or reply.content[wire.HEADER]["phase"] != wire.TRAIN
+        counts = reply.metadata.src_node_id != 102 or reply.content[HEADER]["phase"] != TRAIN
         return reply if counts else Message(_error(), reply_to=_asked(reply))
 
     expected = start(AutoFlip(inner(), sparsity=0.5), LocalGrid(message_app(), NODES, tamper=gone))
@@ -324,7 +333,7 @@ def test_the_exploration_does_not_disturb_the_sampling_of_the_wrapped_strategy()
     for sparsity in (0.0, 0.5):
         grid = LocalGrid(message_app(), 6)
         start(AutoFlip(inner(fraction_train=0.5), sparsity=sparsity), grid)
-        rounds = [m.metadata.dst_node_id for m in grid.sent if m.content[wire.HEADER]["phase"] == wire.TRAIN]
+        rounds = [m.metadata.dst_node_id for m in grid.sent if m.content[HEADER]["phase"] == TRAIN]
         state.append(rounds)
     assert state[0] == state[1]
 
@@ -332,7 +341,7 @@ def test_the_exploration_does_not_disturb_the_sampling_of_the_wrapped_strategy()
 def test_a_share_of_the_nodes_explores():
     grid = LocalGrid(message_app(), 10)
     start(AutoFlip(inner(), sparsity=0.5, explorers=0.3, seed=5), grid, rounds=1)
-    assert sum(m.content[wire.HEADER]["phase"] == wire.EXPLORE for m in grid.sent) == 3
+    assert sum(m.content[HEADER]["phase"] == EXPLORE for m in grid.sent) == 3
 
 
 def test_scouts_start_from_the_explorers_average():

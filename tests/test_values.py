@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr.values import BLOCK, CHUNK, KINDS, Coded, Vector, coded_size, encode, is_coded
+from autoflip_flwr.wire.values import BLOCK, CHUNK, KINDS, Coded, Vector, coded_size, encode, is_coded
 
 CODED = KINDS[1:]
 

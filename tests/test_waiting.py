@@ -4,9 +4,11 @@ import pytest
 from apps import message_app
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
-from autoflip_flwr import waiting, wire
+from autoflip_flwr import waiting
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.waiting import Waiting, duration
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, TRAIN
+from autoflip_flwr.wire.messages import make_header
 
 
 @pytest.fixture
@@ -21,12 +23,12 @@ def clock(monkeypatch: pytest.MonkeyPatch):
     [
         (
             MessageType.TRAIN,
-            {wire.HEADER: wire.header(wire.EXPLORE, 0)},
+            {HEADER: make_header(EXPLORE, 0)},
             ["explorer 0 of 20 after 11 s", "explorer 7 of 20, about 4 min left"],
         ),
         (
             MessageType.TRAIN,
-            {wire.HEADER: wire.header(wire.TRAIN, 3)},
+            {HEADER: make_header(TRAIN, 3)},
             ["round 3: 0 of 20 replies after 11 s", "round 3: 7 of 20 replies, about 4 min left"],
         ),
         (

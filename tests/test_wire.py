@@ -9,10 +9,23 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr import wire
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.wire import WireError
+from autoflip_flwr.wire.keys import HEADER, HELLO, TRAIN
+from autoflip_flwr.wire.messages import (
+    flatten,
+    kept_and_size,
+    make_header,
+    pack_deltas,
+    pack_values,
+    read_header,
+    read_vectors,
+    split_vectors,
+    unpack_deltas,
+    unpack_values,
+    value_entries,
+)
+from autoflip_flwr.wire.records import WireError, fingerprint, make_array
 
 DTYPES = ("float16", "float32", "float64", "int8", "uint64", "bool")
 SHAPES = ((), (0,), (1,), (5,), (2, 3), (3, 0), (2, 1, 3))
@@ -67,7 +80,7 @@ def values(data: bytes) -> ArrayRecord:
 
 
 def test_values_travel_as_one_flat_array_for_each_dtype():
-    record = wire.pack(MASK, PACKED)
+    record = pack_values(MASK, PACKED)
     assert {name: array.numpy().tolist() for name, array in record.items()} == {
         "float32": [1, 2, 3, 4, 5],
         "int64": [7, 8],
@@ -114,21 +127,21 @@ def test_kept_values_of_pruned_arrays_come_first_then_the_other_arrays_each_in_t
         "float16": ["v", "half"],
         "int64": ["n"],
     }
-    record = wire.pack(MIXED_MASK, MIXED_PACKED)
+    record = pack_values(MIXED_MASK, MIXED_PACKED)
     assert {name: array.numpy().tolist() for name, array in record.items()} == {
         "float32": [10, 20, 30, 1, 2, 3, 4],
         "float16": [50, 5],
         "int64": [9],
     }
-    same(wire.unpack(MIXED_MASK, record), MIXED_PACKED)
-    counted = {dtype: wire.kept_and_size(MIXED_MASK, specs) for dtype, specs in MIXED_MASK.layout.by_dtype.items()}
+    same(unpack_values(MIXED_MASK, record), MIXED_PACKED)
+    counted = {dtype: kept_and_size(MIXED_MASK, specs) for dtype, specs in MIXED_MASK.layout.by_dtype.items()}
     assert counted == {"float32": (3, 7), "float16": (1, 2), "int64": (0, 1)}
 
 
 def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
-    flat = wire.flatten(MIXED_MASK, MIXED_PACKED)
+    flat = flatten(MIXED_MASK, MIXED_PACKED)
     assert flat["float32"].tolist() == [10, 20, 30, 1, 2, 3, 4]
-    parts = wire.split(MIXED_MASK, flat)
+    parts = split_vectors(MIXED_MASK, flat)
     same(parts, MIXED_PACKED)
     assert all(np.shares_memory(array, flat[MIXED[name].dtype]) for name, array in parts.items())
 
@@ -137,27 +150,27 @@ def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
 @given(message=messages())
 def test_any_flat_vectors_are_those_of_the_record(message: tuple[Mask, Arrays]):
     mask, packed = message
-    flat = wire.flatten(mask, packed)
-    same(flat, {dtype: vector.whole() for dtype, vector in wire.vectors(mask, wire.pack(mask, packed)).items()})
-    same(wire.split(mask, flat), packed)
+    flat = flatten(mask, packed)
+    same(flat, {dtype: vector.whole() for dtype, vector in read_vectors(mask, pack_values(mask, packed)).items()})
+    same(split_vectors(mask, flat), packed)
 
 
 @pytest.mark.parametrize("shape", [None, (5,), (5, 1)])
 def test_parts_become_the_array_that_flower_makes_of_them_together(shape: tuple[int, ...] | None):
     joined = GOOD if shape is None else GOOD.reshape(shape)
-    assert wire.array([GOOD[:2], GOOD[2:2], GOOD[2:]], shape) == Array(joined)
+    assert make_array([GOOD[:2], GOOD[2:2], GOOD[2:]], shape) == Array(joined)
 
 
 @quick
 @given(message=messages())
 def test_any_packed_model_arrives_as_it_was_sent(message: tuple[Mask, Arrays]):
     mask, packed = message
-    same(wire.unpack(mask, sent(RecordDict({"x": wire.pack(mask, packed)}))["x"]), packed)
+    same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed)}))["x"]), packed)
 
 
 def test_unpacked_values_are_read_only_views_of_the_message():
-    record = wire.pack(MASK, PACKED)
-    unpacked = wire.unpack(MASK, record)
+    record = pack_values(MASK, PACKED)
+    unpacked = unpack_values(MASK, record)
     for name, array in unpacked.items():
         data = record[LAYOUT[name].dtype].data
         assert np.shares_memory(array, np.frombuffer(data, np.uint8))
@@ -165,17 +178,17 @@ def test_unpacked_values_are_read_only_views_of_the_message():
 
 
 def test_values_are_cast_to_the_dtypes_of_the_model_whatever_their_byte_order():
-    record = wire.pack(MASK, {name: array.astype(">f8") for name, array in PACKED.items()})
-    same(wire.unpack(MASK, record), PACKED)
+    record = pack_values(MASK, {name: array.astype(">f8") for name, array in PACKED.items()})
+    same(unpack_values(MASK, record), PACKED)
 
 
 def test_pack_refuses_an_array_of_another_shape_by_name():
     with pytest.raises(WireError, match="'w'"):
-        wire.pack(MASK, {**PACKED, "w": np.zeros(4, np.float32)})
+        pack_values(MASK, {**PACKED, "w": np.zeros(4, np.float32)})
 
 
 GOOD = np.arange(5, dtype=np.float32)
-HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (5,), }"
+NPY_HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (5,), }"
 
 
 def forged(header: bytes, payload: bytes = GOOD.tobytes(), version: bytes = b"\x01\x00") -> bytes:
@@ -184,7 +197,7 @@ def forged(header: bytes, payload: bytes = GOOD.tobytes(), version: bytes = b"\x
 
 
 def test_the_forged_header_is_read_where_nothing_is_wrong_with_it():
-    assert wire.unpack(MASK, values(forged(HEADER)))["b"].tolist() == [3, 4]
+    assert unpack_values(MASK, values(forged(NPY_HEADER)))["b"].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -203,31 +216,31 @@ def test_the_forged_header_is_read_where_nothing_is_wrong_with_it():
         pytest.param(image(GOOD.reshape(1, 5)), id="2-D"),
         pytest.param(image(np.float32(1)), id="0-d"),
         pytest.param(image(np.asfortranarray(np.zeros((5, 2), np.float32))), id="fortran order"),
-        pytest.param(forged(HEADER.replace(b"False", b"True")), id="fortran order, 1-D"),
+        pytest.param(forged(NPY_HEADER.replace(b"False", b"True")), id="fortran order, 1-D"),
         pytest.param(image(np.array([{}] * 5), pickled=True), id="pickled objects"),
         pytest.param(image(np.zeros(5, [("x", "<f4")])), id="structured dtype"),
         pytest.param(image(np.array(["abcd"] * 5)), id="strings"),
         pytest.param(b"not an array", id="not an array"),
-        pytest.param(forged(HEADER, version=b"\x02\x00"), id="other npy version"),
-        pytest.param(forged(HEADER.replace(b"5", b"9223372036854775808")), id="shape beyond 64 bits"),
-        pytest.param(forged(HEADER.replace(b"5", b"-5")), id="negative shape"),
-        pytest.param(forged(HEADER.replace(b"5", b"9" * 5000)), id="shape of 5000 digits"),
-        pytest.param(forged(HEADER.replace(b"5", b"5,5")), id="two dimensions"),
-        pytest.param(forged(HEADER.replace(b"5", b"__import__('os').abort()")), id="code in the header"),
-        pytest.param(forged(HEADER[:-1]), id="header cut off"),
+        pytest.param(forged(NPY_HEADER, version=b"\x02\x00"), id="other npy version"),
+        pytest.param(forged(NPY_HEADER.replace(b"5", b"9223372036854775808")), id="shape beyond 64 bits"),
+        pytest.param(forged(NPY_HEADER.replace(b"5", b"-5")), id="negative shape"),
+        pytest.param(forged(NPY_HEADER.replace(b"5", b"9" * 5000)), id="shape of 5000 digits"),
+        pytest.param(forged(NPY_HEADER.replace(b"5", b"5,5")), id="two dimensions"),
+        pytest.param(forged(NPY_HEADER.replace(b"5", b"__import__('os').abort()")), id="code in the header"),
+        pytest.param(forged(NPY_HEADER[:-1]), id="header cut off"),
         pytest.param(forged(b"\xff" * 40), id="header not text"),
     ],
 )
 def test_values_that_are_not_what_is_expected_give_a_wire_error(data: bytes):
     with pytest.raises(WireError, match="float32 values are"):
-        wire.unpack(MASK, values(data))
+        unpack_values(MASK, values(data))
 
 
 def test_a_bool_that_is_neither_0_nor_1_gives_a_wire_error():
     mask = Mask.full(Layout.of({"flag": np.zeros(2, bool)}))
     record = ArrayRecord({"bool": Array("bool", (2,), "numpy.ndarray", image(np.array([True, False]))[:-1] + b"\x07")})
     with pytest.raises(WireError, match="bool"):
-        wire.unpack(mask, record)
+        unpack_values(mask, record)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +257,7 @@ def test_a_bool_that_is_neither_0_nor_1_gives_a_wire_error():
 )
 def test_a_record_without_exactly_the_dtypes_of_the_model_gives_a_wire_error(record: object):
     with pytest.raises(WireError, match="packed values"):
-        wire.unpack(MASK, record)
+        unpack_values(MASK, record)
 
 
 @st.composite
@@ -269,7 +282,7 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
 @given(data=mutations(image(GOOD)))
 def test_damaged_values_give_a_wire_error_or_values_of_the_right_shape_and_dtype(data: bytes):
     try:
-        unpacked = wire.unpack(MASK, values(data))
+        unpacked = unpack_values(MASK, values(data))
     except WireError:
         return
     assert {name: (array.shape, array.dtype) for name, array in unpacked.items()} == {
@@ -286,7 +299,7 @@ CODED_SIZES = {"bfloat16": 10, "float16": 10, "int8": 4 + 4 + 3}
 
 
 def coded(kind: str, mask: Mask = MASK, packed: Arrays = PACKED) -> ArrayRecord:
-    return wire.pack(mask, packed, kind)
+    return pack_values(mask, packed, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -296,7 +309,7 @@ def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
         "float32": ("uint8", (CODED_SIZES[kind],)),
         "int64": ("int64", (2,)),
     }
-    unpacked = wire.unpack(MASK, sent(RecordDict({"x": record}))["x"], kind)
+    unpacked = unpack_values(MASK, sent(RecordDict({"x": record}))["x"], kind)
     assert {name: (array.dtype, array.shape) for name, array in unpacked.items()} == {
         name: (array.dtype, array.shape) for name, array in PACKED.items()
     }
@@ -309,7 +322,7 @@ def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
 def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
     record = coded(kind, MIXED_MASK, MIXED_PACKED)
     assert record["float16"].dtype == ("uint8" if kind == "int8" else "float16")
-    for name, array in wire.unpack(MIXED_MASK, record, kind).items():
+    for name, array in unpack_values(MIXED_MASK, record, kind).items():
         assert (array.dtype, array.shape) == (MIXED_PACKED[name].dtype, MIXED_PACKED[name].shape)
         np.testing.assert_allclose(array, MIXED_PACKED[name], rtol=0, atol=30 / 254 if kind == "int8" else 0)
 
@@ -318,13 +331,13 @@ def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
 @given(message=messages(), kind=st.sampled_from(KINDS))
 def test_any_coded_model_arrives(message: tuple[Mask, Arrays], kind: str):
     mask, packed = message  # of zeros and ones, which every coding has
-    same(wire.unpack(mask, sent(RecordDict({"x": wire.pack(mask, packed, kind)}))["x"], kind), packed)
+    same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed, kind)}))["x"], kind), packed)
 
 
 @pytest.mark.parametrize("kind", ["float32", *KINDS])
 def test_vectors_add_what_the_values_are_added_to_and_leave_integers(kind: str):
     base = {"float32": np.array([100, 200, 300, 400, 500], np.float32)}
-    found = wire.vectors(MASK, coded(kind), kind, base)
+    found = read_vectors(MASK, coded(kind), kind, base)
     np.testing.assert_allclose(found["float32"].whole(), [101, 202, 303, 404, 505], rtol=0, atol=3 / 254)
     np.testing.assert_array_equal(found["float32"].read(1, 4), found["float32"].whole()[1:4])
     assert found["int64"].whole().tolist() == [7, 8]
@@ -335,8 +348,8 @@ def test_vectors_add_what_the_values_are_added_to_and_leave_integers(kind: str):
 
 
 def test_vectors_without_coding_or_base_are_views_of_the_message():
-    record = wire.pack(MASK, PACKED)
-    for dtype, vector in wire.vectors(MASK, record).items():
+    record = pack_values(MASK, PACKED)
+    for dtype, vector in read_vectors(MASK, record).items():
         part = vector.read(0, 2)
         assert np.shares_memory(part, np.frombuffer(record[dtype].data, np.uint8))
         assert not part.flags.writeable
@@ -360,7 +373,7 @@ def forged_coding(data: np.ndarray) -> ArrayRecord:
 )
 def test_coded_values_of_another_size_or_dtype_give_a_wire_error(kind: str, change: Callable[[np.ndarray], np.ndarray]):
     with pytest.raises(WireError, match="uint8 values are"):
-        wire.unpack(MASK, forged_coding(change(coded(kind)["float32"].numpy())), kind)
+        unpack_values(MASK, forged_coding(change(coded(kind)["float32"].numpy())), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -368,15 +381,15 @@ def test_coded_values_that_are_not_finite_give_a_wire_error_that_names_the_dtype
     data = coded(kind)["float32"].numpy()
     data[:4] = 0xFF
     with pytest.raises(WireError, match=r"the float32 values: (it holds NaN or infinity|a scale is not a number)"):
-        wire.unpack(MASK, forged_coding(data), kind)
+        unpack_values(MASK, forged_coding(data), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: str):
     with pytest.raises(WireError, match="expected"):
-        wire.unpack(MASK, coded(kind))
+        unpack_values(MASK, coded(kind))
     with pytest.raises(WireError, match="expected"):
-        wire.unpack(MASK, wire.pack(MASK, PACKED), kind)
+        unpack_values(MASK, pack_values(MASK, PACKED), kind)
 
 
 @settings(deadline=None, max_examples=200)
@@ -384,7 +397,7 @@ def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: s
 def test_damaged_coded_values_give_a_wire_error_or_finite_values_of_the_right_shape(data: st.DataObject, kind: str):
     damaged = data.draw(mutations(coded(kind)["float32"].data))
     try:
-        unpacked = wire.unpack(MASK, values(damaged), kind)
+        unpacked = unpack_values(MASK, values(damaged), kind)
     except WireError:
         return
     for name, array in unpacked.items():
@@ -393,17 +406,15 @@ def test_damaged_coded_values_give_a_wire_error_or_finite_values_of_the_right_sh
 
 
 def test_the_fingerprint_tells_any_change_of_a_small_record_and_of_all_values_of_a_large_one():
-    small = wire.pack(MASK, PACKED)
-    found = wire.fingerprint(small)
-    assert wire.fingerprint(sent(RecordDict({"x": small}))["x"]) == found
+    small = pack_values(MASK, PACKED)
+    found = fingerprint(small)
+    assert fingerprint(sent(RecordDict({"x": small}))["x"]) == found
     for name, entry in (("w", 0), ("n", 1), ("b", 1)):
         changed = {key: array.copy() for key, array in PACKED.items()}
         changed[name][entry] += 1
-        assert wire.fingerprint(wire.pack(MASK, changed)) != found
+        assert fingerprint(pack_values(MASK, changed)) != found
     large = Array(np.ones(200_000, np.float32))
-    assert wire.fingerprint(ArrayRecord({"x": large})) != wire.fingerprint(
-        ArrayRecord({"x": Array(large.numpy() * 1.01)})
-    )
+    assert fingerprint(ArrayRecord({"x": large})) != fingerprint(ArrayRecord({"x": Array(large.numpy() * 1.01)}))
 
 
 # Moves of an explorer
@@ -415,9 +426,9 @@ MOVES = {
 
 
 def test_moves_have_the_keys_of_the_message_and_come_back_by_name_in_their_shapes():
-    record = wire.pack_moves(EVERYTHING, MOVES)
+    record = pack_deltas(EVERYTHING, MOVES)
     assert {key: array.dtype for key, array in record.items()} == dict.fromkeys(EVERYTHING.layout.by_dtype, "uint8")
-    moves = wire.unpack_moves(EVERYTHING, sent(RecordDict({"x": record}))["x"])
+    moves = unpack_deltas(EVERYTHING, sent(RecordDict({"x": record}))["x"])
     assert set(moves) == set(MOVES)
     for name, array in moves.items():
         expected = MOVES[name].astype(np.float32) if MIXED[name].prunable else MOVES[name]
@@ -427,11 +438,11 @@ def test_moves_have_the_keys_of_the_message_and_come_back_by_name_in_their_shape
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e37])
 def test_moves_that_are_not_finite_or_too_large_give_a_wire_error_that_names_the_array(value: float):
     with pytest.raises(WireError, match=r"array 'w' has moved by NaN, infinity or more than 1e\+36"):
-        wire.pack_moves(EVERYTHING, {**MOVES, "w": np.full((2, 2), value, np.float32)})
+        pack_deltas(EVERYTHING, {**MOVES, "w": np.full((2, 2), value, np.float32)})
 
 
 def moves_record(**changes: np.ndarray | None) -> ArrayRecord:
-    record = {**wire.pack_moves(EVERYTHING, MOVES)}
+    record = {**pack_deltas(EVERYTHING, MOVES)}
     for key, data in changes.items():
         record.pop(key, None)
         if data is not None:
@@ -455,15 +466,15 @@ def moves_record(**changes: np.ndarray | None) -> ArrayRecord:
 )
 def test_moves_that_are_not_what_is_expected_give_a_wire_error(record: ArrayRecord, message: str):
     with pytest.raises(WireError, match=message):
-        wire.unpack_moves(EVERYTHING, record)
+        unpack_deltas(EVERYTHING, record)
 
 
 # Headers
 
 
 def test_a_header_arrives_as_it_was_sent():
-    content = sent(RecordDict({wire.HEADER: wire.header(wire.TRAIN, 4, MASK, status="ok")}))
-    assert dict(wire.read_header(content) or {}) == {
+    content = sent(RecordDict({HEADER: make_header(TRAIN, 4, MASK, status="ok")}))
+    assert dict(read_header(content) or {}) == {
         "format": 3,
         "phase": "train",
         "round": 4,
@@ -474,21 +485,21 @@ def test_a_header_arrives_as_it_was_sent():
 
 
 def test_a_header_without_a_mask_has_no_digest():
-    assert set(wire.header(wire.HELLO, 0)) == {"format", "phase", "round"}
+    assert set(make_header(HELLO, 0)) == {"format", "phase", "round"}
 
 
 def test_a_header_says_how_values_are_coded_where_they_are():
-    assert wire.kinds(values="int8", reply="bfloat16") == {"values": "int8", "reply": "bfloat16"}
-    assert wire.kinds(values="float32", reply="log8") == {"reply": "log8"}
-    head = wire.header(wire.TRAIN, 1, MASK, **wire.kinds(values="int8", reply="float16"))
-    found = wire.read_header(sent(RecordDict({wire.HEADER: head})))
+    assert value_entries(values="int8", reply="bfloat16") == {"values": "int8", "reply": "bfloat16"}
+    assert value_entries(values="float32", reply="log8") == {"reply": "log8"}
+    head = make_header(TRAIN, 1, MASK, **value_entries(values="int8", reply="float16"))
+    found = read_header(sent(RecordDict({HEADER: head})))
     assert found is not None
     assert (found["values"], found["reply"]) == ("int8", "float16")
-    assert not {"values", "reply"} & set(wire.header(wire.TRAIN, 1, MASK, **wire.kinds(values="float32")))
+    assert not {"values", "reply"} & set(make_header(TRAIN, 1, MASK, **value_entries(values="float32")))
 
 
 def test_a_message_without_a_header_is_not_one_of_ours():
-    assert wire.read_header(RecordDict({"config": ConfigRecord({"format": 3})})) is None
+    assert read_header(RecordDict({"config": ConfigRecord({"format": 3})})) is None
 
 
 @pytest.mark.parametrize(
@@ -511,18 +522,18 @@ def test_a_message_without_a_header_is_not_one_of_ours():
     ],
 )
 def test_a_header_that_is_wrong_gives_a_wire_error(change: dict[str, Any], message: str):
-    record = ConfigRecord({**wire.header(wire.TRAIN, 1), **change})
+    record = ConfigRecord({**make_header(TRAIN, 1), **change})
     with pytest.raises(WireError, match=message):
-        wire.read_header(RecordDict({wire.HEADER: record}))
+        read_header(RecordDict({HEADER: record}))
 
 
 @pytest.mark.parametrize("key", ["format", "phase", "round"])
 def test_a_header_that_lacks_a_key_gives_a_wire_error(key: str):
-    record = ConfigRecord({k: v for k, v in wire.header(wire.TRAIN, 1).items() if k != key})
+    record = ConfigRecord({k: v for k, v in make_header(TRAIN, 1).items() if k != key})
     with pytest.raises(WireError, match=key):
-        wire.read_header(RecordDict({wire.HEADER: record}))
+        read_header(RecordDict({HEADER: record}))
 
 
 def test_a_header_of_another_kind_gives_a_wire_error():
     with pytest.raises(WireError, match="must be a ConfigRecord"):
-        wire.read_header(RecordDict({wire.HEADER: MetricRecord({"format": 3})}))
+        read_header(RecordDict({HEADER: MetricRecord({"format": 3})}))

@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 import autoflip_flwr
-from autoflip_flwr import AutoFlip, Layout, Mask, wire
-from autoflip_flwr.mod import LAYOUT
+from autoflip_flwr import AutoFlip, Layout, Mask
+from autoflip_flwr.client.context import LAYOUT
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import apply_mask, autoflip_mod, masked_training
+from autoflip_flwr.wire.keys import MASK_RECORD
 
 START = [[1.0, 2.0], [3.0, 4.0]]
 DIAGONAL = np.eye(2, dtype=bool)
@@ -389,7 +390,7 @@ def test_an_explorer_keeps_the_layout_and_no_mask_and_drops_it_in_round_1():
     def mask(model: nn.Module, context: Context) -> None:
         masked_training(model, context)
         layout = context.state.config_records.get(LAYOUT)
-        seen.append((None if layout is None else list(layout), wire.MASK in context.state))
+        seen.append((None if layout is None else list(layout), MASK_RECORD in context.state))
 
     app = app_of(linear, lambda model: dict(model.named_parameters()), mask)
     grid = run(app, dict(linear().named_parameters()))

@@ -18,8 +18,7 @@ from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.models import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
-from autoflip_flwr.ledger import EXAMPLES_PROCESSED
-from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
+from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
 
 @lru_cache(maxsize=32)

@@ -26,7 +26,7 @@ from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.quarantine import ReplyRules
-from autoflip_flwr.translate import to_record
+from autoflip_flwr.wire.records import to_record
 
 app = ServerApp()
 

@@ -22,8 +22,8 @@ from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record import RunRecord, summary_table
 from autoflip_flwr.ledger import Ledger
-from autoflip_flwr.translate import to_arrays, to_record
 from autoflip_flwr.waiting import duration
+from autoflip_flwr.wire.records import to_arrays, to_record
 
 
 class Tracker:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from autoflip_flwr.client.context import mask_and_layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.mod import mask_and_layout
 from autoflip_flwr.torch.names import Names
 from autoflip_flwr.torch.targets import Holder, Key, Model, Parameters, target_of
 
@@ -242,7 +242,7 @@ def masked_training(
         The model whose ``state_dict`` (or whose parameters) the server sent, compiled or wrapped for data-parallel
         training or not; where a list was sent, in that order. Or parameters under the names that the server sent.
     mask : Mask | Context | None
-        The mask, or the context of the Flower client: then it is :func:`~autoflip_flwr.mod.current_mask` of it.
+        The mask, or the context of the Flower client: then it is its current mask.
         ``None`` trains dense. So do explorers, but from their context the names are checked already.
     names : Mapping[str, str | Tensor] | None
         The server's name of an array -> the model's own name of the parameter, or the parameter, where they differ.

@@ -8,8 +8,8 @@ from weakref import ref
 import torch
 from torch import nn
 
+from autoflip_flwr.client.context import sent_array
 from autoflip_flwr.core.layout import Layout
-from autoflip_flwr.mod import sent_array
 from autoflip_flwr.torch.names import Names, Tensors, check, find, modules, parameters, unwrapped
 
 Key = frozenset[int]

@@ -17,9 +17,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from records import to_json
 
-from autoflip_flwr import maskrecord, wire
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, FORMAT, HEADER, LOG8, MASK_RECORD, TRAIN
+from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, value_entries, weight_entry
+from autoflip_flwr.wire.records import fingerprint
 
 FOLDER = Path(__file__).parent
 MODEL = {
@@ -38,43 +41,43 @@ CODED = ("bfloat16", "float16", "int8")
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
 
-def message(phase: str = wire.TRAIN, kind: str = "float32") -> RecordDict:
+def message(phase: str = TRAIN, kind: str = "float32") -> RecordDict:
     """A well-formed message of the server."""
-    exploring = phase == wire.EXPLORE
+    exploring = phase == EXPLORE
     mask = EVERYTHING if exploring else MASK
-    reply = wire.LOG8 if exploring else kind
-    head = wire.header(
-        phase, 0 if exploring else 1, mask, **wire.weight_key("num-examples"), **wire.kinds(values=kind, reply=reply)
+    reply = LOG8 if exploring else kind
+    head = make_header(
+        phase, 0 if exploring else 1, mask, **weight_entry("num-examples"), **value_entries(values=kind, reply=reply)
     )
     config = ConfigRecord({"server-round": 1})
-    values = wire.pack(mask, mask.gather(MODEL), kind)
-    return RecordDict({"arrays": values, "config": config, wire.HEADER: head, wire.MASK: maskrecord.encode_mask(mask)})
+    values = pack_values(mask, mask.gather(MODEL), kind)
+    return RecordDict({"arrays": values, "config": config, HEADER: head, MASK_RECORD: mask_record.encode_mask(mask)})
 
 
-def reply(phase: str = wire.TRAIN, kind: str = "float32") -> RecordDict:
+def reply(phase: str = TRAIN, kind: str = "float32") -> RecordDict:
     """A well-formed reply to a message of the server."""
     metrics = MetricRecord({"num-examples": 10, "loss": 0.5})
-    if phase == wire.EVALUATE:
-        return RecordDict({"metrics": metrics, wire.HEADER: wire.header(phase, 1, MASK)})
-    if phase == wire.EXPLORE:
+    if phase == EVALUATE:
+        return RecordDict({"metrics": metrics, HEADER: make_header(phase, 1, MASK)})
+    if phase == EXPLORE:
         moves = {"w": np.full((4, 4), 0.5, np.float32), "b": np.full(4, -0.5, np.float32)}
         values = (
-            wire.pack_moves(EVERYTHING, moves)
-            if kind == wire.LOG8
-            else wire.pack(EVERYTHING, {**MODEL, "w": MODEL["w"].ravel()})
+            pack_deltas(EVERYTHING, moves)
+            if kind == LOG8
+            else pack_values(EVERYTHING, {**MODEL, "w": MODEL["w"].ravel()})
         )
     else:
-        values = wire.pack(MASK, PACKED, kind)
-    head = wire.header(phase, int(phase == wire.TRAIN), EVERYTHING if phase == wire.EXPLORE else MASK)
-    content = RecordDict({"arrays": values, "metrics": metrics, wire.HEADER: head})
-    return told(content, **wire.kinds(values=kind))
+        values = pack_values(MASK, PACKED, kind)
+    head = make_header(phase, int(phase == TRAIN), EVERYTHING if phase == EXPLORE else MASK)
+    content = RecordDict({"arrays": values, "metrics": metrics, HEADER: head})
+    return told(content, **value_entries(values=kind))
 
 
 def told(content: RecordDict, **changes: Any) -> RecordDict:
     """The reply with the fingerprint of what it holds, so that the decoders see it."""
     values = content.array_records
-    found = {"fingerprint": wire.fingerprint(next(iter(values.values())))} if values else {}
-    return alter(content, wire.HEADER, **found, **changes)
+    found = {"fingerprint": fingerprint(next(iter(values.values())))} if values else {}
+    return alter(content, HEADER, **found, **changes)
 
 
 def alter(content: RecordDict, key: str, **changes: Any) -> RecordDict:
@@ -117,10 +120,10 @@ def with_floats(content: RecordDict, floats: Array) -> RecordDict:
 def headers(good: RecordDict) -> dict[str, RecordDict]:
     """Headers that neither side takes."""
     changes: dict[str, dict[str, Any]] = {
-        "format-of-another-version": {"format": wire.FORMAT - 1},
-        "format-a-float": {"format": float(wire.FORMAT)},
+        "format-of-another-version": {"format": FORMAT - 1},
+        "format-a-float": {"format": float(FORMAT)},
         "format-a-bool": {"format": True},
-        "format-a-list": {"format": [wire.FORMAT]},
+        "format-a-list": {"format": [FORMAT]},
         "format-huge": {"format": 2**64 - 1},
         "format-missing": {"format": None},
         "phase-unknown": {"phase": "exec"},
@@ -140,10 +143,10 @@ def headers(good: RecordDict) -> dict[str, RecordDict]:
         "values-of-another-kind-than-they-are": {"values": "int8"},
         "values-of-the-kind-of-moves": {"values": "log8"},
     }
-    found = {f"header-{name}": alter(good, wire.HEADER, **change) for name, change in changes.items()}
-    found["header-of-metrics"] = swap(good, wire.HEADER, MetricRecord({"format": wire.FORMAT, "round": 1}))
-    found["header-of-arrays"] = swap(good, wire.HEADER, ArrayRecord({"format": Array(np.zeros(1))}))
-    found["header-empty"] = swap(good, wire.HEADER, ConfigRecord())
+    found = {f"header-{name}": alter(good, HEADER, **change) for name, change in changes.items()}
+    found["header-of-metrics"] = swap(good, HEADER, MetricRecord({"format": FORMAT, "round": 1}))
+    found["header-of-arrays"] = swap(good, HEADER, ArrayRecord({"format": Array(np.zeros(1))}))
+    found["header-empty"] = swap(good, HEADER, ConfigRecord())
     return found
 
 
@@ -226,8 +229,8 @@ def masks(good: RecordDict) -> dict[str, RecordDict]:
     """Mask records that a client does not take."""
     huge = layout_rows(["w", [2**33], "float32", 1])
     layouts = {
-        "cut-off": maskrecord.encode_mask(MASK)["layout"][:-3],  # type: ignore[index]
-        "with-garbage-behind": maskrecord.encode_mask(MASK)["layout"] + b"x",  # type: ignore[operator]
+        "cut-off": mask_record.encode_mask(MASK)["layout"][:-3],  # type: ignore[index]
+        "with-garbage-behind": mask_record.encode_mask(MASK)["layout"] + b"x",  # type: ignore[operator]
         "text": "layout",
         "a-list": [b"x"],
         "not-compressed": b'[["w",[4],"float32",1]]',
@@ -273,10 +276,10 @@ def masks(good: RecordDict) -> dict[str, RecordDict]:
         "with-prunable-2": layout_rows(["w", [4, 4], "float32", 2]),
         "with-prunable-text": layout_rows(["w", [4, 4], "float32", "no"]),
     }
-    found = {f"layout-{name}": alter(good, wire.MASK, layout=data) for name, data in layouts.items()}
+    found = {f"layout-{name}": alter(good, MASK_RECORD, layout=data) for name, data in layouts.items()}
 
     def bits(encoding: object, data: object, **more: Any) -> RecordDict:
-        return alter(good, wire.MASK, encoding=encoding, bits=data, **more)
+        return alter(good, MASK_RECORD, encoding=encoding, bits=data, **more)
 
     beyond = layout_rows(["w", [2**24, 4], "float32", 1])
     found |= {
@@ -318,27 +321,27 @@ def masks(good: RecordDict) -> dict[str, RecordDict]:
         "mask-encoding-of-10000-letters": bits("x" * 10_000, None),
         "mask-bits-text": bits("bitmap", "bits"),
         "mask-bits-a-list": bits("bitmap", [1, 2]),
-        "mask-version-a-float": alter(good, wire.MASK, version=1.0),
-        "mask-version-a-bool": alter(good, wire.MASK, version=True),
-        "mask-version-a-list": alter(good, wire.MASK, version=[1]),
-        "mask-empty": swap(good, wire.MASK, ConfigRecord()),
-        "mask-of-metrics": swap(good, wire.MASK, MetricRecord({"version": 1})),
-        "mask-of-arrays": swap(good, wire.MASK, ArrayRecord({"bits": Array(np.zeros(1))})),
+        "mask-version-a-float": alter(good, MASK_RECORD, version=1.0),
+        "mask-version-a-bool": alter(good, MASK_RECORD, version=True),
+        "mask-version-a-list": alter(good, MASK_RECORD, version=[1]),
+        "mask-empty": swap(good, MASK_RECORD, ConfigRecord()),
+        "mask-of-metrics": swap(good, MASK_RECORD, MetricRecord({"version": 1})),
+        "mask-of-arrays": swap(good, MASK_RECORD, ArrayRecord({"bits": Array(np.zeros(1))})),
     }
     return found
 
 
 def messages() -> dict[str, RecordDict]:
     """Messages that a client refuses, by name."""
-    good, explore = message(), message(wire.EXPLORE)
+    good, explore = message(), message(EXPLORE)
     found = headers(good) | values(good) | coded_values(lambda kind: message(kind=kind)) | masks(good)
     for name in ("reply-of-an-unknown-kind", "reply-a-number", "reply-of-the-kind-of-moves"):
         value = {"reply-of-an-unknown-kind": "zip", "reply-a-number": 8, "reply-of-the-kind-of-moves": "log8"}[name]
-        found[f"header-{name}"] = alter(good, wire.HEADER, reply=value)
-    found["explore-reply-of-a-coded-kind"] = alter(explore, wire.HEADER, reply="int8")
-    found["explore-with-the-mask-of-training"] = swap(explore, wire.MASK, good[wire.MASK])
+        found[f"header-{name}"] = alter(good, HEADER, reply=value)
+    found["explore-reply-of-a-coded-kind"] = alter(explore, HEADER, reply="int8")
+    found["explore-with-the-mask-of-training"] = swap(explore, MASK_RECORD, good[MASK_RECORD])
     found["explore-without-values"] = swap(explore, "arrays", None)
-    found["evaluate-without-values"] = swap(message(wire.EVALUATE), "arrays", None)
+    found["evaluate-without-values"] = swap(message(EVALUATE), "arrays", None)
     return found
 
 
@@ -365,16 +368,16 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
         "metrics-a-config": swap(good, "metrics", ConfigRecord({"num-examples": 10})),
         "values-under-another-key": RecordDict({name.replace("arrays", "a"): record for name, record in good.items()}),
         "one-config-more": swap(good, "config", ConfigRecord({"exec": "import os"})),
-        "status-mask-missing": alter(good, wire.HEADER, status="mask-missing", digest=None),
-        "status-a-list": alter(good, wire.HEADER, status=["mask-missing"], digest=None),
-        "header-missing": swap(good, wire.HEADER, None),
-        "round-of-another-round": alter(good, wire.HEADER, round=2),
-        "round-huge": alter(good, wire.HEADER, round=2**63 - 1),
-        "phase-of-another-phase": alter(good, wire.HEADER, phase="evaluate"),
-        "fingerprint-missing": alter(good, wire.HEADER, fingerprint=None),
-        "fingerprint-text": alter(good, wire.HEADER, fingerprint=str(good[wire.HEADER]["fingerprint"])),
-        "fingerprint-a-list": alter(good, wire.HEADER, fingerprint=[good[wire.HEADER]["fingerprint"]]),
-        "fingerprint-of-other-values": alter(good, wire.HEADER, fingerprint=1),
+        "status-mask-missing": alter(good, HEADER, status="mask-missing", digest=None),
+        "status-a-list": alter(good, HEADER, status=["mask-missing"], digest=None),
+        "header-missing": swap(good, HEADER, None),
+        "round-of-another-round": alter(good, HEADER, round=2),
+        "round-huge": alter(good, HEADER, round=2**63 - 1),
+        "phase-of-another-phase": alter(good, HEADER, phase="evaluate"),
+        "fingerprint-missing": alter(good, HEADER, fingerprint=None),
+        "fingerprint-text": alter(good, HEADER, fingerprint=str(good[HEADER]["fingerprint"])),
+        "fingerprint-a-list": alter(good, HEADER, fingerprint=[good[HEADER]["fingerprint"]]),
+        "fingerprint-of-other-values": alter(good, HEADER, fingerprint=1),
         "nothing": RecordDict(),
     }
     for name, value in (("nan", math.nan), ("infinity", -math.inf)):
@@ -387,8 +390,8 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
         coded[f"values-{kind}-not-coded"] = reply()
         found |= {f"train-{n}": ({"phase": "train", "values": kind}, told(content)) for n, content in coded.items()}
     found |= {f"explore-{name}": ({"phase": "explore", "values": k}, told(c)) for name, (k, c) in moves().items()}
-    for name, change in (("format-a-float", {"format": float(wire.FORMAT)}), ("digest-missing", {"digest": None})):
-        evaluated = alter(reply(wire.EVALUATE), wire.HEADER, **change)  # type: ignore[arg-type]
+    for name, change in (("format-a-float", {"format": float(FORMAT)}), ("digest-missing", {"digest": None})):
+        evaluated = alter(reply(EVALUATE), HEADER, **change)  # type: ignore[arg-type]
         found[f"evaluate-header-{name}"] = ({"phase": "evaluate", "values": "float32"}, evaluated)
     return found
 
@@ -418,12 +421,12 @@ def metrics() -> dict[str, tuple[dict[str, str], RecordDict]]:
 
 def moves() -> dict[str, tuple[str, RecordDict]]:
     """Explorers' moves that the server does not take: how they should be coded, and the reply."""
-    good = reply(wire.EXPLORE, wire.LOG8)
+    good = reply(EXPLORE, LOG8)
     data = good["arrays"]["float32"].numpy().tobytes()
     assert data[8:9] == b"\x78"
 
     def log8(changed: bytes) -> tuple[str, RecordDict]:
-        return wire.LOG8, with_floats(good, Array(np.frombuffer(changed, np.uint8)))
+        return LOG8, with_floats(good, Array(np.frombuffer(changed, np.uint8)))
 
     def inside(codes: int, *plain: float) -> tuple[str, RecordDict]:
         return log8(data[:8] + zlib.compress(bytes(codes) + struct.pack(f"<{len(plain)}f", *plain)))
@@ -441,15 +444,15 @@ def moves() -> dict[str, tuple[str, RecordDict]]:
         "moves-of-what-is-never-pruned-infinite": inside(16, 0.0, 0.0, 0.0, -math.inf),
         "moves-a-bomb": log8(data[:8] + BOMB),
         "moves-not-compressed": log8(data[:8] + bytes(32)),
-        "moves-not-coded": (wire.LOG8, with_floats(good, Array(np.zeros(20, np.float32)))),
-        "moves-without-a-dtype": (wire.LOG8, alter(good, "arrays", int64=None)),
-        "moves-of-integers": (wire.LOG8, alter(good, "arrays", int64=Array(np.ones(9, np.uint8)))),
+        "moves-not-coded": (LOG8, with_floats(good, Array(np.zeros(20, np.float32)))),
+        "moves-without-a-dtype": (LOG8, alter(good, "arrays", int64=None)),
+        "moves-of-integers": (LOG8, alter(good, "arrays", int64=Array(np.ones(9, np.uint8)))),
         "moves-coded-where-they-should-not-be": ("float32", good),
-        "values-not-told": (wire.LOG8, alter(good, wire.HEADER, values=None)),
+        "values-not-told": (LOG8, alter(good, HEADER, values=None)),
     }
     for name, number in (("nan", math.nan), ("negative", -1.0), ("infinite", math.inf), ("too-large", 2e36)):
         found[f"moves-with-a-range-{name}"] = log8(struct.pack("<f", number) + data[4:])
-    plain = reply(wire.EXPLORE)
+    plain = reply(EXPLORE)
     for name, number in (("nan", math.nan), ("infinity", math.inf)):
         floats = Array(np.full(20, number, np.float32))
         found[f"moves-of-{name}"] = ("float32", with_floats(plain, floats))

@@ -21,11 +21,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from records import from_json
 
-from autoflip_flwr import AutoFlip, autoflip_mod, maskrecord, wire
+from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.traffic import record_bytes
-from autoflip_flwr.translate import to_arrays, to_record
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, HELLO, LOG8, MASK_RECORD, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.messages import make_header
+from autoflip_flwr.wire.records import WireError, to_arrays, to_record
 from benchmarks import attacks
 
 NODES = (100, 101, 102)
@@ -94,21 +97,21 @@ def test_a_client_refuses_the_message_and_goes_on(file: Path):
     with little_memory(file.stat().st_size):
         refusal = exchange(grid, from_json(described["records"]))
     assert refusal.has_error()
-    assert refusal.error.code == wire.MOD_REFUSED
+    assert refusal.error.code == MOD_REFUSED
     assert refusal.error.reason.startswith("autoflip_mod: ")
     assert len(refusal.error.reason) < 600
     assert called == ["train"]
-    again = forge.swap(forge.message(), wire.MASK, None)  # the node still has the mask of the first message
-    assert exchange(grid, again).content[wire.HEADER].get("status") is None
+    again = forge.swap(forge.message(), MASK_RECORD, None)  # the node still has the mask of the first message
+    assert exchange(grid, again).content[HEADER].get("status") is None
     assert called == ["train", "train"]
 
 
-@pytest.mark.parametrize("phase", [wire.EXPLORE, wire.TRAIN, wire.EVALUATE])
+@pytest.mark.parametrize("phase", [EXPLORE, TRAIN, EVALUATE])
 @pytest.mark.parametrize("kind", ["float32", *forge.CODED])
 def test_the_messages_that_the_attacks_start_from_are_sound(phase: str, kind: str):
     grid = LocalGrid(client([]), num_nodes=1)
     (reply,) = grid.send_and_receive(
-        [Message(forge.message(phase, kind), 100, "evaluate" if phase == wire.EVALUATE else "train")]
+        [Message(forge.message(phase, kind), 100, "evaluate" if phase == EVALUATE else "train")]
     )
     assert not reply.has_error()
 
@@ -121,16 +124,16 @@ def serve(
 ) -> tuple[AutoFlip, dict[str, np.ndarray], int]:
     """A run of one round, in which one node answers a phase so; the strategy, the model, how many were left out."""
     phase, kind = setup["phase"], setup["values"]
-    exploring = phase == wire.EXPLORE
+    exploring = phase == EXPLORE
     strategy = AutoFlip(
         FedAvg(min_available_nodes=3),
         mask=None if exploring else forge.MASK,
-        values=kind if phase == wire.TRAIN else "float32",
+        values=kind if phase == TRAIN else "float32",
         exploration_values=kind if exploring else "log8",
     )
 
     def tamper(reply: Message) -> Message:
-        head = reply.content.get(wire.HEADER) if reply.has_content() else None
+        head = reply.content.get(HEADER) if reply.has_content() else None
         if answer is not None and reply.metadata.src_node_id == HOSTILE and head and head["phase"] == phase:
             reply.content = answer()
         return reply
@@ -182,23 +185,23 @@ def test_the_train_replies_that_the_attacks_start_from_count(kind: str):
     assert serve(setup, lambda: forge.reply(kind=kind))[2] == 0
 
 
-@pytest.mark.parametrize("kind", ["float32", wire.LOG8])
+@pytest.mark.parametrize("kind", ["float32", LOG8])
 def test_the_moves_that_the_attacks_start_from_count(kind: str):
-    strategy, _, left_out = serve({"phase": "explore", "values": kind}, lambda: forge.reply(wire.EXPLORE, kind))
+    strategy, _, left_out = serve({"phase": "explore", "values": kind}, lambda: forge.reply(EXPLORE, kind))
     assert left_out == 0
     assert strategy.exploration is not None
     assert strategy.exploration.explorers == 3
 
 
 def test_the_evaluation_that_the_attacks_start_from_counts():
-    assert serve({"phase": "evaluate", "values": "float32"}, lambda: forge.reply(wire.EVALUATE))[2] == 0
+    assert serve({"phase": "evaluate", "values": "float32"}, lambda: forge.reply(EVALUATE))[2] == 0
 
 
 @pytest.mark.parametrize("lie", [2**62, -1, True, 0.5, "3", [3]])
 def test_a_node_that_lies_about_the_number_of_nodes_keeps_nobody_waiting(lie: Any):
     def tamper(reply: Message) -> Message:
         if reply.metadata.src_node_id == HOSTILE:
-            reply.content[wire.HEADER] = wire.header(wire.HELLO, 0, **{"num-partitions": lie, "partition": lie})
+            reply.content[HEADER] = make_header(HELLO, 0, **{"num-partitions": lie, "partition": lie})
         return reply
 
     grid = OrderedGrid(LocalGrid(client([]), num_nodes=3, tamper=tamper))
@@ -236,7 +239,7 @@ def found_without_rules():
 def promise(entries: int, carried: int, encoding: str, bits: bytes) -> None:
     layout = forge.layout_rows(["w", [entries], "float32", 1])
     fields = {"layout": layout, "encoding": encoding, "version": 1} | ({"bits": bits} if bits else {})
-    maskrecord.decode_mask(forge.ConfigRecord(fields), carried=carried)
+    mask_record.decode_mask(forge.ConfigRecord(fields), carried=carried)
 
 
 NO_GAPS = forge.zlib.compress(b"")
@@ -258,13 +261,13 @@ def test_a_very_sparse_mask_of_a_large_model_may_come():
 )
 def test_one_entry_more_than_the_message_justifies_is_refused(entries: int, carried: int, encoding: str, bits: bytes):
     promise(entries - 1, carried, encoding, bits)
-    with little_memory(carried), pytest.raises(wire.WireError, match="a client takes 1048576, and"):
+    with little_memory(carried), pytest.raises(WireError, match="a client takes 1048576, and"):
         promise(entries, carried, encoding, bits)
 
 
 def test_a_mask_that_is_known_is_refused_all_the_same_where_the_message_does_not_justify_it():
     promise(2**21, 2**11, "gaps", NO_GAPS)
-    with pytest.raises(wire.WireError, match="a client takes 1048576, and"):
+    with pytest.raises(WireError, match="a client takes 1048576, and"):
         promise(2**21, 100, "gaps", NO_GAPS)
 
 
@@ -281,15 +284,15 @@ def test_a_server_does_not_send_what_no_client_takes():
 def test_a_layout_of_many_arrays_or_a_long_name_is_read(rows: int):
     long = "encoder.layers" * (10_000 // rows + 1)
     layout = forge.Layout(
-        tuple(forge.maskrecord.ArraySpec(f"{long}.{i}.weight", (8, 4), "float32", False) for i in range(rows))
+        tuple(forge.mask_record.ArraySpec(f"{long}.{i}.weight", (8, 4), "float32", False) for i in range(rows))
     )
-    record = maskrecord.encode_mask(forge.Mask(layout, b""))
-    assert maskrecord.decode_mask(record, carried=0).layout == layout
+    record = mask_record.encode_mask(forge.Mask(layout, b""))
+    assert mask_record.decode_mask(record, carried=0).layout == layout
 
 
 # Nothing is unpickled or evaluated
 
-PACKAGE = Path(maskrecord.__file__).parent
+PACKAGE = Path(mask_record.__file__).parent
 EVALUATING = {"eval", "exec", "compile", "__import__"}
 PICKLING = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 

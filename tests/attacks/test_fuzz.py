@@ -23,12 +23,15 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr import AutoFlip, autoflip_mod, bits, firewall, maskrecord, wire
+from autoflip_flwr import AutoFlip, autoflip_mod, firewall
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.moves import decode_moves
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import to_arrays, to_record
-from autoflip_flwr.values import Coded, coded_size
+from autoflip_flwr.wire import mask_bits, mask_record
+from autoflip_flwr.wire.deltas import decode_deltas
+from autoflip_flwr.wire.keys import EXPLORE, FORMAT, HEADER, LOG8, MASK_RECORD, MOD_REFUSED
+from autoflip_flwr.wire.messages import pack_values, read_header, unpack_values
+from autoflip_flwr.wire.records import WireError, to_arrays, to_record
+from autoflip_flwr.wire.values import Coded, coded_size
 
 pytestmark = pytest.mark.runs
 
@@ -102,7 +105,7 @@ def wrong(good: RecordDict, draw: random.Random) -> RecordDict:
             case "swap":
                 others: list[Any] = [
                     ConfigRecord(),
-                    MetricRecord({"format": wire.FORMAT}),
+                    MetricRecord({"format": FORMAT}),
                     ArrayRecord(),
                     *good.values(),
                 ]
@@ -137,7 +140,7 @@ def wrong_field(record: Any, draw: random.Random) -> Any:
 
 WELL_FORMED = [forge.message(phase, kind) for phase in ("train", "explore", "evaluate") for kind in ("float32", "int8")]
 WELL_FORMED.append(
-    forge.alter(forge.message(), wire.MASK, encoding="gaps", bits=zlib.compress(b"\0\1\0\1\0\1\0\1\0\1\0"))
+    forge.alter(forge.message(), MASK_RECORD, encoding="gaps", bits=zlib.compress(b"\0\1\0\1\0\1\0\1\0\1\0"))
 )
 
 
@@ -161,14 +164,14 @@ def test_a_client_answers_or_refuses(little_memory: None, draw: random.Random):
     context = Context(1, 100, {"partition-id": 0}, RecordDict(), {})
     if first:
         autoflip_mod(Message(forge.message(), 100, "train"), context, client)
-    if wire.HEADER not in content or len(content.array_records) != 1:
-        content = RecordDict({**content, wire.HEADER: forge.message()[wire.HEADER]})
+    if HEADER not in content or len(content.array_records) != 1:
+        content = RecordDict({**content, HEADER: forge.message()[HEADER]})
     reply = autoflip_mod(Message(content, 100, "train"), context, client)
     if reply.has_error():
-        assert reply.error.code == wire.MOD_REFUSED
+        assert reply.error.code == MOD_REFUSED
         assert reply.error.reason.startswith("autoflip_mod: ")
     else:
-        assert wire.read_header(reply.content) is not None
+        assert read_header(reply.content) is not None
 
 
 # The server
@@ -197,7 +200,7 @@ def server(request: pytest.FixtureRequest) -> Server:
 def test_a_server_counts_a_reply_or_leaves_it_out(little_memory: None, server: Server, draw: random.Random):
     strategy, message, good = server
     content = wrong(good[0], draw)
-    if isinstance(content.get(wire.HEADER), ConfigRecord) and draw.random() < 0.8:
+    if isinstance(content.get(HEADER), ConfigRecord) and draw.random() < 0.8:
         content = forge.told(content)
     replies = [Message(RecordDict(dict(records)), reply_to=message) for records in (*good, content)]
     arrays, metrics = strategy.aggregate_train(1, replies)
@@ -210,15 +213,15 @@ def test_a_server_counts_a_reply_or_leaves_it_out(little_memory: None, server: S
 
 @quick(MOVES)
 @given(draw=generators)
-@pytest.mark.parametrize("kind", ["float32", wire.LOG8])
+@pytest.mark.parametrize("kind", ["float32", LOG8])
 def test_a_server_takes_an_explorers_moves_or_leaves_them_out(little_memory: None, kind: str, draw: random.Random):
-    content = wrong(forge.reply(wire.EXPLORE, kind), draw)
-    if isinstance(content.get(wire.HEADER), ConfigRecord):
+    content = wrong(forge.reply(EXPLORE, kind), draw)
+    if isinstance(content.get(HEADER), ConfigRecord):
         content = forge.told(content)
     answer = Message(content, reply_to=Message(RecordDict(), 100, "train"))
     try:
         weight, moves = firewall.judge_moves(answer, mask=forge.EVERYTHING, weight_key="num-examples", kind=kind)
-    except wire.WireError:
+    except WireError:
         return
     assert 0 < weight <= firewall.MAX_WEIGHT
     floats = [moves[spec.name] for spec in forge.LAYOUT.specs if spec.floating]
@@ -230,14 +233,14 @@ def test_a_server_takes_an_explorers_moves_or_leaves_them_out(little_memory: Non
 
 def mask_or_error(record: ConfigRecord, carried: int = 200) -> None:
     try:
-        mask = maskrecord.decode_mask(record, carried=carried)
-    except wire.WireError:
+        mask = mask_record.decode_mask(record, carried=carried)
+    except WireError:
         return
     assert mask.kept <= mask.layout.prunable_size <= 2**20 + 2**11 * carried
     assert len(mask.digest) == 64
 
 
-LAYOUT = forge.message()[wire.MASK]["layout"]
+LAYOUT = forge.message()[MASK_RECORD]["layout"]
 GOOD_BITS = {
     "bitmap": zlib.compress(forge.MASK.bits),
     "gaps": zlib.compress(b"\0\1\0\1\0\1\0\1\0\1\0"),
@@ -293,15 +296,15 @@ def test_any_bytes_are_values_or_an_error(little_memory: None, data: bytes, kind
     padded = np.frombuffer((data * (size // max(len(data), 1) + 1))[:size].ljust(size, b"\0"), np.uint8)
     only_value_errors(lambda: Coded(padded, kind, kept, kept + more).read(0, kept + more))
     for name in forge.MASK.layout.by_dtype:
-        record = ArrayRecord({**wire.pack(forge.MASK, forge.PACKED), name: Array("", (), "", data)})
-        only_value_errors(lambda record=record: wire.unpack(forge.MASK, record))
+        record = ArrayRecord({**pack_values(forge.MASK, forge.PACKED), name: Array("", (), "", data)})
+        only_value_errors(lambda record=record: unpack_values(forge.MASK, record))
 
 
 @quick(BYTES)
 @given(data=st.binary(max_size=60), packed=st.booleans(), head=st.sampled_from([b"", bytes(16)]))
 def test_any_bytes_are_moves_or_a_mask_or_an_error(little_memory: None, data: bytes, packed: bool, head: bytes):
     data = head + (zlib.compress(data) if packed else data)
-    only_value_errors(lambda: decode_moves([spec for spec in forge.LAYOUT.specs if spec.floating], data))
-    only_value_errors(lambda: Mask(forge.LAYOUT, bits.decode_difference(forge.MASK, data)))
-    for encoding in (*bits.ENCODINGS, "pickle"):
-        only_value_errors(lambda encoding=encoding: Mask(forge.LAYOUT, bits.decode(forge.LAYOUT, encoding, data)))
+    only_value_errors(lambda: decode_deltas([spec for spec in forge.LAYOUT.specs if spec.floating], data))
+    only_value_errors(lambda: Mask(forge.LAYOUT, mask_bits.decode_difference(forge.MASK, data)))
+    for encoding in (*mask_bits.ENCODINGS, "pickle"):
+        only_value_errors(lambda encoding=encoding: Mask(forge.LAYOUT, mask_bits.decode(forge.LAYOUT, encoding, data)))

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.bits import inflate
 from autoflip_flwr.core.layout import Arrays, ArraySpec
+from autoflip_flwr.wire.mask_bits import inflate
 
 LEVELS = 127
 LARGEST = 1e36
@@ -31,7 +31,7 @@ LARGEST = 1e36
 _BLURRED = 0.05
 
 
-def encode_moves(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
+def encode_deltas(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
     """Code the moves of these arrays, in their order.
 
     Parameters
@@ -87,7 +87,7 @@ def _encode(name: str, values: NDArray[Any]) -> tuple[float, float, NDArray[np.i
     return float(top), float(step), codes
 
 
-def decode_moves(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
+def decode_deltas(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
     """The moves that :func:`encode_moves` has coded, in the arrays' shapes.
 
     Those of prunable arrays are float32, the others in the arrays' own dtypes.

@@ -16,7 +16,8 @@ from flwr.app import (
 )
 from flwr.clientapp.typing import ClientAppCallable
 
-from autoflip_flwr.wire import HEADER, WireError
+from autoflip_flwr.wire.keys import HEADER
+from autoflip_flwr.wire.records import WireError
 
 _CLIENT_APP_RAISED = 2
 _OK = 0

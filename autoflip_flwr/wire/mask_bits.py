@@ -13,8 +13,8 @@ The encodings of a mask, before zlib:
 A ``difference`` of two masks is the entries in which they differ, as gaps.
 
 The data is one zlib stream; how it was compressed is the encoder's choice. The decoders take bytes from strangers: they
-trust the layout's size only (:mod:`autoflip_flwr.maskrecord` bounds it by what the message carries), allocate a few
-bytes for each prunable entry at most, and raise nothing but ``ValueError``.
+trust the layout's size only (:mod:`~autoflip_flwr.wire.mask_record` bounds it by what the message carries), allocate
+few bytes for each prunable entry, and raise nothing but ``ValueError``.
 """
 
 from __future__ import annotations

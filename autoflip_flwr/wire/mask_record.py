@@ -10,10 +10,11 @@ from typing import cast
 
 from flwr.app import ConfigRecord
 
-from autoflip_flwr import bits
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.wire import MASK, WireError
+from autoflip_flwr.wire import mask_bits
+from autoflip_flwr.wire.keys import MASK_RECORD
+from autoflip_flwr.wire.records import WireError
 
 DIFFERENCE = "difference"
 
@@ -32,9 +33,9 @@ _DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") fo
 def encode_mask(mask: Mask, base: Mask | None = None) -> ConfigRecord:
     """The record of a mask: the model's layout and the bits; or its difference from ``base``, of the same layout."""
     if base is not None:
-        difference = bits.encode_difference(mask, base)
+        difference = mask_bits.encode_difference(mask, base)
         return ConfigRecord({"encoding": DIFFERENCE, "base": base.digest, "bits": difference, "version": mask.version})
-    encoding, data = bits.encode(mask)
+    encoding, data = mask_bits.encode(mask)
     record = ConfigRecord({"layout": _encode_layout(mask.layout), "encoding": encoding, "version": mask.version})
     if data:  # Flower's message_size_mod fails on empty values
         record["bits"] = data
@@ -65,7 +66,7 @@ def decode_mask(record: object, base: Mask | None = None, *, carried: int | None
         If the record is not what the format says.
     """
     if not isinstance(record, ConfigRecord):
-        raise WireError(f"record {MASK!r} must be a ConfigRecord")
+        raise WireError(f"record {MASK_RECORD!r} must be a ConfigRecord")
     layout, encoding, version = (record.get(key) for key in ("layout", "encoding", "version"))
     data = record.get("bits", b"")
     if encoding == DIFFERENCE:
@@ -78,7 +79,7 @@ def decode_mask(record: object, base: Mask | None = None, *, carried: int | None
         raise WireError("the mask record must hold layout and bits (bytes), encoding (str) and version (int)")
     try:
         if base is not None and encoding == DIFFERENCE:
-            return Mask(base.layout, bits.decode_difference(base, data), version)
+            return Mask(base.layout, mask_bits.decode_difference(base, data), version)
         if carried is not None:
             check_entries(_decode_layout(layout).prunable_size, carried, full=encoding == "full")
         return _decode_mask(layout, encoding, data, version)
@@ -99,7 +100,7 @@ def check_entries(entries: int, carried: int, *, full: bool) -> None:
 @lru_cache(maxsize=4)
 def _decode_mask(layout_bytes: bytes, encoding: str, data: bytes, version: int) -> Mask:
     layout = _decode_layout(layout_bytes)
-    return Mask(layout, bits.decode(layout, encoding, data), version)
+    return Mask(layout, mask_bits.decode(layout, encoding, data), version)
 
 
 def encode_layout(layout: Layout) -> ConfigRecord:
@@ -121,7 +122,7 @@ def _encode_layout(layout: Layout) -> bytes:
 def _decode_layout(data: bytes) -> Layout:
     limit = min(MAX_LAYOUT_BYTES, FREE_LAYOUT_BYTES + LAYOUT_BYTES_A_BYTE * len(data))
     try:
-        rows = json.loads(bits.inflate(data, limit, "the layout", exact=False).decode())
+        rows = json.loads(mask_bits.inflate(data, limit, "the layout", exact=False).decode())
         layout = Layout(tuple(_spec(*row) for row in rows))
     except (ValueError, TypeError, RecursionError) as error:
         raise WireError(f"the layout cannot be read: {error}") from error

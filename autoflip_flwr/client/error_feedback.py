@@ -9,9 +9,10 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from numpy.typing import NDArray
 
-from autoflip_flwr import wire
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.values import Coded, coded_size, encode, is_coded
+from autoflip_flwr.wire.messages import flatten, kept_and_size, pack_values
+from autoflip_flwr.wire.records import WireError, make_array
+from autoflip_flwr.wire.values import Coded, coded_size, encode, is_coded
 
 RESIDUAL = "autoflip.residual"
 
@@ -33,7 +34,7 @@ def pack_reply(
     mask : Mask
         The mask under which the reply is packed.
     kind : str
-        How its values are coded, one of :data:`~autoflip_flwr.values.KINDS`.
+        How its values are coded, one of :data:`~autoflip_flwr.wire.values.KINDS`.
     packed : Mapping[str, ndarray]
         The packed arrays that the client returns.
     start : Mapping[str, ndarray]
@@ -45,17 +46,17 @@ def pack_reply(
         If an update that is to be coded is not finite.
     """
     if kind == "float32":
-        return wire.pack(mask, packed)
-    vectors = wire.flatten(mask, packed)
+        return pack_values(mask, packed)
+    vectors = flatten(mask, packed)
     lost = ConfigRecord({"digest": mask.digest})
     before = context.state.get(RESIDUAL, ConfigRecord())
     for dtype, specs in mask.layout.by_dtype.items():
         if not is_coded(kind, dtype):
             continue
-        kept, size = wire.kept_and_size(mask, specs)
+        kept, size = kept_and_size(mask, specs)
         update = np.subtract(vectors[dtype], start[dtype], dtype=np.promote_types(dtype, np.float32))
         if not np.isfinite(update).all():
-            raise wire.WireError(f"the client returned {dtype} values with NaN or infinity")
+            raise WireError(f"the client returned {dtype} values with NaN or infinity")
         if kind == "int8":
             update += _remainder(before, mask, dtype, kept, size)
         vectors[dtype] = coded = encode(kind, update, kept)
@@ -64,7 +65,7 @@ def pack_reply(
             lost[dtype] = encode(kind, update, kept).tobytes()
     if kind == "int8":
         context.state[RESIDUAL] = lost
-    return ArrayRecord({dtype: wire.array([vector]) for dtype, vector in vectors.items()})
+    return ArrayRecord({dtype: make_array([vector]) for dtype, vector in vectors.items()})
 
 
 def _remainder(before: Any, mask: Mask, dtype: str, kept: int, size: int) -> NDArray[np.float32] | float:

@@ -1,0 +1,188 @@
+"""The client side: a Flower mod that unpacks what arrives and packs what leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+
+from autoflip_flwr.client import numpy_client
+from autoflip_flwr.client.context import LAYOUT
+from autoflip_flwr.client.error_feedback import pack_reply
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import (
+    EVALUATE,
+    EXPLORE,
+    HEADER,
+    HELLO,
+    LOG8,
+    MASK_MISSING,
+    MASK_RECORD,
+    MOD_REFUSED,
+    TRAIN,
+)
+from autoflip_flwr.wire.messages import (
+    make_header,
+    pack_deltas,
+    pack_values,
+    read_header,
+    read_vectors,
+    split_vectors,
+    value_entries,
+)
+from autoflip_flwr.wire.records import WireError, array_bytes, fingerprint, make_array
+from autoflip_flwr.wire.values import KINDS
+
+EXPLORED = "explored."
+"""Records of ``context.state`` whose names begin so outlive the exploration; a client's others are as before it."""
+
+
+def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower client mod of AutoFLIP; the first (outermost) of the client's mods.
+
+    The client's own code, and the mods behind this one, see exactly the records that they would see without AutoFLIP:
+    full arrays under their names. What they return is packed before it leaves. It works in front of Message-API
+    functions (``@app.train``) and of a ``client_fn`` with a ``NumPyClient`` alike, and lets the messages of other
+    Message-API strategies pass, so that the same client serves a plain FedAvg too.
+
+    The mask is kept in ``context.state``; a client that wants it during training calls :func:`current_mask`. A node
+    that has lost it says so and is sent it again in the same round.
+
+    Examples
+    --------
+    >>> from flwr.clientapp import ClientApp
+    >>> app = ClientApp(mods=[autoflip_mod])
+    """
+    try:
+        head = read_header(message.content)
+        if head is None:
+            state, own = context.state.get(HEADER), message.metadata.message_id
+            if own and state is not None and state.get("message") == own:
+                raise WireError("it is twice in ClientApp(mods=[...]): once is enough, as the first")
+            if state is not None:  # another strategy's message: no mask is in force, but the node still has it
+                context.state[HEADER] = ConfigRecord({**state, "phase": HELLO})  # type: ignore[dict-item]
+            plain = len(message.content.array_records) == 1
+            return numpy_client.call(message, context, call_next) if plain else call_next(message, context)
+        if head["phase"] == HELLO:
+            return _reply(message, context, head, RecordDict())
+        mask = _mask_of_message(message, context, head)
+        if mask is None:
+            return _reply(message, context, head, RecordDict(), status=MASK_MISSING)
+        return _run(message, context, call_next, head, mask)
+    except WireError as error:
+        return Message(Error(MOD_REFUSED, f"autoflip_mod: {error}"), reply_to=message)
+
+
+def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> Mask | None:
+    """The mask under which the message is packed: its own, or the node's if that is the one meant."""
+    record = message.content.get(MASK_RECORD)
+    exploring = head["phase"] == EXPLORE
+    state = {"phase": EXPLORE if exploring else TRAIN, "message": message.metadata.message_id}
+    context.state[HEADER] = ConfigRecord({**context.state.get(HEADER, {}), **state})  # type: ignore[dict-item]
+    base = mask_record.base_of(record)
+    known = context.state.get(MASK_RECORD) if record is None or base else None
+    mine = None if known is None else mask_record.decode_mask(known)
+    if record is None or (base and (mine is None or mine.digest != base)):
+        return mine if mine is not None and mine.digest == head.get("digest") else None
+    mask = mask_record.decode_mask(record, mine, carried=array_bytes(message.content))
+    if mask.digest != head.get("digest"):
+        raise WireError("the mask that came along is not the one that the message is packed with")
+    if exploring:
+        context.state[LAYOUT] = mask_record.encode_layout(mask.layout)
+    else:
+        context.state[MASK_RECORD] = mask_record.encode_mask(mask) if base else record
+        context.state.pop(LAYOUT, None)
+    return mask
+
+
+def _run(message: Message, context: Context, call_next: ClientAppCallable, head: ConfigRecord, mask: Mask) -> Message:
+    """Unpack, let the client's own code run, pack."""
+    inner = RecordDict({k: v for k, v in message.content.items() if k not in (HEADER, MASK_RECORD)})
+    keys = list(inner.array_records)
+    if len(keys) != 1:
+        raise WireError(f"{len(keys)} ArrayRecords in the message, expected 1")
+    kind, wanted = (str(head.get(key, "float32")) for key in ("values", "reply"))
+    if kind not in KINDS or wanted not in (("float32", LOG8) if head["phase"] == EXPLORE else KINDS):
+        raise WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
+    start = {dtype: vector.whole() for dtype, vector in read_vectors(mask, inner[keys[0]], kind).items()}
+    given = mask.scatter(split_vectors(mask, start))
+    inner[keys[0]] = ArrayRecord(
+        {name: make_array([np.ascontiguousarray(array)], array.shape) for name, array in given.items()}
+    )
+    if head["phase"] != EXPLORE:
+        given = {}  # only moves need it: no second model in memory while the client trains
+    message.content = inner
+    with _state_set_aside(context) if head["phase"] == EXPLORE else nullcontext():
+        reply = numpy_client.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
+    if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
+        return Message(reply.error, reply_to=message)
+    content = RecordDict(dict(reply.content))
+    if head["phase"] == EVALUATE:
+        return _reply(message, context, head, content, digest=mask.digest)
+    key, arrays = _result(content, mask, exploring=head["phase"] == EXPLORE)
+    if head["phase"] == EXPLORE:
+        moves = {
+            spec.name: np.subtract(arrays[spec.name], given[spec.name]) for spec in mask.layout.specs if spec.floating
+        }
+        values = pack_deltas(mask, moves) if wanted == LOG8 else pack_values(mask, mask.gather({**arrays, **moves}))
+    else:
+        values = pack_reply(context, mask, wanted, mask.gather(arrays), start)
+    content[key] = values
+    told = {"digest": mask.digest, "fingerprint": fingerprint(values), **value_entries(values=wanted)}
+    return _reply(message, context, head, content, **told)
+
+
+@contextmanager
+def _state_set_aside(context: Context) -> Iterator[None]:
+    """Give ``context.state`` back as it was: round 1 does not begin with what a client kept of the full model."""
+
+    def stays(key: str) -> bool:
+        return key == HEADER or key.startswith((f"{HEADER}.", EXPLORED))
+
+    before = {key: copy.deepcopy(record) for key, record in context.state.items() if not stays(key)}
+    try:
+        yield
+    finally:
+        for key in [key for key in context.state if not stays(key)]:
+            del context.state[key]
+        context.state.update(before)
+
+
+def _result(content: RecordDict, mask: Mask, *, exploring: bool) -> tuple[str, Arrays]:
+    """The full arrays that the client's own code returned, in the model's dtypes.
+
+    An explorer's must be weights: integers in the place of floats are codes of something, and no weights.
+    """
+    records = content.array_records
+    if len(records) != 1:
+        raise WireError(f"the client returned {len(records)} ArrayRecords, expected 1")
+    key, record = next(iter(records.items()))
+    arrays = {name: array.numpy() for name, array in record.items()}
+    try:
+        mask.layout.check(arrays)
+    except ValueError as error:
+        raise WireError(f"what the client returned does not fit: {error}") from error
+    for spec in mask.layout.specs if exploring else ():
+        if spec.floating and arrays[spec.name].dtype.kind != "f":
+            raise WireError(
+                f"array {spec.name!r} came back with dtype {arrays[spec.name].dtype}, expected {spec.dtype}: explorers "
+                "return weights; if clients return codes that the strategy decodes, bring a mask (mask=)"
+            )
+    return key, {name: array.astype(mask.layout[name].dtype, copy=False) for name, array in arrays.items()}
+
+
+def _reply(message: Message, context: Context, head: ConfigRecord, content: RecordDict, **extra: Any) -> Message:
+    if head["phase"] == HELLO:
+        for name, key in (("partition", "partition-id"), ("num-partitions", "num-partitions")):
+            value = context.node_config.get(key)
+            if type(value) is int:
+                extra[name] = value
+    content[HEADER] = make_header(str(head["phase"]), int(head["round"]), **extra)  # type: ignore[arg-type]
+    return Message(content, reply_to=message)

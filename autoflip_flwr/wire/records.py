@@ -1,0 +1,82 @@
+"""Flower's records of arrays, written and read without a copy where that can be."""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
+
+from autoflip_flwr.core.layout import Arrays
+
+SAMPLE_BYTES = 4096
+
+_NPY = re.compile(rb"\{'descr': '([<>|=]?[a-z][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]{1,19}),\), \} *\n")
+
+
+class WireError(ValueError):
+    """A message does not keep to the wire format; the text is cut at 500 characters, since it may quote the message."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text[:500])
+
+
+def make_array(parts: Sequence[NDArray[Any]], shape: tuple[int, ...] | None = None) -> Array:
+    """Flower's array of contiguous parts one after another, flat by default: as its own constructor, in one copy."""
+    dtype = parts[0].dtype
+    shape = (sum(part.size for part in parts),) if shape is None else shape
+    start = io.BytesIO()
+    np.lib.format.write_array_header_1_0(start, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    data = b"".join([start.getvalue(), *(part.data for part in parts)])
+    return Array(dtype=str(dtype), shape=shape, stype="numpy.ndarray", data=data)
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays of a message."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def fingerprint(record: ArrayRecord) -> int:
+    """CRC-32 of a sample of the packed bytes: it tells whether another mod changed them on their way, at no cost.
+
+    Flower's differential-privacy mods change every value. It is no protection against a client that lies.
+    """
+    found = 0
+    for array in record.values():
+        data = np.frombuffer(array.data, np.uint8)
+        found = zlib.crc32(data[:: data.size // SAMPLE_BYTES | 1].tobytes(), found)  # odd: all bytes of a float
+    return found
+
+
+def view_of(array: Array, dtype: str, size: int | None = None) -> NDArray[Any]:
+    """The values of a 1-D ``numpy.save`` image, after its header has been compared with what is expected."""
+    data = array.data
+    start = 10 + int.from_bytes(data[8:10], "little")
+    match = _NPY.fullmatch(data[10:start]) if data[:8] == b"\x93NUMPY\x01\x00" else None
+    if match is None:
+        raise WireError(f"the {dtype} values are not a one-dimensional NumPy array")
+    expected, found = np.dtype(dtype), int(match[2])
+    size = found if size is None else size
+    if match[1].decode() != expected.str or found != size or len(data) - start != size * expected.itemsize:
+        raise WireError(
+            f"the {dtype} values are {found} of type {match[1].decode()} in {len(data) - start} bytes, "
+            f"expected {size} of type {expected.str}"
+        )
+    if dtype == "bool" and (np.frombuffer(data, np.uint8, offset=start) > 1).any():
+        raise WireError("the bool values are not all 0 or 1")
+    return np.frombuffer(data, expected, offset=start)
+
+
+def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
+    """Arrays by name -> Flower's record of them."""
+    return ArrayRecord({name: make_array([np.ascontiguousarray(array)], array.shape) for name, array in arrays.items()})
+
+
+def to_arrays(record: ArrayRecord) -> Arrays:
+    """Flower's record of arrays -> arrays by name (copies)."""
+    return {name: array.numpy() for name, array in record.items()}
