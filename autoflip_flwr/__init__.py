@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from autoflip_flwr.core.layout import Layout
     from autoflip_flwr.core.mask import Mask
     from autoflip_flwr.core.statistics import Exploration
-    from autoflip_flwr.ledger import Ledger
+    from autoflip_flwr.costs.ledger import Ledger
     from autoflip_flwr.strategy import AutoFlip
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
     _MODULES = {
         "AutoFlip": "strategy",
         "Exploration": "core.statistics",
         "Layout": "core.layout",
-        "Ledger": "ledger",
+        "Ledger": "costs.ledger",
         "Mask": "core.mask",
         "apply_mask": "client.context",
         "autoflip_mod": "client.mod",

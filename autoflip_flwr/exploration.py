@@ -22,8 +22,8 @@ from autoflip_flwr.core import evidence
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, combine
+from autoflip_flwr.costs.ledger import Ledger, examples_processed
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.ledger import Ledger, examples_processed
 from autoflip_flwr.norms import Update, joint_norm
 from autoflip_flwr.quarantine import Quarantine
 from autoflip_flwr.wire import mask_record

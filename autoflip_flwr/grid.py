@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from autoflip_flwr.ledger import Ledger, phase_of
+from autoflip_flwr.costs.ledger import Ledger, phase_of
 from autoflip_flwr.roll_call import RollCall, pause
 from autoflip_flwr.waiting import Waiting
 
@@ -44,7 +44,7 @@ class OrderedGrid(Grid):
         self.repeat: Callable[[Message, Message], Message | None] | None = None
         """Given a message and its reply, the message to send instead in the same exchange, or ``None``."""
         self.observe: Callable[[str, list[Message]], None] | None = None
-        """Called after each exchange with its phase (see :mod:`autoflip_flwr.ledger`) and its replies."""
+        """Called after each exchange with its phase (see :mod:`autoflip_flwr.costs.ledger`) and its replies."""
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
         self.calls = RollCall(

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.privacy import Budget
 from autoflip_flwr.quarantine import Quarantine
 from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state

@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.common.logger import log
 
 from autoflip_flwr import firewall, norms
-from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.wire.keys import TRAIN
 
 

@@ -17,8 +17,8 @@ from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.exploration import ExplorationPlan
-from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.privacy import budget_of
 from autoflip_flwr.quarantine import ReplyRules

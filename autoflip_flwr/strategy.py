@@ -13,13 +13,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from autoflip_flwr import coordinates as coords
-from autoflip_flwr import loop, privacy, savings, subspace
+from autoflip_flwr import loop, privacy, subspace
 from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, start_arrays
+from autoflip_flwr.costs import savings
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.plan import MaskPlan, warn_of_problems
 from autoflip_flwr.progress import Parts, Progress
 from autoflip_flwr.quarantine import Quarantine, ReplyRules

@@ -16,8 +16,8 @@ from autoflip_flwr import firewall
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.costs.ledger import examples_processed
 from autoflip_flwr.firewall import Judged
-from autoflip_flwr.ledger import examples_processed
 from autoflip_flwr.metrics import Likeness
 from autoflip_flwr.norms import Update, joint_norm
 from autoflip_flwr.quarantine import Quarantine

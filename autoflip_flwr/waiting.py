@@ -8,7 +8,7 @@ from logging import INFO
 from flwr.app import Message
 from flwr.common.logger import log
 
-from autoflip_flwr.ledger import phase_of, round_of
+from autoflip_flwr.costs.ledger import phase_of, round_of
 
 INTERVAL = 10.0
 """Seconds between two lines of progress; a shorter exchange has none."""

@@ -24,7 +24,7 @@ from torchvision.models import resnet18
 
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.traffic import record_bytes
+from autoflip_flwr.costs.message_size import record_bytes
 from autoflip_flwr.wire import mask_bits, mask_record
 from autoflip_flwr.wire.keys import MASK_RECORD
 

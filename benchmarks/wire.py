@@ -23,9 +23,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.ledger import phase_of
+from autoflip_flwr.costs.ledger import phase_of
+from autoflip_flwr.costs.message_size import message_bytes, record_bytes
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.traffic import message_bytes, record_bytes
 from autoflip_flwr.wire.keys import MASK_RECORD
 from autoflip_flwr.wire.records import to_arrays, to_record
 from autoflip_flwr.wire.values import KINDS

@@ -25,11 +25,12 @@ from flwr.proto.node_pb2 import Node
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
-from autoflip_flwr import AutoFlip, Ledger, traffic
+from autoflip_flwr import AutoFlip, Ledger
+from autoflip_flwr.costs import message_size
+from autoflip_flwr.costs.ledger import phase_of
+from autoflip_flwr.costs.message_size import Traffic, message_bytes, message_traffic, record_bytes, reply_traffic
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.ledger import phase_of
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.traffic import Traffic, message_bytes, message_traffic, record_bytes, reply_traffic
 from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
 from autoflip_flwr.wire.messages import make_header
 
@@ -130,7 +131,7 @@ def test_an_error_reply_is_sized_to_the_byte(reason):
 
 
 def test_arrays_are_cut_as_flower_cuts_them():
-    assert traffic._CHUNK == FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+    assert message_size._CHUNK == FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 
 def test_sizing_neither_copies_nor_hashes_arrays():

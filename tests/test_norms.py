@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod
-from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.norms import Update, joint_norm, judge_norms
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.testing import LocalGrid

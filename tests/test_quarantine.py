@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, FedYogi, QFedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
-from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import PHASE_KEY

@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoflip_flwr.reason import last_words
+from autoflip_flwr.costs.reason import last_words
 
 RAY = """<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)
                   ^^^^^^^^^^^^^^^^^^^

@@ -9,10 +9,10 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, Ledger
+from autoflip_flwr.costs.message_size import dense_traffic
+from autoflip_flwr.costs.savings import lines, saving
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.savings import lines, saving
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.traffic import dense_traffic
 
 SENT = {
     "exploration_up": 400_000,

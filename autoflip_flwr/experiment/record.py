@@ -115,7 +115,7 @@ class RunRecord:
             os.fsync(file.fileno())
 
     def write_incidents(self, incidents: Sequence[Mapping[str, object]]) -> None:
-        """Write ``incidents.json``: what went wrong so far (:class:`~autoflip_flwr.ledger.Ledger`)."""
+        """Write ``incidents.json``: what went wrong so far (:class:`~autoflip_flwr.costs.ledger.Ledger`)."""
         write_atomic(self.path / "incidents.json", _json_lines(incidents))
 
     def finish(

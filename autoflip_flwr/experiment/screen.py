@@ -7,7 +7,7 @@ import re
 import shutil
 from typing import TextIO
 
-from autoflip_flwr.reason import COLOURS, last_words
+from autoflip_flwr.costs.reason import COLOURS, last_words
 
 _WRAPPER = re.compile(r"^(?:\w+ failed with exception: )+")
 _GENERAL = re.compile(r"An error was encountered. Ending simulation|Simulation Runtime crashed|^finished:failed$|^$")

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoflip_flwr.costs.reason import COLOURS
 from autoflip_flwr.experiment.screen import Screen
-from autoflip_flwr.reason import COLOURS
 
 TOOLS = Path(sys.executable).parent
 CONNECTION = "autoflip"

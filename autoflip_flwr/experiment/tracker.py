@@ -17,11 +17,11 @@ from torch import nn
 
 from autoflip_flwr.core.health import problems
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record import RunRecord, summary_table
-from autoflip_flwr.ledger import Ledger
 from autoflip_flwr.waiting import duration
 from autoflip_flwr.wire.records import to_arrays, to_record
 

@@ -20,9 +20,9 @@ def lines(sent: Mapping[str, int], dense: Mapping[str, int], *, pruned: bool) ->
     Parameters
     ----------
     sent : Mapping[str, int]
-        :meth:`Ledger.bytes_by_phase() <autoflip_flwr.ledger.Ledger.bytes_by_phase>`.
+        :meth:`Ledger.bytes_by_phase() <autoflip_flwr.costs.ledger.Ledger.bytes_by_phase>`.
     dense : Mapping[str, int]
-        The same of plain FedAvg, :meth:`~autoflip_flwr.ledger.Ledger.dense_bytes_by_phase`.
+        The same of plain FedAvg, :meth:`~autoflip_flwr.costs.ledger.Ledger.dense_bytes_by_phase`.
     pruned : bool
         Whether anything is.
     """

@@ -9,8 +9,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from autoflip_flwr.reason import last_words
-from autoflip_flwr.traffic import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
+from autoflip_flwr.costs.message_size import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
+from autoflip_flwr.costs.reason import last_words
 from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
 
 PHASES = ("exploration", "train", "evaluate", "other")
