@@ -41,7 +41,7 @@ from autoflip_flwr.wire.messages import make_header, pack_values, value_entries,
 from autoflip_flwr.wire.records import WireError
 
 if TYPE_CHECKING:
-    from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")

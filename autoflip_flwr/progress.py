@@ -21,12 +21,13 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.privacy import Budget
 from autoflip_flwr.quarantine import Quarantine
-from autoflip_flwr.state import decode, encode, load_strategy_state, strategy_state
+from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.translate import Translator
 from autoflip_flwr.wire.records import to_arrays, to_record
+from autoflip_flwr.wrapped.snapshot import load_strategy_state, strategy_state
 
 if TYPE_CHECKING:
-    from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 

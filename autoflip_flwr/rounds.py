@@ -18,11 +18,11 @@ from autoflip_flwr.privacy import Budget
 from autoflip_flwr.progress import Progress
 from autoflip_flwr.quarantine import Quarantine, why_none
 from autoflip_flwr.settings import Configured
-from autoflip_flwr.state import undo_of
 from autoflip_flwr.subspace import Schedule
 from autoflip_flwr.translate import Translator
 from autoflip_flwr.wire.keys import EVALUATE, TRAIN
 from autoflip_flwr.wire.records import to_arrays, to_record
+from autoflip_flwr.wrapped.snapshot import undo_of
 
 
 class Rounds(Configured):

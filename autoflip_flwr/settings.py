@@ -22,8 +22,8 @@ from autoflip_flwr.exploration import ExplorationPlan
 from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.privacy import budget_of
 from autoflip_flwr.quarantine import ReplyRules
-from autoflip_flwr.state import settings_of, strategy_state
 from autoflip_flwr.wire.values import KINDS
+from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
 
 INITIALS = ("scratch", "scouts")
 
@@ -191,7 +191,7 @@ def check(settings: Mapping[str, Any]) -> None:
     kept = settings["checkpoints"]
     if kept is not None and not hasattr(kept, "read_exploration"):  # its class needs safetensors
         raise TypeError(
-            f"checkpoints = {_short(kept)}: must be Checkpoints(folder) of autoflip_flwr.checkpoint, or None"
+            f"checkpoints = {_short(kept)}: must be Checkpoints(folder) of autoflip_flwr.storage.checkpoint, or None"
         )
     if settings["initial"] not in INITIALS:
         raise ValueError(f"initial = {settings['initial']!r}: must be one of {', '.join(INITIALS)}")

@@ -30,7 +30,7 @@ from autoflip_flwr.translate import Translator, model_of
 from autoflip_flwr.wire.records import to_record
 
 if TYPE_CHECKING:
-    from autoflip_flwr.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 
 class AutoFlip(Rounds):
@@ -107,7 +107,7 @@ exploration_values
         Which replies are left out beyond those that are malformed, and what follows
         (:class:`~autoflip_flwr.quarantine.ReplyRules`); default: its own defaults.
     checkpoints : Checkpoints or None
-        Where all state is kept after each finished round (:class:`~autoflip_flwr.checkpoint.Checkpoints`), so that a
+        Where all state is kept after each finished round, so that a
         run which was interrupted goes on from there and ends bit for bit like one that was not. With int8 replies what
         rounding has lost (see ``values``) is forgotten there.
 

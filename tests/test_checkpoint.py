@@ -29,9 +29,9 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip
-from autoflip_flwr.checkpoint import CheckpointError, Checkpoints
 from autoflip_flwr.plan import MaskPlan
-from autoflip_flwr.state import decode, encode
+from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints
+from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.testing import LocalGrid
 
 NODES = 6
@@ -426,7 +426,7 @@ def test_one_process_at_a_time_works_on_a_run(tmp_path):
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, caplog):
     whole, *_ = run(None)
-    import autoflip_flwr.checkpoint as checkpoint
+    import autoflip_flwr.storage.checkpoint as checkpoint
 
     save = checkpoint.save
     monkeypatch.setattr(

@@ -10,9 +10,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod, firewall
-from autoflip_flwr.checkpoint import Checkpoints
 from autoflip_flwr.core.evidence import Updates, decayed, shortest
 from autoflip_flwr.core.statistics import combine
+from autoflip_flwr.storage.checkpoint import Checkpoints
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.messages import unpack_deltas
 from autoflip_flwr.wire.records import to_arrays

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import record, report
 from autoflip_flwr.experiment.record import PHASES, RunRecord, source_commit, source_digest, summary_table
-from autoflip_flwr.files import write_atomic
+from autoflip_flwr.storage.files import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIG = {"name": "demo", "method": "autoflip", "dataset": "digits", "model": "cnn", "seed": 7, "lr": 0.001}

@@ -12,9 +12,9 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.quarantine import ReplyRules
-from autoflip_flwr.state import undo_of
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays
+from autoflip_flwr.wrapped.snapshot import undo_of
 
 NODES, ROUNDS, REFUSED = 3, 4, 2
 

@@ -112,7 +112,7 @@ WRONG = [
         "checkpoints",
         "folder",
         TypeError,
-        r"checkpoints = .folder.: must be Checkpoints\(folder\) of autoflip_flwr.checkpoint",
+        r"checkpoints = .folder.: must be Checkpoints\(folder\) of autoflip_flwr.storage.checkpoint",
     ),
     ("strategy", "FedAvg", TypeError, "AutoFlip wraps a strategy, not .FedAvg."),
     ("strategy", AutoFlip(), ValueError, "it must be outermost"),

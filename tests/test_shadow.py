@@ -13,9 +13,9 @@ from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from safetensors.numpy import load_file
 
-import autoflip_flwr.checkpoint as checkpoint
+import autoflip_flwr.storage.checkpoint as checkpoint
 from autoflip_flwr import AutoFlip, Layout, Mask
-from autoflip_flwr.checkpoint import CheckpointError, Checkpoints, DamagedError
+from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints, DamagedError
 from autoflip_flwr.testing import LocalGrid
 
 NODES = 2

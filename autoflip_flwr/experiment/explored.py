@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment.config import ConfigError, Value, shown
-from autoflip_flwr.files import write_atomic
+from autoflip_flwr.storage.files import write_atomic
 
 _FIELDS = ("deviation", "signed_mean", "normalised")
 

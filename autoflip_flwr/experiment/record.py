@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save as safetensors_bytes
 
-from autoflip_flwr.files import naming, write_atomic
+from autoflip_flwr.storage.files import naming, write_atomic
 
 PHASES: Mapping[str, str] = {
     "exploration_up": "Exploration, up",

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from autoflip_flwr.experiment.page import render
 from autoflip_flwr.experiment.record import PHASES
 from autoflip_flwr.experiment.runs import Run
-from autoflip_flwr.files import write_atomic
+from autoflip_flwr.storage.files import write_atomic
 
 # The Okabe-Ito colours, which stay apart for colour-blind readers, one a kind of message.
 _KINDS = {"exploration": "#e69f00", "mask": "#009e73", "train": "#0072b2", "evaluate": "#cc79a7", "other": "#777777"}

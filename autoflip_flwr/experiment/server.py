@@ -13,7 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from autoflip_flwr import AutoFlip, Ledger
-from autoflip_flwr.checkpoint import Checkpoints
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
@@ -26,6 +25,7 @@ from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.storage.checkpoint import Checkpoints
 from autoflip_flwr.wire.records import to_record
 
 app = ServerApp()

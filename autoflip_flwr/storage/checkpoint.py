@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from autoflip_flwr.files import write_atomic
+from autoflip_flwr.storage.files import write_atomic
 from autoflip_flwr.wire.records import to_arrays, to_record
 
 try:
