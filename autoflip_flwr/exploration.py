@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import random
@@ -14,10 +13,8 @@ from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp.strategy import Strategy
 
 from autoflip_flwr import firewall
-from autoflip_flwr.coordinates import setting
 from autoflip_flwr.core import evidence
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
@@ -42,6 +39,7 @@ from autoflip_flwr.wire.records import WireError
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+from autoflip_flwr.wrapped.template import Template
 
 WEIGHTINGS = ("uniform", "examples")
 VALUES = ("log8", "float32")
@@ -261,36 +259,6 @@ class Answer:
 
     update: Update
     moves: ArrayRecord
-
-
-@dataclass(frozen=True)
-class Template:
-    """What the wrapped strategy would send in round 1: to each node that it names, and to any other."""
-
-    by_node: dict[int, RecordDict]
-    other: RecordDict
-
-
-def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: OrderedGrid) -> Template:
-    """What the strategy would send in round 1, asked of a copy so that neither it nor ``random`` is disturbed."""
-    config = ConfigRecord(dict(config))
-    messages: list[Message] = []
-    state = random.getstate()
-    try:
-        messages = list(copy.deepcopy(strategy).configure_train(1, arrays, config, grid))
-    except Exception as error:  # a lock or a file cannot be copied; what its own start sets is not there yet
-        name = type(strategy).__name__
-        log(WARNING, "a copy of %s cannot be asked (%r): explorers get the train config alone", name, error)
-    finally:
-        random.setstate(state)
-    if messages:
-        return Template({message.metadata.dst_node_id: message.content for message in messages}, messages[0].content)
-    config[ROUND_KEY] = 1
-    arrays_key, config_key = (
-        setting(strategy, "arrayrecord_key", "arrays"),
-        setting(strategy, "configrecord_key", "config"),
-    )
-    return Template({}, RecordDict({str(arrays_key): arrays, str(config_key): config}))
 
 
 def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, ours: RecordDict) -> RecordDict:

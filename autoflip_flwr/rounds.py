@@ -9,12 +9,10 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from autoflip_flwr import coordinates as coords
-from autoflip_flwr import privacy, subspace
+from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.plan import warn_of_problems
-from autoflip_flwr.privacy import Budget
 from autoflip_flwr.progress import Progress
 from autoflip_flwr.quarantine import Quarantine, why_none
 from autoflip_flwr.settings import Configured
@@ -22,6 +20,8 @@ from autoflip_flwr.subspace import Schedule
 from autoflip_flwr.translate import Translator
 from autoflip_flwr.wire.keys import EVALUATE, TRAIN
 from autoflip_flwr.wire.records import to_arrays, to_record
+from autoflip_flwr.wrapped import optimizer_state, privacy, traits
+from autoflip_flwr.wrapped.privacy import Budget
 from autoflip_flwr.wrapped.snapshot import undo_of
 
 
@@ -81,7 +81,7 @@ class Rounds(Configured):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         translator = self._started
-        plainly = coords.averages_plainly(self.strategy)
+        plainly = traits.averages_plainly(self.strategy)
         noised = privacy.replies_needed(self.strategy)
         before, longest = translator.integers, self._quarantine.longest
         if plainly:
@@ -180,7 +180,7 @@ class Rounds(Configured):
             if new.version <= old.version:
                 new = dataclasses.replace(new, version=old.version + 1)
             self._shadow = old.scatter(old.gather(full), into=self._shadow)
-            coords.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
+            optimizer_state.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
             translator.mask = new
             warn_of_problems(new)
             self._changed = full = new.apply(self._shadow)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from autoflip_flwr import coordinates as coords
 from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
@@ -20,9 +19,10 @@ from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.exploration import ExplorationPlan
 from autoflip_flwr.plan import MaskPlan
-from autoflip_flwr.privacy import budget_of
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.wire.values import KINDS
+from autoflip_flwr.wrapped import traits
+from autoflip_flwr.wrapped.privacy import budget_of
 from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
 
 INITIALS = ("scratch", "scouts")
@@ -207,8 +207,8 @@ def check(settings: Mapping[str, Any]) -> None:
     for name in ("values", "values_up", "values_down"):
         if settings[name] not in (*KINDS, *([] if name == "values" else [None])):
             raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(KINDS)}")
-    coords.resolve(settings["coordinates"], settings["strategy"])
-    if values_up(settings) != "float32" and coords.clips_at_clients(settings["strategy"]):
+    traits.resolve(settings["coordinates"], settings["strategy"])
+    if values_up(settings) != "float32" and traits.clips_at_clients(settings["strategy"]):
         raise ValueError(
             f"values_up = {values_up(settings)!r}: rounding may lengthen an update beyond the norm to which the "
             "clients have clipped it, and the privacy is then not what was promised: values_up='float32'"
@@ -225,7 +225,7 @@ def _check_strategy(strategy: object) -> None:
             f"AutoFlip wraps strategies of flwr.serverapp.strategy, not {type(strategy).__module__}."
             f"{type(strategy).__name__}"
         )
-    if any(isinstance(layer, Configured) for layer in coords.layers(strategy)):
+    if any(isinstance(layer, Configured) for layer in traits.layers(strategy)):
         raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
 
 

@@ -12,14 +12,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from autoflip_flwr import coordinates as coords
-from autoflip_flwr import loop, privacy, subspace
+from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, start_arrays
 from autoflip_flwr.costs import savings
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.exploration import ExplorationPlan, explore, template_of
+from autoflip_flwr.exploration import ExplorationPlan, explore
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.plan import MaskPlan, warn_of_problems
 from autoflip_flwr.progress import Parts, Progress
@@ -28,6 +27,8 @@ from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import check
 from autoflip_flwr.translate import Translator, model_of
 from autoflip_flwr.wire.records import to_record
+from autoflip_flwr.wrapped import loop, optimizer_state, privacy, traits
+from autoflip_flwr.wrapped.template import template_of
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
@@ -123,7 +124,7 @@ exploration_values
     ledger : Ledger
         Bytes and failures so far.
     privacy : Budget or None
-        What the rounds of a differential-privacy wrapper have spent (:class:`~autoflip_flwr.privacy.Budget`).
+        What the rounds of a differential-privacy wrapper have spent (:class:`~autoflip_flwr.wrapped.privacy.Budget`).
 
     Raises
     ------
@@ -200,7 +201,7 @@ exploration_values
         self._progress = Progress()
         self._quarantine = Quarantine(self.rules, self.ledger)
         self._round = 0
-        self._packed = coords.resolve(coordinates, self.strategy) == "packed"
+        self._packed = traits.resolve(coordinates, self.strategy) == "packed"
         self._integers = False
         self._translator, self._shadow, self._changed = None, {}, None
         self._fresh, self._asked, self._noted = True, 0, 0
@@ -281,8 +282,8 @@ exploration_values
         previous, initial = self._translator, model_of(given["initial_arrays"])
         if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
             initial = previous.mask.layout.cast(initial)
-        packed, self._packed = self._packed, coords.resolve(self.coordinates, self.strategy) == "packed"
-        self._integers = not self._packed and coords.shows_integers(self.strategy)
+        packed, self._packed = self._packed, traits.resolve(self.coordinates, self.strategy) == "packed"
+        self._integers = not self._packed and traits.shows_integers(self.strategy)
         layout = self.mask_plan.layout(initial)
         self._let_go(layout)
         self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
@@ -315,7 +316,7 @@ exploration_values
         self._shadow = full
         if previous is not None and not resumed and subspace.same_arrays(previous.mask.layout, full):
             moved = previous.shown, previous.mask, mask, full
-            coords.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
+            optimizer_state.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
         self._translator = translator = self._translate(mask, full)
         facade.repeat = translator.repeat
         first = to_record(mask.apply(full))
@@ -356,12 +357,12 @@ exploration_values
         """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
-        needed = coords.nodes_needed(self.strategy)
+        needed = traits.nodes_needed(self.strategy)
         facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
         if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
             try:
                 facade.roll_call(
-                    minimum=coords.nodes_waited_for(self.strategy),
+                    minimum=traits.nodes_waited_for(self.strategy),
                     expected=self.nodes or 0,
                     fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
                     timeout=min(self.node_timeout or timeout, timeout),
@@ -383,7 +384,7 @@ exploration_values
             initial,
             template_of(self.strategy, seen, config, facade),
             mask=everything,
-            weight_key=coords.weight_key_of(self.strategy),
+            weight_key=traits.weight_key_of(self.strategy),
             kind=self._down,
             seed=self.seed,
             timeout=self.exploration_timeout or timeout,
@@ -402,11 +403,11 @@ exploration_values
             initial,
             packed=self._packed,
             integers=self._integers,
-            weight_key=coords.weight_key_of(self.strategy),
+            weight_key=traits.weight_key_of(self.strategy),
             quarantine=self._quarantine,
-            needed=coords.metrics_needed(self.strategy),
-            averaged=coords.metrics_averaged(self.strategy),
-            nudges=coords.divides_by_norm(self.strategy),
+            needed=traits.metrics_needed(self.strategy),
+            averaged=traits.metrics_averaged(self.strategy),
+            nudges=traits.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
         )

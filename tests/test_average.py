@@ -26,11 +26,12 @@ from flwr.serverapp.strategy import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, average, coordinates, translate
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, average, translate
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.values import CHUNK, Coded, Vector, encode
+from autoflip_flwr.wrapped import traits
 
 NODES = 4
 KINDS = ("bfloat16", "float16", "int8")
@@ -247,7 +248,7 @@ def both_ways(
                 translate, "weighted_mean", lambda *args, calls=calls: calls.append(1) or weighted_mean(*args)
             )
             if not kernel:
-                patch.setattr(coordinates, "averages_plainly", lambda _: False)
+                patch.setattr(traits, "averages_plainly", lambda _: False)
             random.seed(7)
             result = make().start(LocalGrid(app(), NODES), record(start), num_rounds=3)
         runs.append((arrays_of(result.arrays), result.train_metrics_clientapp))
@@ -362,7 +363,7 @@ def patched() -> FedAvg:
     ids=["FedAvg", "FedProx", "with options", "own choice of nodes"],
 )
 def test_the_kernel_is_for_strategies_that_average_as_fedavg(strategy: Strategy):
-    assert coordinates.averages_plainly(strategy)
+    assert traits.averages_plainly(strategy)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_the_kernel_is_for_strategies_that_average_as_fedavg(strategy: Strategy)
     ],
 )
 def test_the_kernel_is_not_for_strategies_that_look_at_the_replies(strategy: Strategy):
-    assert not coordinates.averages_plainly(strategy)
+    assert not traits.averages_plainly(strategy)
 
 
 def test_of_flowers_own_strategies_the_kernel_is_for_two():
@@ -393,7 +394,7 @@ def test_of_flowers_own_strategies_the_kernel_is_for_two():
             continue
         strategy = object.__new__(kind)
         strategy.__dict__.update(vars(FedAvg()))
-        if coordinates.averages_plainly(strategy):
+        if traits.averages_plainly(strategy):
             plainly.add(kind.__name__)
     assert plainly == {"FedAvg", "FedProx"}
 

@@ -8,10 +8,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.differential_privacy import KEY_NORM_BIT
 
-from autoflip_flwr import _flower, coordinates, testing
+from autoflip_flwr import _flower, testing
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import MOD_REFUSED
+from autoflip_flwr.wrapped import traits
 
 
 def messages(grid, nodes):
@@ -131,7 +132,7 @@ def test_the_local_grid_is_as_strict_as_deployment():
 
 
 def test_flowers_private_names_and_error_codes_are_still_there():
-    assert coordinates.NORM_BIT == KEY_NORM_BIT
+    assert traits.NORM_BIT == KEY_NORM_BIT
     assert all(hasattr(_flower, name) for name in _flower.__all__)
     assert MOD_REFUSED == ErrorCode.MOD_FAILED_PRECONDITION
     assert testing.CLIENT_APP_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION

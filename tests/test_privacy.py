@@ -27,12 +27,12 @@ from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.selection import choose_mask
-from autoflip_flwr.privacy import RELATIONS, Budget
 from autoflip_flwr.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, MASK_RECORD
 from autoflip_flwr.wire.messages import split_vectors, unpack_deltas
 from autoflip_flwr.wire.values import KINDS
+from autoflip_flwr.wrapped.privacy import RELATIONS, Budget
 
 NODES, NOISE, CLIP, COUNT_NOISE = 4, 0.5, 0.25, 2.0
 SHORT = 0.2

@@ -10,9 +10,9 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from autoflip_flwr.coordinates import layers
-from autoflip_flwr.privacy import WRAPPERS
 from autoflip_flwr.storage.codec import Arrays, decode, encode
+from autoflip_flwr.wrapped.privacy import WRAPPERS
+from autoflip_flwr.wrapped.traits import layers
 
 _CODE = (FunctionType, MethodType, BuiltinFunctionType, partial, type)
 

@@ -1,13 +1,10 @@
-"""Which coordinates the wrapped strategy works in, and what happens to its state when the mask changes."""
+"""What AutoFLIP needs to know about the strategy that it wraps."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sized
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
-from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -17,10 +14,6 @@ from flwr.serverapp.strategy import (
     QFedAvg,
     Strategy,
 )
-from numpy.typing import NDArray
-
-from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.core.mask import Mask
 
 COORDINATES = ("auto", "packed", "dense")
 
@@ -36,8 +29,6 @@ _FLOATS_ONLY = (
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
 )
-_MOMENTS = ("momentum_vector", "m_t", "v_t")
-_WEIGHTS = "current_arrays"
 
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
@@ -147,56 +138,3 @@ def averages_plainly(strategy: Strategy) -> bool:
     own = all(getattr(type(strategy), name, None) is vars(FedAvg)[name] for name in used)
     own = own and not vars(strategy).keys() & set(used)
     return own and _module(getattr(strategy, "train_metrics_aggr_fn", None)).startswith("flwr.")
-
-
-def carry_state(
-    strategy: Strategy,
-    names: list[str],
-    old: Mask,
-    new: Mask,
-    shadow: Arrays,
-    *,
-    packed: bool,
-    was_packed: bool | None = None,
-) -> None:
-    """Take the state of Flower's own server optimisers from one mask to the next.
-
-    ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
-    (``current_arrays``) are read off the dense shadow; moments are masked, and start at zero where a coordinate has
-    grown. The coordinates are as before, unless ``was_packed`` says otherwise.
-    """
-
-    def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
-        full = np.array(base, values.dtype)
-        if was_packed and old.layout[name].prunable:
-            full.reshape(-1)[old.indices[name]] = values
-        else:
-            np.copyto(full, values, where=old.keep.get(name, np.True_))
-        if packed and new.layout[name].prunable:
-            return full.reshape(-1)[new.indices[name]]
-        if new.layout[name].prunable:
-            full[~new.keep[name]] = 0
-        return full
-
-    def carried(state: Any, base: Callable[[str], NDArray[np.generic]]) -> Any:
-        if isinstance(state, ArrayRecord) and list(state) == names:
-            return ArrayRecord({name: Array(move(name, array.numpy(), base(name))) for name, array in state.items()})
-        if isinstance(state, dict) and set(state) <= set(names):
-            return {name: move(name, values, base(name)) for name, values in state.items()}
-        if isinstance(state, list) and len(state) == len(names):
-            return [move(name, values, base(name)) for name, values in zip(names, state, strict=True)]
-        if packed or was_packed:
-            raise TypeError(
-                f"state of type {type(state).__name__} cannot follow a change of the mask: use coordinates='dense'"
-            )
-        return state
-
-    was_packed = packed if was_packed is None else was_packed
-    if old.digest == new.digest and packed == was_packed:
-        return
-    for layer in layers(strategy):
-        for attribute in (*_MOMENTS, _WEIGHTS):
-            state = getattr(layer, attribute, None)
-            if state is not None and not (isinstance(state, Sized) and len(state) == 0):
-                base = shadow.__getitem__ if attribute == _WEIGHTS else lambda name: np.zeros(new.layout[name].shape)
-                setattr(layer, attribute, carried(state, base))

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from autoflip_flwr import coordinates as coords
+from autoflip_flwr.wrapped import traits
 
 ADAPTIVE = DifferentialPrivacyClientSideAdaptiveClipping | DifferentialPrivacyServerSideAdaptiveClipping
 WRAPPERS = ADAPTIVE | DifferentialPrivacyClientSideFixedClipping | DifferentialPrivacyServerSideFixedClipping
@@ -119,21 +119,21 @@ def refuse(strategy: Strategy, server_round: int, budget: Budget | None) -> None
 
 
 def _wrappers(strategy: Strategy) -> Iterator[WRAPPERS]:
-    return (layer for layer in coords.layers(strategy) if isinstance(layer, WRAPPERS))
+    return (layer for layer in traits.layers(strategy) if isinstance(layer, WRAPPERS))
 
 
 def _no_bound(wrapper: WRAPPERS) -> str:
     """Why nothing can be said of what a release costs; "" if something can."""
     if wrapper.noise_multiplier <= 0:
         return "there is no noise"
-    if not coords.averages_plainly(wrapper.strategy):
+    if not traits.averages_plainly(wrapper.strategy):
         return f"the noise is scaled for FedAvg's own average, not for {type(wrapper.strategy).__name__}"
     return ""
 
 
 def _largest_share(wrapper: WRAPPERS, replies: Sequence[Message]) -> float:
     """The largest client's share of the weighted mean."""
-    key = coords.weight_key_of(wrapper.strategy)
+    key = traits.weight_key_of(wrapper.strategy)
     weights = [float(record[key]) for reply in replies for record in reply.content.metric_records.values()]  # type: ignore[arg-type]
     return max(weights) / sum(weights)
 

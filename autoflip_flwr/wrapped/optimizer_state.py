@@ -1,0 +1,73 @@
+"""The state of Flower's own server optimisers, taken from one mask to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import (
+    Strategy,
+)
+from numpy.typing import NDArray
+
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wrapped.traits import layers
+
+_MOMENTS = ("momentum_vector", "m_t", "v_t")
+_WEIGHTS = "current_arrays"
+
+
+def carry_state(
+    strategy: Strategy,
+    names: list[str],
+    old: Mask,
+    new: Mask,
+    shadow: Arrays,
+    *,
+    packed: bool,
+    was_packed: bool | None = None,
+) -> None:
+    """Take the state of Flower's own server optimisers from one mask to the next.
+
+    ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
+    (``current_arrays``) are read off the dense shadow; moments are masked, and start at zero where a coordinate has
+    grown. The coordinates are as before, unless ``was_packed`` says otherwise.
+    """
+
+    def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
+        full = np.array(base, values.dtype)
+        if was_packed and old.layout[name].prunable:
+            full.reshape(-1)[old.indices[name]] = values
+        else:
+            np.copyto(full, values, where=old.keep.get(name, np.True_))
+        if packed and new.layout[name].prunable:
+            return full.reshape(-1)[new.indices[name]]
+        if new.layout[name].prunable:
+            full[~new.keep[name]] = 0
+        return full
+
+    def carried(state: Any, base: Callable[[str], NDArray[np.generic]]) -> Any:
+        if isinstance(state, ArrayRecord) and list(state) == names:
+            return ArrayRecord({name: Array(move(name, array.numpy(), base(name))) for name, array in state.items()})
+        if isinstance(state, dict) and set(state) <= set(names):
+            return {name: move(name, values, base(name)) for name, values in state.items()}
+        if isinstance(state, list) and len(state) == len(names):
+            return [move(name, values, base(name)) for name, values in zip(names, state, strict=True)]
+        if packed or was_packed:
+            raise TypeError(
+                f"state of type {type(state).__name__} cannot follow a change of the mask: use coordinates='dense'"
+            )
+        return state
+
+    was_packed = packed if was_packed is None else was_packed
+    if old.digest == new.digest and packed == was_packed:
+        return
+    for layer in layers(strategy):
+        for attribute in (*_MOMENTS, _WEIGHTS):
+            state = getattr(layer, attribute, None)
+            if state is not None and not (isinstance(state, Sized) and len(state) == 0):
+                base = shadow.__getitem__ if attribute == _WEIGHTS else lambda name: np.zeros(new.layout[name].shape)
+                setattr(layer, attribute, carried(state, base))
