@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 
-from autoflip_flwr import firewall
 from autoflip_flwr.core import evidence
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, combine
 from autoflip_flwr.costs.ledger import Ledger, examples_processed
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.norms import Update, joint_norm
-from autoflip_flwr.quarantine import Quarantine
+from autoflip_flwr.replies.check import MOD_FIRST, explain_error, judge_deltas, read_deltas
+from autoflip_flwr.replies.norms import Update, joint_norm
+from autoflip_flwr.replies.quarantine import Quarantine
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import (
     EPOCHS_KEY,
@@ -160,7 +160,7 @@ def explore(
     length = joint_norm(initial[name] for name in compared)
 
     def judge(reply: Message) -> Answer:
-        weight, moves = firewall.judge_moves(
+        weight, moves = judge_deltas(
             reply, mask=mask, weight_key=weight_key, kind=plan.values, max_weight=quarantine.rules.max_examples
         )
         (record,) = reply.content.array_records.values()
@@ -218,7 +218,7 @@ def explore(
                 elif (reply := came[node]) is None:
                     continue
                 elif reply.has_error():
-                    problems.setdefault(firewall.explain(reply.error), []).append(node)
+                    problems.setdefault(explain_error(reply.error), []).append(node)
                 elif isinstance(answer := judged.pop(str(reply.metadata.reply_to_message_id)), WireError):
                     left_out(node, str(answer))
                 else:
@@ -229,7 +229,7 @@ def explore(
                     left_out(node, far[node])
                     continue
                 weight = answer.update.weight if plan.weighting == "examples" else 1.0
-                moves = firewall.read_moves(answer.moves, mask=mask, kind=plan.values)
+                moves = read_deltas(answer.moves, mask=mask, kind=plan.values)
                 updates.add(moves)
                 yield weight, moves
 
@@ -238,8 +238,8 @@ def explore(
         found = combine(mask.layout, answers(), per_client=per_client)
     except ValueError as error:
         reasons = _first(problems)
-        told = firewall.FIRST in reasons or grid.calls.with_mod
-        hint = "" if told else f" (if the clients run without it: {firewall.FIRST})"
+        told = MOD_FIRST in reasons or grid.calls.with_mod
+        hint = "" if told else f" (if the clients run without it: {MOD_FIRST})"
         raise RuntimeError(f"the exploration failed: {error}{hint}; {reasons}") from error
     if found.explorers < plan.min_explorers:
         raise RuntimeError(

@@ -19,7 +19,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.quarantine import Quarantine
+from autoflip_flwr.replies.quarantine import Quarantine
 from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.translate import Translator
 from autoflip_flwr.wire.records import to_arrays, to_record

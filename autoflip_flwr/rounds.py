@@ -14,7 +14,7 @@ from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.plan import warn_of_problems
 from autoflip_flwr.progress import Progress
-from autoflip_flwr.quarantine import Quarantine, why_none
+from autoflip_flwr.replies.quarantine import Quarantine, why_none
 from autoflip_flwr.settings import Configured
 from autoflip_flwr.subspace import Schedule
 from autoflip_flwr.translate import Translator

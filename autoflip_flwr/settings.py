@@ -19,7 +19,7 @@ from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.exploration import ExplorationPlan
 from autoflip_flwr.plan import MaskPlan
-from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.wire.values import KINDS
 from autoflip_flwr.wrapped import traits
 from autoflip_flwr.wrapped.privacy import budget_of
@@ -32,7 +32,7 @@ _MADE: dict[str, Callable[[], object]] = {"strategy": FedAvg, "ledger": Ledger, 
 
 _TYPES: dict[str, tuple[type, str]] = {
     "ledger": (Ledger, "a Ledger"),
-    "rules": (ReplyRules, "a ReplyRules of autoflip_flwr.quarantine"),
+    "rules": (ReplyRules, "a ReplyRules of autoflip_flwr.replies.quarantine"),
     "mask": (Mask, "a Mask, as Mask.from_bool(layout, keep) makes it, or None"),
     "exploration": (Exploration, "an Exploration, which an AutoFlip has as its attribute after a run, or None"),
 }

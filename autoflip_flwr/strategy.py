@@ -22,7 +22,7 @@ from autoflip_flwr.exploration import ExplorationPlan, explore
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.plan import MaskPlan, warn_of_problems
 from autoflip_flwr.progress import Parts, Progress
-from autoflip_flwr.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.rounds import Rounds
 from autoflip_flwr.settings import check
 from autoflip_flwr.translate import Translator, model_of
@@ -106,7 +106,7 @@ exploration_values
         Where bytes and failures are counted.
     rules : ReplyRules or None
         Which replies are left out beyond those that are malformed, and what follows
-        (:class:`~autoflip_flwr.quarantine.ReplyRules`); default: its own defaults.
+        (:class:`~autoflip_flwr.replies.quarantine.ReplyRules`); default: its own defaults.
     checkpoints : Checkpoints or None
         Where all state is kept after each finished round, so that a
         run which was interrupted goes on from there and ends bit for bit like one that was not. With int8 replies what

@@ -12,15 +12,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from autoflip_flwr import firewall
 from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.costs.ledger import examples_processed
-from autoflip_flwr.firewall import Judged
-from autoflip_flwr.metrics import Likeness
-from autoflip_flwr.norms import Update, joint_norm
-from autoflip_flwr.quarantine import Quarantine
+from autoflip_flwr.replies.check import Judged, compared_values, explain_error, judge_header, judge_update, judge_weight
+from autoflip_flwr.replies.likeness import Likeness
+from autoflip_flwr.replies.norms import Update, joint_norm
+from autoflip_flwr.replies.quarantine import Quarantine
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import EVALUATE, HEADER, MASK_MISSING, MASK_RECORD, MOD_REFUSED, TRAIN
 from autoflip_flwr.wire.messages import (
@@ -219,7 +218,7 @@ class Translator:
             if node not in self._sent:
                 raise WireError("nothing was sent to this node in this round")
             sent = self._sent[node]
-            judged = firewall.judge(
+            judged = judge_update(
                 reply,
                 mask=self.mask,
                 round_=round_,
@@ -254,8 +253,8 @@ class Translator:
         """The evaluate replies that count, without our header, then the error replies; a weight of 0 does not count."""
 
         def accept(reply: Message) -> RecordDict | None:
-            firewall.judge_header(reply, mask=self.mask, phase=EVALUATE, round_=round_)
-            return _without_ours(reply) if firewall.judge_weight(reply, self._weight_key, or_none=True) else None
+            judge_header(reply, mask=self.mask, phase=EVALUATE, round_=round_)
+            return _without_ours(reply) if judge_weight(reply, self._weight_key, or_none=True) else None
 
         counted, errors = self._admit(replies, EVALUATE, round_, accept)
         if self._weight_key:
@@ -293,7 +292,7 @@ class Translator:
                     base[dtype] = values
                 elif is_coded(self._down, dtype):
                     base[dtype] = values - read[dtype].whole()
-        parts = [values[: firewall.compared(self.mask, dtype)] for dtype, values in exact.items()]
+        parts = [values[: compared_values(self.mask, dtype)] for dtype, values in exact.items()]
         return sent, Sent(exact, base, joint_norm(parts))
 
     def _admit(
@@ -311,7 +310,7 @@ class Translator:
             if reply.has_error():
                 errors.append(reply)
                 if reply.error.code == MOD_REFUSED:
-                    log(WARNING, "round %d: node %d: %s", round_, node, firewall.explain(reply.error))
+                    log(WARNING, "round %d: node %d: %s", round_, node, explain_error(reply.error))
                 continue
             try:
                 if node in answered:

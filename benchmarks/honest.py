@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.experiment import data
-from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits

@@ -9,9 +9,10 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod, firewall
+from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod
 from autoflip_flwr.core.evidence import Updates, decayed, shortest
 from autoflip_flwr.core.statistics import combine
+from autoflip_flwr.replies import check
 from autoflip_flwr.storage.checkpoint import Checkpoints
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.messages import unpack_deltas
@@ -310,6 +311,6 @@ def test_per_client_normalisation_needs_an_exploration_that_was_made_with_it():
 def test_each_answer_is_decoded_once_to_be_judged_and_once_to_be_averaged(tmp_path, monkeypatch):
     decoded: list[object] = []
     unpack = unpack_deltas
-    monkeypatch.setattr(firewall, "unpack_deltas", lambda mask, record: decoded.append(record) or unpack(mask, record))
+    monkeypatch.setattr(check, "unpack_deltas", lambda mask, record: decoded.append(record) or unpack(mask, record))
     run(moving("a", "b"), ones("a", "b"), nodes=3, checkpoints=Checkpoints(tmp_path))
     assert len(decoded) == 2 * 3

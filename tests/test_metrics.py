@@ -14,8 +14,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, QFedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
-from autoflip_flwr.metrics import disputed, without
-from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.replies.likeness import disputed_metrics, without_metrics
+from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays
 
@@ -162,10 +162,12 @@ def test_disputed_metrics_are_told_with_their_reason():
     contents = [
         RecordDict({"m": MetricRecord(values)}) for values in ({"a": 1, "b": [1.0]}, {"a": 2.0, "b": [1.0, 2.0]})
     ]
-    assert disputed(contents, averaged=False) == {}
-    assert disputed(contents, averaged=True) == {"b": "it is not a number in all replies, nor a list of one length"}
-    assert disputed([*contents, RecordDict({"m": MetricRecord({"a": 3})})], averaged=False) == {
+    assert disputed_metrics(contents, averaged=False) == {}
+    assert disputed_metrics(contents, averaged=True) == {
+        "b": "it is not a number in all replies, nor a list of one length"
+    }
+    assert disputed_metrics([*contents, RecordDict({"m": MetricRecord({"a": 3})})], averaged=False) == {
         "b": "2 of 3 replies report it"
     }
-    assert dict(without(contents[0], ["b"])["m"]) == {"a": 1}
-    assert disputed([], averaged=True) == {}
+    assert dict(without_metrics(contents[0], ["b"])["m"]) == {"a": 1}
+    assert disputed_metrics([], averaged=True) == {}

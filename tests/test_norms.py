@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.norms import Update, joint_norm, judge_norms
-from autoflip_flwr.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.replies.norms import Update, find_outliers, joint_norm
+from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import PHASE_KEY
 from autoflip_flwr.wire.records import to_arrays, to_record
@@ -34,11 +34,11 @@ def updates(*norms, weights=None, processed=None, model=0.0):
 
 
 def far(found, factor=10.0, earlier=0.0):
-    return list(judge_norms(found, factor, earlier)[0])
+    return list(find_outliers(found, factor, earlier)[0])
 
 
 def odd(found, factor=1000.0, earlier=0.0):
-    return list(judge_norms(found, factor, earlier)[1])
+    return list(find_outliers(found, factor, earlier)[1])
 
 
 def test_a_norm_is_told_by_the_low_median_from_two_replies_on():

@@ -27,7 +27,7 @@ from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.selection import choose_mask
-from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, MASK_RECORD
 from autoflip_flwr.wire.messages import split_vectors, unpack_deltas

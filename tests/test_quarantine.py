@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, FedYogi, QFedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import PHASE_KEY
 from autoflip_flwr.wire.records import to_arrays, to_record

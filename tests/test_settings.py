@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import (
 
 from autoflip_flwr import AutoFlip, Layout, Ledger, Mask
 from autoflip_flwr.plan import MaskPlan
-from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.settings import plan
 from autoflip_flwr.subspace import takes
 from autoflip_flwr.testing import LocalGrid

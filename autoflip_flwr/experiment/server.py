@@ -24,7 +24,7 @@ from autoflip_flwr.experiment.preflight import resumable
 from autoflip_flwr.experiment.record import RunRecord
 from autoflip_flwr.experiment.tracker import Tracker
 from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.quarantine import ReplyRules
+from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.storage.checkpoint import Checkpoints
 from autoflip_flwr.wire.records import to_record
 

@@ -23,8 +23,9 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr import AutoFlip, autoflip_mod, firewall
+from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.replies.check import MAX_DELTA, MAX_WEIGHT, judge_deltas
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_bits, mask_record
 from autoflip_flwr.wire.deltas import decode_deltas
@@ -220,12 +221,12 @@ def test_a_server_takes_an_explorers_moves_or_leaves_them_out(little_memory: Non
         content = forge.told(content)
     answer = Message(content, reply_to=Message(RecordDict(), 100, "train"))
     try:
-        weight, moves = firewall.judge_moves(answer, mask=forge.EVERYTHING, weight_key="num-examples", kind=kind)
+        weight, moves = judge_deltas(answer, mask=forge.EVERYTHING, weight_key="num-examples", kind=kind)
     except WireError:
         return
-    assert 0 < weight <= firewall.MAX_WEIGHT
+    assert 0 < weight <= MAX_WEIGHT
     floats = [moves[spec.name] for spec in forge.LAYOUT.specs if spec.floating]
-    assert all((np.abs(array.astype(float)) <= firewall.MAX_MOVE).all() for array in floats)
+    assert all((np.abs(array.astype(float)) <= MAX_DELTA).all() for array in floats)
 
 
 # Decoders

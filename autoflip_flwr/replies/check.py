@@ -19,7 +19,7 @@ from autoflip_flwr.wire.messages import arrays_of, kept_and_size, read_header, r
 from autoflip_flwr.wire.records import WireError, fingerprint
 from autoflip_flwr.wire.values import Vector
 
-MAX_MOVE = 1e100
+MAX_DELTA = 1e100
 """A parameter that an explorer has moved further has diverged, and its square might overflow."""
 
 MAX_WEIGHT = 1e100
@@ -28,7 +28,7 @@ MAX_WEIGHT = 1e100
 MAX_NEEDED = 1e30
 """Strategies take powers of such metrics."""
 
-FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
+MOD_FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Judged:
     kept_norm: float
 
 
-def judge(
+def judge_update(
     reply: Message,
     *,
     mask: Mask,
@@ -101,7 +101,7 @@ def judge(
     key, record, weight = _judge_record(reply, mask, TRAIN, round_, weight_key, kind, max_weight)
     _judge_needed(reply, needed or {})
     vectors = read_vectors(mask, record, kind, base)
-    ends = {dtype: compared(mask, dtype) for dtype in sent}
+    ends = {dtype: compared_values(mask, dtype) for dtype in sent}
     kept_norm = math.hypot(*(vectors[dtype].distance(values, 0, ends[dtype]) for dtype, values in sent.items()))
     norm = math.hypot(kept_norm, *(vectors[dtype].distance(values, ends[dtype]) for dtype, values in sent.items()))
     if not math.isfinite(norm):  # not all values are, or the square of one is not
@@ -110,7 +110,7 @@ def judge(
     return Judged(key, vectors, weight, norm, kept_norm)
 
 
-def compared(mask: Mask, dtype: str) -> int:
+def compared_values(mask: Mask, dtype: str) -> int:
     """How many values of a flat vector, from the first, norms are compared by.
 
     They are the kept prunable ones, or all where the model has nothing prunable: running statistics go their own ways.
@@ -119,23 +119,23 @@ def compared(mask: Mask, dtype: str) -> int:
     return kept if mask.layout.prunable_size else size
 
 
-def judge_moves(
+def judge_deltas(
     reply: Message, *, mask: Mask, weight_key: str, kind: str, max_weight: float = math.inf
 ) -> tuple[float, Arrays]:
     """Check an explorer's reply; its weight, and how far it moved each floating array. Raises as :func:`judge` does."""
     _, record, weight = _judge_record(reply, mask, EXPLORE, 0, weight_key, kind, max_weight)
-    return weight, read_moves(record, mask=mask, kind=kind)
+    return weight, read_deltas(record, mask=mask, kind=kind)
 
 
-def read_moves(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
+def read_deltas(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
     """How far an explorer moved each floating array, from its reply's record. Raises as :func:`judge` does."""
     if kind == LOG8:
         moves = unpack_deltas(mask, record)
     else:
         moves = mask.scatter(arrays_of(mask, _finite(mask, read_vectors(mask, record, kind))))
     for name, values in moves.items():
-        if values.dtype == np.float64 and (np.abs(values) > MAX_MOVE).any():
-            raise WireError(f"array {name!r} has moved by more than {MAX_MOVE:g}")
+        if values.dtype == np.float64 and (np.abs(values) > MAX_DELTA).any():
+            raise WireError(f"array {name!r} has moved by more than {MAX_DELTA:g}")
     return moves
 
 
@@ -154,7 +154,7 @@ def _judge_record(
     if head.get("values", "float32") != kind:
         raise WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")
     if head.get("fingerprint") != fingerprint(arrays[0][1]):
-        raise WireError(f"its values were changed after autoflip_mod had packed them: {FIRST}")
+        raise WireError(f"its values were changed after autoflip_mod had packed them: {MOD_FIRST}")
     return *arrays[0], weight
 
 
@@ -170,17 +170,17 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
     """Check that a reply answers this message under this mask; raises as :func:`judge` does."""
     head = read_header(reply.content)
     if head is None:
-        raise WireError(f"the reply has no AutoFLIP header: {FIRST}")
+        raise WireError(f"the reply has no AutoFLIP header: {MOD_FIRST}")
     for key, expected in (("phase", phase), ("round", round_), ("digest", mask.digest)):
         if head.get(key) != expected:
             raise WireError(f"{key} {head.get(key)!r}, expected {expected!r}")
 
 
-def explain(error: Error) -> str:
+def explain_error(error: Error) -> str:
     """The reason of an error reply; where a mod of Flower's has met our records, that it stands in the wrong place."""
     reason = last_words((error.reason or f"error {error.code}")[-30_000:])[:2000]
     met_ours = error.code == MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
-    return f"{reason.rstrip('.')}: {FIRST}" if met_ours else reason
+    return f"{reason.rstrip('.')}: {MOD_FIRST}" if met_ours else reason
 
 
 def _judge_needed(reply: Message, needed: Mapping[str, float]) -> None:

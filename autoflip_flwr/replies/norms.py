@@ -60,7 +60,9 @@ def low_median(values: Iterable[float]) -> float:
     return statistics.median_low(positive) if positive else 0.0
 
 
-def judge_norms(updates: Mapping[int, Update], factor: float, earlier: float) -> tuple[dict[int, str], dict[int, str]]:
+def find_outliers(
+    updates: Mapping[int, Update], factor: float, earlier: float
+) -> tuple[dict[int, str], dict[int, str]]:
     """Find the updates of a round that are too long, and those that are odd.
 
     Explained is the median norm of the round, times the allowance for the work that the reply states; a lone update is
@@ -76,7 +78,7 @@ def judge_norms(updates: Mapping[int, Update], factor: float, earlier: float) ->
     updates : Mapping[int, Update]
         By node.
     factor : float
-        As in :class:`~autoflip_flwr.quarantine.ReplyRules`.
+        As in :class:`~autoflip_flwr.replies.quarantine.ReplyRules`.
     earlier : float
         The largest median norm of earlier rounds; 0 if there was none.
 

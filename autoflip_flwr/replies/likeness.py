@@ -41,7 +41,7 @@ class Likeness:
 
     def drop_disputed(self, replies: Collection[Message], phase: str, round_: int) -> None:
         """Take the metrics over which Flower would end the run from all replies; say so once for each name."""
-        found = disputed((reply.content for reply in replies), averaged=phase in self._averaged)
+        found = disputed_metrics((reply.content for reply in replies), averaged=phase in self._averaged)
         for name, reason in found.items():
             if name not in self._warned:
                 text = "%s, round %d: metric %r is not averaged: %s (said once; the replies count all the same)"
@@ -49,10 +49,10 @@ class Likeness:
         self._warned |= found.keys()
         if found:
             for reply in replies:
-                reply.content = without(reply.content, found)
+                reply.content = without_metrics(reply.content, found)
 
 
-def disputed(contents: Iterable[RecordDict], *, averaged: bool) -> dict[str, str]:
+def disputed_metrics(contents: Iterable[RecordDict], *, averaged: bool) -> dict[str, str]:
     """Find the metrics over which Flower would end the run.
 
     It refuses replies whose metrics differ in name; its own mean (``averaged``: it is in force) fails where one is a
@@ -75,7 +75,7 @@ def disputed(contents: Iterable[RecordDict], *, averaged: bool) -> dict[str, str
     return found
 
 
-def without(content: RecordDict, names: Collection[str]) -> RecordDict:
+def without_metrics(content: RecordDict, names: Collection[str]) -> RecordDict:
     """Return the content without the metrics of these names."""
     return RecordDict(
         {

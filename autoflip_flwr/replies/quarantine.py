@@ -11,8 +11,9 @@ from typing import Any
 from flwr.app import Message
 from flwr.common.logger import log
 
-from autoflip_flwr import firewall, norms
 from autoflip_flwr.costs.ledger import Ledger
+from autoflip_flwr.replies.check import explain_error
+from autoflip_flwr.replies.norms import FAR, Update, find_outliers, low_median
 from autoflip_flwr.wire.keys import TRAIN
 
 
@@ -24,7 +25,7 @@ class ReplyRules:
     ----------
     norm_factor : float
         A reply is left out whose update (or exploration) has an L2 norm above so many times what the other replies and
-        the work it states explain (:func:`~autoflip_flwr.norms.judge_norms`), > 1. From the default on only if earlier
+        the work it states explain (:mod:`autoflip_flwr.replies.norms`), > 1. From the default on only if earlier
         rounds do not explain it either, and if it is longer than the model; ``math.inf`` leaves none out.
     max_examples : float
         A reply that weighs more (``num-examples``) is left out, > 0.
@@ -39,7 +40,7 @@ class ReplyRules:
         If one is out of range.
     """
 
-    norm_factor: float = norms.FAR
+    norm_factor: float = FAR
     max_examples: float = 1e9
     min_replies: int = 1
     strikes: int = 3
@@ -57,7 +58,7 @@ class ReplyRules:
 
 def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object]]) -> str:
     """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
-    reasons = Counter(firewall.explain(reply.error) for reply in replies if reply.has_error())
+    reasons = Counter(explain_error(reply.error) for reply in replies if reply.has_error())
     reasons.update(
         str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == TRAIN
     )
@@ -97,15 +98,15 @@ class Quarantine:
             log(WARNING, "node %d: %s", node, reason)
             self._ledger.note("rested", node, phase, round_, reason)
 
-    def judge_norms(self, updates: Mapping[int, norms.Update], phase: str, round_: int) -> dict[int, str]:
+    def judge_norms(self, updates: Mapping[int, Update], phase: str, round_: int) -> dict[int, str]:
         """Find the nodes whose updates are too long, with the reason; note what is odd, and learn from what counts."""
-        far, odd = norms.judge_norms(updates, self.rules.norm_factor, self.longest)
+        far, odd = find_outliers(updates, self.rules.norm_factor, self.longest)
         for node, reason in odd.items():
             if node not in self._odd:
                 log(WARNING, "%s, round %d: node %d counts, but %s (said once a node)", phase, round_, node, reason)
             self._ledger.note("odd", node, phase, round_, reason)
         self._odd |= odd.keys()
-        counted = norms.low_median(update.norm for node, update in updates.items() if node not in far)
+        counted = low_median(update.norm for node, update in updates.items() if node not in far)
         self.longest = max(self.longest, counted)
         return far
 
