@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from autoflip_flwr.core.mask import Mask
     from autoflip_flwr.core.statistics import Exploration
     from autoflip_flwr.costs.ledger import Ledger
-    from autoflip_flwr.strategy import AutoFlip
+    from autoflip_flwr.server.strategy import AutoFlip
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
     _MODULES = {
-        "AutoFlip": "strategy",
+        "AutoFlip": "server.strategy",
         "Exploration": "core.statistics",
         "Layout": "core.layout",
         "Ledger": "costs.ledger",

@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from torchvision.models import resnet18
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
-from autoflip_flwr.average import weighted_mean
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.selection import choose_mask
+from autoflip_flwr.server.average import weighted_mean
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.messages import flatten, pack_values, read_vectors, unpack_values
 from autoflip_flwr.wire.records import to_arrays, to_record

@@ -26,9 +26,10 @@ from flwr.serverapp.strategy import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, average, translate
-from autoflip_flwr.average import weighted_mean
+from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.server import average, translator
+from autoflip_flwr.server.average import weighted_mean
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.values import CHUNK, Coded, Vector, encode
 from autoflip_flwr.wrapped import traits
@@ -245,7 +246,7 @@ def both_ways(
         with pytest.MonkeyPatch.context() as patch:
             calls: list[int] = []
             patch.setattr(
-                translate, "weighted_mean", lambda *args, calls=calls: calls.append(1) or weighted_mean(*args)
+                translator, "weighted_mean", lambda *args, calls=calls: calls.append(1) or weighted_mean(*args)
             )
             if not kernel:
                 patch.setattr(traits, "averages_plainly", lambda _: False)

@@ -29,7 +29,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip
-from autoflip_flwr.plan import MaskPlan
+from autoflip_flwr.server.plans import MaskPlan
 from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints
 from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.testing import LocalGrid
@@ -403,7 +403,7 @@ def test_what_was_being_written_is_not_read(tmp_path):
 
 HOLDS = """
 import sys
-from autoflip_flwr.checkpoint import Checkpoints
+from autoflip_flwr.storage.checkpoint import Checkpoints
 kept = Checkpoints(sys.argv[1])
 kept.open({})
 print("open", flush=True)

@@ -29,8 +29,8 @@ from flwr.serverapp.strategy import (
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask
 from autoflip_flwr.client.error_feedback import RESIDUAL
 from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.server.mask_delivery import KEPT_MASKS
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import KEPT_MASKS
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, MASK_RECORD, MOD_REFUSED, TRAIN
 from autoflip_flwr.wire.messages import flatten, kept_and_size, make_header, pack_values, unpack_values

@@ -9,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.differential_privacy import KEY_NORM_BIT
 
 from autoflip_flwr import _flower, testing
-from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import MOD_REFUSED
 from autoflip_flwr.wrapped import traits
@@ -85,7 +85,7 @@ def test_a_node_that_comes_after_the_roll_call_is_asked_for_its_partition_withou
 
 
 def test_a_roll_call_that_is_out_of_time_waits_a_little_for_answers_and_learns_later_ones(monkeypatch):
-    monkeypatch.setattr("autoflip_flwr.roll_call.ANSWERS", 0.2)
+    monkeypatch.setattr("autoflip_flwr.server.roll_call.ANSWERS", 0.2)
     inside = Filling(message_app(), 3)
     inside.late, inside.slow = False, True
     grid = OrderedGrid(inside)

@@ -11,7 +11,7 @@ from autoflip_flwr.core.health import problems
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.selection import choose_mask
-from autoflip_flwr.plan import warn_of_problems
+from autoflip_flwr.server.plans import warn_of_problems
 
 Shapes = dict[str, tuple[int, ...]]
 

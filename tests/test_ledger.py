@@ -29,7 +29,7 @@ from autoflip_flwr import AutoFlip, Ledger
 from autoflip_flwr.costs import message_size
 from autoflip_flwr.costs.ledger import phase_of
 from autoflip_flwr.costs.message_size import Traffic, message_bytes, message_traffic, record_bytes, reply_traffic
-from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
 from autoflip_flwr.wire.messages import make_header

@@ -11,8 +11,8 @@ from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging
 
 from autoflip_flwr import AutoFlip
+from autoflip_flwr.server.plans import model_of
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.translate import model_of
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from autoflip_flwr import AutoFlip, Ledger
 from autoflip_flwr.costs.message_size import dense_traffic
 from autoflip_flwr.costs.savings import lines, saving
-from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 
 SENT = {

@@ -20,10 +20,10 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Ledger, Mask
-from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.replies.quarantine import ReplyRules
-from autoflip_flwr.settings import plan
-from autoflip_flwr.subspace import takes
+from autoflip_flwr.server.plans import MaskPlan
+from autoflip_flwr.server.schedule import arguments_of
+from autoflip_flwr.server.settings import plan
 from autoflip_flwr.testing import LocalGrid
 
 NODES = 2
@@ -264,7 +264,7 @@ BOUND = half(0)
     ],
 )
 def test_a_schedule_is_given_what_it_takes(schedule, count):
-    assert takes(schedule) == count
+    assert arguments_of(schedule) == count
     start(AutoFlip(fedavg(), mask=half(0), mask_schedule=schedule))
 
 

@@ -9,7 +9,8 @@ from apps import message_app, model, record
 from flwr.app import Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from autoflip_flwr import AutoFlip, roll_call
+from autoflip_flwr import AutoFlip
+from autoflip_flwr.server import roll_call
 from autoflip_flwr.testing import LocalGrid
 
 SOON = 20  # seconds: far below a round's time limit, on a busy machine too

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import (
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.statistics import combine
-from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import (
     EPOCHS_KEY,

@@ -4,9 +4,9 @@ import pytest
 from apps import message_app
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
-from autoflip_flwr import waiting
+from autoflip_flwr.server import waiting
+from autoflip_flwr.server.waiting import Waiting, duration
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.waiting import Waiting, duration
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, TRAIN
 from autoflip_flwr.wire.messages import make_header
 

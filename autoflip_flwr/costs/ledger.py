@@ -58,7 +58,7 @@ def round_of(message: Message) -> int:
 
 @dataclass
 class Ledger:
-    """What a run has cost so far. ``AutoFlip`` and :class:`~autoflip_flwr.grid.OrderedGrid` keep it.
+    """What a run has cost so far. ``AutoFlip`` and :class:`~autoflip_flwr.server.grid.OrderedGrid` keep it.
 
     Attributes
     ----------

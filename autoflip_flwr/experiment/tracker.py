@@ -22,7 +22,7 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record import RunRecord, summary_table
-from autoflip_flwr.waiting import duration
+from autoflip_flwr.server.waiting import duration
 from autoflip_flwr.wire.records import to_arrays, to_record
 
 

@@ -23,7 +23,7 @@ from records import from_json
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.costs.message_size import record_bytes
-from autoflip_flwr.grid import OrderedGrid
+from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, HELLO, LOG8, MASK_RECORD, MOD_REFUSED, TRAIN

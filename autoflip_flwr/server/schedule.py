@@ -15,7 +15,7 @@ Schedule = Callable[..., Mask | None]
 _MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def takes(schedule: Schedule) -> int:
+def arguments_of(schedule: Schedule) -> int:
     """How many of the round, the mask in force and the model a mask schedule takes by position.
 
     A parameter with a default other than None keeps that: it may hold something for the function's own use.
@@ -46,16 +46,16 @@ def takes(schedule: Schedule) -> int:
     return min(given, 3)
 
 
-def ask(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> Mask | None:
+def ask_schedule(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> Mask | None:
     """The mask that a schedule names for a round; ``None`` keeps the one in force. Raises as :func:`check` does."""
     views = {name: array.view() for name, array in model.items()}
     for view in views.values():
         view.flags.writeable = False  # it is to tell a mask, not to change the model
-    new = schedule(*(round_, mask, views)[: takes(schedule)])
-    return None if new is None else check(new, mask.layout, f"mask_schedule in round {round_}")
+    new = schedule(*(round_, mask, views)[: arguments_of(schedule)])
+    return None if new is None else check_mask(new, mask.layout, f"mask_schedule in round {round_}")
 
 
-def check(mask: object, layout: Layout, origin: str) -> Mask:
+def check_mask(mask: object, layout: Layout, origin: str) -> Mask:
     """Check a mask that is to be in force from the next round on; ``origin`` says where it comes from.
 
     Raises

@@ -12,20 +12,21 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, start_arrays
 from autoflip_flwr.costs import savings
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.exploration import ExplorationPlan, explore
-from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.plan import MaskPlan, warn_of_problems
-from autoflip_flwr.progress import Parts, Progress
+from autoflip_flwr.replies.batch import Judge
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
-from autoflip_flwr.rounds import Rounds
-from autoflip_flwr.settings import check
-from autoflip_flwr.translate import Translator, model_of
+from autoflip_flwr.server.exploration import explore
+from autoflip_flwr.server.grid import OrderedGrid
+from autoflip_flwr.server.plans import ExplorationPlan, MaskPlan, model_of, warn_of_problems
+from autoflip_flwr.server.progress import Parts, Progress
+from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.server.schedule import last_values, same_arrays
+from autoflip_flwr.server.settings import check
+from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.wire.records import to_record
 from autoflip_flwr.wrapped import loop, optimizer_state, privacy, traits
 from autoflip_flwr.wrapped.template import template_of
@@ -70,7 +71,7 @@ class AutoFlip(Rounds):
         Prune what no explorer moved (first of all) instead of keeping it whole.
     explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
 exploration_values
-        See :class:`~autoflip_flwr.exploration.ExplorationPlan`.
+        See :class:`~autoflip_flwr.server.plans.ExplorationPlan`.
     exploration_timeout : float or None
         Seconds for each batch of explorers, > 0; default: the rounds' ``timeout``.
     exploration : Exploration or None
@@ -310,11 +311,11 @@ exploration_values
         self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
         warn_of_problems(mask)
-        full = initial if previous is None else subspace.last_values(previous.mask, self._shadow, initial)
+        full = initial if previous is None else last_values(previous.mask, self._shadow, initial)
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
             full, self._moved_by = start_arrays(full, self.exploration), self.exploration
         self._shadow = full
-        if previous is not None and not resumed and subspace.same_arrays(previous.mask.layout, full):
+        if previous is not None and not resumed and same_arrays(previous.mask.layout, full):
             moved = previous.shown, previous.mask, mask, full
             optimizer_state.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
         self._translator = translator = self._translate(mask, full)
@@ -388,7 +389,7 @@ exploration_values
             kind=self._down,
             seed=self.seed,
             timeout=self.exploration_timeout or timeout,
-            quarantine=self._quarantine,
+            judge=self._judge(),
             checkpoints=self.checkpoints,
             per_client=self.normalisation == "per-client",
         )
@@ -404,10 +405,16 @@ exploration_values
             packed=self._packed,
             integers=self._integers,
             weight_key=traits.weight_key_of(self.strategy),
-            quarantine=self._quarantine,
-            needed=traits.metrics_needed(self.strategy),
-            averaged=traits.metrics_averaged(self.strategy),
+            judge=self._judge(),
             nudges=traits.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
+        )
+
+    def _judge(self) -> Judge:
+        return Judge(
+            self._quarantine,
+            weight_key=traits.weight_key_of(self.strategy),
+            needed=traits.metrics_needed(self.strategy),
+            averaged=traits.metrics_averaged(self.strategy),
         )

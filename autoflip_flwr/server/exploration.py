@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING
 
@@ -18,11 +16,11 @@ from autoflip_flwr.core import evidence
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, combine
-from autoflip_flwr.costs.ledger import Ledger, examples_processed
-from autoflip_flwr.grid import OrderedGrid
-from autoflip_flwr.replies.check import MOD_FIRST, explain_error, judge_deltas, read_deltas
+from autoflip_flwr.costs.ledger import Ledger
+from autoflip_flwr.replies.batch import Answer, Judge
+from autoflip_flwr.replies.check import MOD_FIRST, explain_error, read_deltas
 from autoflip_flwr.replies.norms import Update, joint_norm
-from autoflip_flwr.replies.quarantine import Quarantine
+from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import (
     EPOCHS_KEY,
@@ -39,51 +37,8 @@ from autoflip_flwr.wire.records import WireError
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+from autoflip_flwr.server.plans import ExplorationPlan
 from autoflip_flwr.wrapped.template import Template
-
-WEIGHTINGS = ("uniform", "examples")
-VALUES = ("log8", "float32")
-
-
-@dataclass(frozen=True)
-class ExplorationPlan:
-    """Who explores, and how.
-
-    Parameters
-    ----------
-    explorers : float
-        Share of the connected nodes that explore, in (0, 1].
-    min_explorers : int
-        The mask is made from those that answer, if they are at least this many.
-    rounds : int
-        Number of batches, of different explorers each, all starting from W0.
-    epochs, patience : int
-        Sent to the explorers: at most so many epochs, stopping after ``patience`` epochs without a better mean
-        training loss.
-    weighting : str
-        ``"uniform"`` (the authors' code) or ``"examples"``, by number of examples (our reading).
-    values : str
-        How explorers' moves travel: ``"log8"``, a byte a parameter or less (:mod:`autoflip_flwr.wire.deltas`), or
-        ``"float32"``, as the model has them.
-    """
-
-    explorers: float = 1.0
-    min_explorers: int = 2
-    rounds: int = 1
-    epochs: int = 5
-    patience: int = 2
-    weighting: str = "uniform"
-    values: str = "log8"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.explorers <= 1:
-            raise ValueError(f"explorers = {self.explorers}: must be a share in (0, 1]")
-        for name in ("min_explorers", "rounds", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name, allowed in (("weighting", WEIGHTINGS), ("values", VALUES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 
 
 def explore(
@@ -97,7 +52,7 @@ def explore(
     kind: str,
     seed: int | None,
     timeout: float | None,
-    quarantine: Quarantine,
+    judge: Judge,
     checkpoints: Checkpoints | None = None,
     per_client: bool = False,
 ) -> Exploration:
@@ -123,8 +78,8 @@ def explore(
         Makes the choice of explorers reproducible.
     timeout : float | None
         Seconds for each batch. A node that has not answered the roll call explores only where too few others would.
-    quarantine : Quarantine
-        Takes the replies that are left out.
+    judge : Judge
+        Judges the replies.
     checkpoints : Checkpoints | None
         Where answers are kept as they come; those that are there already are not asked for again.
     per_client : bool
@@ -159,36 +114,23 @@ def explore(
     compared = mask.layout.prunable_names or [spec.name for spec in mask.layout.specs if spec.floating]
     length = joint_norm(initial[name] for name in compared)
 
-    def judge(reply: Message) -> Answer:
-        weight, moves = judge_deltas(
-            reply, mask=mask, weight_key=weight_key, kind=plan.values, max_weight=quarantine.rules.max_examples
-        )
-        (record,) = reply.content.array_records.values()
-        if not math.isfinite(joint_norm(moves.values())):
-            raise WireError("the norm of its moves overflows")
-        norm = joint_norm(moves[name] for name in compared)
-        return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
-
     judged: dict[str, Answer | WireError] = {}  # by the message's id: each reply is judged once
 
     def arrived(message: Message, reply: Message) -> None:
         if reply.has_error():
             return
         try:
-            answer = judged[message.metadata.message_id] = judge(reply)
+            answer = judge.explorer(reply, mask=mask, kind=plan.values, compared=compared, length=length)
         except WireError as error:
             judged[message.metadata.message_id] = error
             return
+        judged[message.metadata.message_id] = answer
         if checkpoints is not None:
             cost = Ledger()
             cost.sent(message)
             cost.received(message, reply)
             about = {"update": dataclasses.asdict(answer.update), "cost": cost.exploration_only()}
-            checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.moves)
-
-    def left_out(node: int, reason: str) -> None:
-        quarantine.strike(node, "exploration", 0, reason)
-        problems.setdefault(reason, []).append(node)
+            checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.deltas)
 
     def answers() -> Iterator[tuple[float, Arrays]]:
         packed = pack_values(mask, mask.gather(initial), kind)
@@ -211,27 +153,24 @@ def explore(
             messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in missing]
             replies = {reply.metadata.reply_to_message_id: reply for reply in grid.exchange(messages, timeout, arrived)}
             came = {message.metadata.dst_node_id: replies.get(message.metadata.message_id) for message in messages}
-            good: dict[int, Answer] = {}
+            found: dict[int, Answer | WireError] = {}
             for node in batch:
                 if (before := kept.get(names[node])) is not None:
-                    good[node] = Answer(Update(**before[0]["update"]), before[1])
+                    found[node] = Answer(Update(**before[0]["update"]), before[1])
                 elif (reply := came[node]) is None:
                     continue
                 elif reply.has_error():
                     problems.setdefault(explain_error(reply.error), []).append(node)
-                elif isinstance(answer := judged.pop(str(reply.metadata.reply_to_message_id)), WireError):
-                    left_out(node, str(answer))
                 else:
-                    good[node] = answer
-            far = quarantine.judge_norms({node: answer.update for node, answer in good.items()}, "exploration", 0)
-            for node, answer in good.items():
-                if node in far:
-                    left_out(node, far[node])
-                    continue
+                    found[node] = judged.pop(str(reply.metadata.reply_to_message_id))
+            good, rejected = judge.explorers(found)
+            for node, reason in rejected.items():
+                problems.setdefault(reason, []).append(node)
+            for answer in good.values():
                 weight = answer.update.weight if plan.weighting == "examples" else 1.0
-                moves = read_deltas(answer.moves, mask=mask, kind=plan.values)
-                updates.add(moves)
-                yield weight, moves
+                deltas = read_deltas(answer.deltas, mask=mask, kind=plan.values)
+                updates.add(deltas)
+                yield weight, deltas
 
     updates = evidence.Updates(mask.layout, initial)
     try:
@@ -251,14 +190,6 @@ def explore(
     if doubt := updates.check():
         log(WARNING, "%s", doubt)
     return found
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An explorer's reply that may be counted: what its length is judged by, and its moves as they came."""
-
-    update: Update
-    moves: ArrayRecord
 
 
 def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, ours: RecordDict) -> RecordDict:

@@ -11,8 +11,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from autoflip_flwr.costs.ledger import Ledger, phase_of
-from autoflip_flwr.roll_call import RollCall, pause
-from autoflip_flwr.waiting import Waiting
+from autoflip_flwr.server.roll_call import RollCall, pause
+from autoflip_flwr.server.waiting import Waiting
 
 
 class OrderedGrid(Grid):
@@ -182,7 +182,7 @@ class OrderedGrid(Grid):
         timeout: float = 60.0,
         longest: float | None = None,
     ) -> list[int]:
-        """Wait for the nodes and learn their partitions: see :meth:`~autoflip_flwr.roll_call.RollCall.wait`.
+        """Wait for the nodes and learn their partitions: see :meth:`~autoflip_flwr.server.roll_call.RollCall.wait`.
 
         Who answers later is known from then on. Nodes without ``autoflip_mod`` or without a partition id come last, in
         the order of their node ids.

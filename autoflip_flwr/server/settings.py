@@ -12,14 +12,13 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.exploration import ExplorationPlan
-from autoflip_flwr.plan import MaskPlan
 from autoflip_flwr.replies.quarantine import ReplyRules
+from autoflip_flwr.server.plans import ExplorationPlan, MaskPlan
+from autoflip_flwr.server.schedule import arguments_of
 from autoflip_flwr.wire.values import KINDS
 from autoflip_flwr.wrapped import traits
 from autoflip_flwr.wrapped.privacy import budget_of
@@ -171,7 +170,7 @@ def values_down(settings: Mapping[str, Any]) -> str:
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Check the arguments of :class:`~autoflip_flwr.strategy.AutoFlip`, alone and together.
+    """Check the arguments of :class:`~autoflip_flwr.server.strategy.AutoFlip`, alone and together.
 
     Raises
     ------
@@ -203,7 +202,7 @@ def check(settings: Mapping[str, Any]) -> None:
         if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name} = {settings[name]}: must be a number of seconds > 0")
     if settings["mask_schedule"] is not None:
-        subspace.takes(settings["mask_schedule"])
+        arguments_of(settings["mask_schedule"])
     for name in ("values", "values_up", "values_down"):
         if settings[name] not in (*KINDS, *([] if name == "values" else [None])):
             raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(KINDS)}")

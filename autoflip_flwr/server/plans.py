@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from logging import INFO, WARNING
 
 import numpy as np
+from flwr.app import ArrayRecord
 from flwr.common.logger import log
 
 from autoflip_flwr.core import evidence, health
@@ -14,11 +15,12 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.scores import NORMALISATIONS, scores
 from autoflip_flwr.core.selection import SCOPES, choose_mask, narrowed, protected_outputs, tied_weights
 from autoflip_flwr.core.statistics import Exploration, Floats
+from autoflip_flwr.wire.records import to_arrays
 
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """The settings of the mask; :class:`~autoflip_flwr.strategy.AutoFlip` explains them.
+    """The settings of the mask; :class:`~autoflip_flwr.server.strategy.AutoFlip` explains them.
 
     Raises
     ------
@@ -121,3 +123,61 @@ def warn_of_problems(mask: Mask) -> None:
             "the mask may leave a network that cannot learn: %s. Try scope='layer', a lower sparsity, or exclude=[...]",
             "; ".join(found),
         )
+
+
+WEIGHTINGS = ("uniform", "examples")
+VALUES = ("log8", "float32")
+
+
+@dataclass(frozen=True)
+class ExplorationPlan:
+    """Who explores, and how.
+
+    Parameters
+    ----------
+    explorers : float
+        Share of the connected nodes that explore, in (0, 1].
+    min_explorers : int
+        The mask is made from those that answer, if they are at least this many.
+    rounds : int
+        Number of batches, of different explorers each, all starting from W0.
+    epochs, patience : int
+        Sent to the explorers: at most so many epochs, stopping after ``patience`` epochs without a better mean
+        training loss.
+    weighting : str
+        ``"uniform"`` (the authors' code) or ``"examples"``, by number of examples (our reading).
+    values : str
+        How explorers' moves travel: ``"log8"``, a byte a parameter or less (:mod:`autoflip_flwr.wire.deltas`), or
+        ``"float32"``, as the model has them.
+    """
+
+    explorers: float = 1.0
+    min_explorers: int = 2
+    rounds: int = 1
+    epochs: int = 5
+    patience: int = 2
+    weighting: str = "uniform"
+    values: str = "log8"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.explorers <= 1:
+            raise ValueError(f"explorers = {self.explorers}: must be a share in (0, 1]")
+        for name in ("min_explorers", "rounds", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name, allowed in (("weighting", WEIGHTINGS), ("values", VALUES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+
+def model_of(record: ArrayRecord) -> Arrays:
+    """The arrays of a model that can be pruned; ``ValueError`` if none of them holds floating-point numbers."""
+    coded = sorted({array.stype for array in record.values()} - {"numpy.ndarray"})
+    arrays = {} if coded else to_arrays(record)
+    kinds = coded or sorted({array.dtype.name for array in arrays.values()})
+    if not any(array.dtype.kind == "f" for array in arrays.values()):
+        raise ValueError(
+            f"nothing to prune: the model is {len(record)} arrays of {', '.join(kinds) or 'nothing'}, and AutoFlip "
+            "prunes floating-point ones; a model that travels as bytes, as XGBoost's does, runs with its strategy alone"
+        )
+    return arrays

@@ -18,10 +18,10 @@ from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.replies.quarantine import Quarantine
+from autoflip_flwr.server.grid import OrderedGrid
+from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.storage.codec import decode, encode
-from autoflip_flwr.translate import Translator
 from autoflip_flwr.wire.records import to_arrays, to_record
 from autoflip_flwr.wrapped.privacy import Budget
 from autoflip_flwr.wrapped.snapshot import load_strategy_state, strategy_state

@@ -9,15 +9,14 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from autoflip_flwr import subspace
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.plan import warn_of_problems
-from autoflip_flwr.progress import Progress
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
-from autoflip_flwr.settings import Configured
-from autoflip_flwr.subspace import Schedule
-from autoflip_flwr.translate import Translator
+from autoflip_flwr.server.plans import warn_of_problems
+from autoflip_flwr.server.progress import Progress
+from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask
+from autoflip_flwr.server.settings import Configured
+from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.wire.keys import EVALUATE, TRAIN
 from autoflip_flwr.wire.records import to_arrays, to_record
 from autoflip_flwr.wrapped import optimizer_state, privacy, traits
@@ -26,7 +25,7 @@ from autoflip_flwr.wrapped.snapshot import undo_of
 
 
 class Rounds(Configured):
-    """What Flower's loop calls in each round; :class:`~autoflip_flwr.strategy.AutoFlip` starts it."""
+    """What Flower's loop calls in each round; :class:`~autoflip_flwr.server.strategy.AutoFlip` starts it."""
 
     mask_schedule: Schedule | None
     privacy: Budget | None
@@ -153,7 +152,7 @@ class Rounds(Configured):
             super()._check_running(name, value)
         if not self._in_rounds:
             raise RuntimeError("mask was set before the first round, while AutoFlip finds one: set it before start")
-        subspace.check(value, self._started.mask.layout, "strategy.mask = ...")
+        check_mask(value, self._started.mask.layout, "strategy.mask = ...")
 
     @property
     def _started(self) -> Translator:
@@ -169,7 +168,7 @@ class Rounds(Configured):
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
         if self.mask_schedule is not None:
-            new = subspace.ask(self.mask_schedule, server_round, translator.mask, full)
+            new = ask_schedule(self.mask_schedule, server_round, translator.mask, full)
             full = full if new is None else self._change(new, full, translator)
         return full
 

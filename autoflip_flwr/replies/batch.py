@@ -1,0 +1,227 @@
+"""Judge the replies of one exchange: each alone, then beside the others; strike the nodes whose replies are rejected.
+
+Exploration and rounds are judged here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from logging import WARNING
+from typing import NamedTuple
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.logger import log
+
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.costs.ledger import examples_processed
+from autoflip_flwr.replies.check import Judged, explain_error, judge_deltas, judge_header, judge_update, judge_weight
+from autoflip_flwr.replies.likeness import Likeness
+from autoflip_flwr.replies.norms import Update, joint_norm
+from autoflip_flwr.replies.quarantine import Quarantine
+from autoflip_flwr.wire.keys import EVALUATE, HEADER, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.records import WireError
+
+
+class Sent(NamedTuple):
+    """What a node was sent: exact floating vectors, what its reply's are added to, the norm of those compared."""
+
+    exact: Arrays
+    base: Arrays
+    norm: float
+
+
+class Batch(NamedTuple):
+    """The replies of an exchange, judged.
+
+    Parameters
+    ----------
+    counted : list[Message]
+        Those that count, in their order, as the strategy may see them; train replies with an empty record in the place
+        of their arrays.
+    judged : list[Judged]
+        What those hold, where they are train replies.
+    errors : list[Message]
+        The error replies.
+    accepted : list[int]
+        Nodes whose replies are well-formed, and show that they have the mask.
+    """
+
+    counted: list[Message]
+    judged: list[Judged]
+    errors: list[Message]
+    accepted: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An explorer's reply that may be counted: what its length is judged by, and its deltas as they came."""
+
+    update: Update
+    deltas: ArrayRecord
+
+
+class Judge:
+    """Judge replies, and remember what those of earlier rounds were like.
+
+    Parameters
+    ----------
+    quarantine : Quarantine
+        Takes the replies that are rejected.
+    weight_key : str
+        Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
+    needed : Mapping[str, float] | None
+        Metrics that the strategy needs of each train reply, with the least value of each.
+    averaged : Collection[str]
+        Phases whose metrics Flower's own mean averages.
+    """
+
+    def __init__(
+        self,
+        quarantine: Quarantine,
+        *,
+        weight_key: str,
+        needed: Mapping[str, float] | None = None,
+        averaged: Collection[str] = (TRAIN, EVALUATE),
+    ) -> None:
+        self._quarantine, self._weight_key, self._needed = quarantine, weight_key, dict(needed or {})
+        self._likeness = Likeness(averaged)
+
+    def train(
+        self, replies: Iterable[Message], *, mask: Mask, round_: int, sent: Mapping[int, Sent], kind: str
+    ) -> Batch:
+        """Judge train replies to what was ``sent`` to the nodes, their values coded as ``kind`` says."""
+        seen: dict[int, Judged] = {}
+        updates: dict[int, Update] = {}
+
+        def accept(reply: Message) -> RecordDict:
+            node = reply.metadata.src_node_id
+            if node not in sent:
+                raise WireError("nothing was sent to this node in this round")
+            judged = judge_update(
+                reply,
+                mask=mask,
+                round_=round_,
+                weight_key=self._weight_key,
+                sent=sent[node].exact,
+                kind=kind,
+                base=sent[node].base,
+                max_weight=self._quarantine.rules.max_examples,
+                needed=self._needed,
+            )
+            seen[node] = judged
+            updates[node] = Update(judged.kept_norm, judged.weight, examples_processed(reply.content), sent[node].norm)
+            return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
+
+        batch = self._admit(replies, TRAIN, round_, accept)
+        nodes = [reply.metadata.src_node_id for reply in batch.counted]
+        far = self._quarantine.judge_norms({node: updates[node] for node in nodes}, TRAIN, round_)
+        counted = self._without(far, batch.counted, TRAIN, round_)
+        self._drop_disputed(counted, TRAIN, round_)
+        for reply in counted:
+            self._quarantine.clear(reply.metadata.src_node_id)
+        return batch._replace(counted=counted, judged=[seen[reply.metadata.src_node_id] for reply in counted])
+
+    def evaluate(self, replies: Iterable[Message], *, mask: Mask, round_: int) -> Batch:
+        """Judge evaluate replies; one with a weight of 0 does not count, and costs its node nothing."""
+
+        def accept(reply: Message) -> RecordDict | None:
+            judge_header(reply, mask=mask, phase=EVALUATE, round_=round_)
+            return _without_ours(reply) if judge_weight(reply, self._weight_key, or_none=True) else None
+
+        batch = self._admit(replies, EVALUATE, round_, accept)
+        self._drop_disputed(batch.counted, EVALUATE, round_)
+        return batch
+
+    def explorer(self, reply: Message, *, mask: Mask, kind: str, compared: Collection[str], length: float) -> Answer:
+        """Judge an explorer's reply alone, as soon as it is there.
+
+        Parameters
+        ----------
+        reply : Message
+            A reply without an error.
+        mask : Mask
+            A mask that keeps everything.
+        kind : str
+            How its deltas must be coded.
+        compared : Collection[str]
+            Names of the arrays that norms are compared by.
+        length : float
+            Their norm in W0.
+
+        Raises
+        ------
+        WireError
+            With the reason, if it must be rejected.
+        """
+        weight, deltas = judge_deltas(
+            reply,
+            mask=mask,
+            weight_key=self._weight_key,
+            kind=kind,
+            max_weight=self._quarantine.rules.max_examples,
+        )
+        (record,) = reply.content.array_records.values()
+        if not math.isfinite(joint_norm(deltas.values())):
+            raise WireError("the norm of its moves overflows")
+        norm = joint_norm(deltas[name] for name in compared)
+        return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
+
+    def explorers(self, answers: Mapping[int, Answer | WireError]) -> tuple[dict[int, Answer], dict[int, str]]:
+        """Judge the explorers of a batch beside each other; those that count, and the others with the reason."""
+        rejected = {node: str(answer) for node, answer in answers.items() if isinstance(answer, WireError)}
+        good = {node: answer for node, answer in answers.items() if isinstance(answer, Answer)}
+        rejected |= self._quarantine.judge_norms(
+            {node: answer.update for node, answer in good.items()}, "exploration", 0
+        )
+        for node, reason in rejected.items():
+            self._quarantine.strike(node, "exploration", 0, reason)
+        return {node: answer for node, answer in good.items() if node not in rejected}, rejected
+
+    def _admit(
+        self, replies: Iterable[Message], phase: str, round_: int, accept: Callable[[Message], RecordDict | None]
+    ) -> Batch:
+        """The replies that count, each judged alone and then beside the others, and the error replies.
+
+        ``accept`` returns what of a reply the strategy is to see, or ``None`` to skip it without a word.
+        """
+        counted: list[Message] = []
+        errors: list[Message] = []
+        accepted: list[int] = []
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                errors.append(reply)
+                if reply.error.code == MOD_REFUSED:
+                    log(WARNING, "round %d: node %d: %s", round_, node, explain_error(reply.error))
+                continue
+            try:
+                if node in accepted:
+                    raise WireError("the node has answered before")
+                content = accept(reply)
+            except WireError as error:
+                self._quarantine.strike(node, phase, round_, str(error))
+                continue
+            accepted.append(node)
+            if content is not None:
+                reply.content = content
+                counted.append(reply)
+        # without a weight key the strategy asks nothing of metrics
+        other = self._likeness.unlike(counted, phase) if self._weight_key else {}
+        return Batch(self._without(other, counted, phase, round_), [], errors, accepted)
+
+    def _without(self, bad: Mapping[int, str], replies: list[Message], phase: str, round_: int) -> list[Message]:
+        """The replies but for those of the nodes that are ``bad``, with the reason of each."""
+        for node, reason in bad.items():
+            self._quarantine.strike(node, phase, round_, reason)
+        return [reply for reply in replies if reply.metadata.src_node_id not in bad]
+
+    def _drop_disputed(self, counted: list[Message], phase: str, round_: int) -> None:
+        if self._weight_key:
+            self._likeness.drop_disputed(counted, phase, round_)
+
+
+def _without_ours(reply: Message) -> RecordDict:
+    return RecordDict({key: record for key, record in reply.content.items() if key != HEADER})

@@ -1,0 +1,84 @@
+"""Which node has which mask: the mask goes along to every node that has not confirmed it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import HEADER, MASK_MISSING, MASK_RECORD
+from autoflip_flwr.wire.records import array_bytes
+
+KEPT_MASKS = 4
+"""So many masks before the one in force are kept, for nodes that need the difference alone."""
+
+
+class MaskDelivery:
+    """Put the mask in force into the messages of the nodes that may lack it.
+
+    Parameters
+    ----------
+    mask : Mask
+        The mask in force; assign another one to change it.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+        self._confirmed: dict[int, str] = {}  # node -> digest
+        self._older: dict[str, Mask] = {}  # by digest
+        self._encoded: dict[str, ConfigRecord] = {}  # by the digest of the mask that it is the difference from
+
+    @property
+    def mask(self) -> Mask:
+        """The mask in force."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        bare = dataclasses.replace(self._mask)  # without its indices
+        kept = [*self._older.items(), (bare.digest, bare)][-KEPT_MASKS:]
+        self._older = {digest: older for digest, older in kept if digest != mask.digest}
+        self._mask, self._encoded = mask, {}
+
+    def confirm(self, nodes: Iterable[int]) -> None:
+        """Note that these nodes have the mask in force."""
+        self._confirmed |= dict.fromkeys(nodes, self._mask.digest)
+
+    def put(self, content: RecordDict, node: int) -> None:
+        """Put the mask into the content of a message to a node that has not confirmed it.
+
+        Raises
+        ------
+        WireError
+            If the mask keeps so little of so large a model that no client would believe it.
+        """
+        had = self._confirmed.get(node, "")
+        if had != self._mask.digest:
+            entries, full = self._mask.layout.prunable_size, self._mask.is_full
+            mask_record.check_entries(entries, array_bytes(content), full=full)
+            content[MASK_RECORD] = self._record(had)
+
+    def repeat(self, message: Message, reply: Message) -> Message | None:
+        """Make the message again, with the whole mask, if the node says that it lacks it."""
+        head = reply.content.get(HEADER) if reply.has_content() else None
+        had = message.content.get(MASK_RECORD)
+        whole = had is not None and not mask_record.base_of(had)
+        if head is None or head.get("status") != MASK_MISSING or whole:
+            return None
+        content = RecordDict({**message.content, MASK_RECORD: self._record()})
+        sent = message.metadata
+        return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
+
+    def _record(self, had: str = "") -> ConfigRecord:
+        """The mask's record for a node that has the mask of that digest: the difference where that is smaller."""
+        # compressing a large mask takes a while, and a new mask goes to every node
+        if "" not in self._encoded:
+            self._encoded[""] = mask_record.encode_mask(self._mask)
+        whole = self._encoded[""]
+        if had in self._older and had not in self._encoded:
+            difference = mask_record.encode_mask(self._mask, self._older[had])
+            self._encoded[had] = min(difference, whole, key=ConfigRecord.count_bytes)
+        return self._encoded.get(had, whole)

@@ -1,0 +1,197 @@
+"""Between the wrapped strategy's messages and the wire's: what leaves is packed, what comes back is unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.replies.batch import Batch, Judge, Sent
+from autoflip_flwr.replies.check import compared_values
+from autoflip_flwr.replies.norms import joint_norm
+from autoflip_flwr.server.average import weighted_mean
+from autoflip_flwr.server.mask_delivery import MaskDelivery
+from autoflip_flwr.wire.keys import EVALUATE, HEADER
+from autoflip_flwr.wire.messages import (
+    arrays_of,
+    flatten,
+    make_header,
+    pack_values,
+    read_vectors,
+    split_vectors,
+    value_entries,
+    weight_entry,
+)
+from autoflip_flwr.wire.records import to_arrays, to_record
+from autoflip_flwr.wire.values import is_coded
+
+_NUDGE = 1e-7
+"""Its square is a normal float32."""
+
+
+class Translator:
+    """Speak the strategy's language on one side and the wire's on the other, under the mask in force.
+
+    Parameters
+    ----------
+    mask : Mask
+        The mask in force; assign another one to change it.
+    initial : dict[str, ndarray]
+        The full model; its integer and bool arrays are kept here, since no strategy averages them.
+    packed : bool
+        Whether the strategy sees packed arrays or full ones.
+    integers : bool
+        Whether it sees integer and bool arrays; what it makes of them is not used.
+    weight_key : str
+        Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
+    judge : Judge
+        Judges the replies.
+    nudges : bool
+        Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
+    down, up : str
+        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.wire.values.KINDS`.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        initial: Arrays,
+        *,
+        packed: bool,
+        integers: bool,
+        weight_key: str,
+        judge: Judge,
+        nudges: bool = False,
+        down: str = "float32",
+        up: str = "float32",
+    ) -> None:
+        self._delivery, self._judge = MaskDelivery(mask), judge
+        self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
+        self._packed, self._nudges = packed, nudges
+        self._weight_key = weight_key
+        self._down, self._up = down, up
+        self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
+        self._sent: dict[int, Sent] = {}  # by node
+        self.repeat = self._delivery.repeat
+
+    @property
+    def mask(self) -> Mask:
+        """The mask in force."""
+        return self._delivery.mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        self._delivery.mask = mask
+
+    def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
+        """Packed arrays -> the arrays as the strategy sees them."""
+        arrays = packed if self._packed else self.mask.scatter(packed)
+        return to_record({name: arrays[name] for name in self.shown})
+
+    def from_strategy(self, record: ArrayRecord) -> Arrays:
+        """What the strategy holds -> full arrays, pruned, in the strategy's dtypes and the model's order."""
+        arrays = to_arrays(record) | self.integers
+        return self.mask.scatter(arrays) if self._packed else self.mask.apply(arrays)
+
+    def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
+        """Pack the strategy's messages; the mask goes along to every node that has not confirmed it.
+
+        Raises
+        ------
+        ValueError
+            If the strategy's messages do not hold one ArrayRecord each, or the mask keeps so little of so large a
+            model that no client would believe it.
+        """
+        batch = list(messages)
+        self._sent = {}
+        coding = value_entries(values=self._down, reply="float32" if phase == EVALUATE else self._up)
+        head = make_header(phase, round_, self.mask, **weight_entry(self._weight_key), **coding)
+        values: dict[int, tuple[ArrayRecord, Sent]] = {}
+        for message in batch:
+            content = RecordDict(dict(message.content))
+            if len(content.array_records) != 1:
+                raise ValueError(f"{len(content.array_records)} ArrayRecords in a message of the strategy, expected 1")
+            key, record = next(iter(content.array_records.items()))
+            if id(record) not in values:  # strategies put one record into all of their messages
+                values[id(record)] = self._to_wire(record)
+            node = message.metadata.dst_node_id
+            content[key], self._sent[node] = values[id(record)]
+            content[HEADER] = head
+            self._delivery.put(content, node)
+            message.content = content
+        return batch
+
+    def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
+        """The train replies that count, as the strategy expects them, then the error replies."""
+        batch = self._judged(replies, round_)
+        for reply, found in zip(batch.counted, batch.judged, strict=True):
+            arrays = arrays_of(self.mask, found.vectors)
+            if found.norm == 0 and self._nudges:
+                arrays = _nudged(arrays)
+            reply.content[found.key] = self.to_strategy(arrays)
+        return batch.counted + batch.errors
+
+    def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
+        """The train replies that count, their metrics without their arrays, and FedAvg's mean: full, pruned arrays."""
+        counted, judged, errors, _ = self._judged(replies, round_)
+        if not judged:
+            return counted + errors, None
+        weights = [found.weight for found in judged]
+        mean = {
+            dtype: weighted_mean([found.vectors[dtype] for found in judged], weights)
+            for dtype in judged[0].vectors
+            if np.dtype(dtype).kind == "f"
+        }
+        return counted + errors, self.mask.scatter(split_vectors(self.mask, mean) | self.integers)
+
+    def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
+        """The evaluate replies that count, without our header, then the error replies."""
+        batch = self._judge.evaluate(replies, mask=self.mask, round_=round_)
+        self._delivery.confirm(batch.accepted)
+        return batch.counted + batch.errors
+
+    def _judged(self, replies: Iterable[Message], round_: int) -> Batch:
+        """The train replies, judged; integer and bool arrays become those of the reply with the largest weight."""
+        batch = self._judge.train(replies, mask=self.mask, round_=round_, sent=self._sent, kind=self._up)
+        self._delivery.confirm(batch.accepted)
+        if batch.judged and self.integers:
+            largest = max(batch.judged, key=lambda found: found.weight).vectors
+            counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
+            self.integers = {name: np.array(values) for name, values in arrays_of(self.mask, counters).items()}
+        return batch
+
+    def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, Sent]:
+        """The message's values, and what its reply is read and judged by.
+
+        A reply's values are added to the server's exact ones where it holds an update. A reply in full is corrected by
+        what the coding of the message has changed, so that rounding the values on their way down shifts where a client
+        starts, but never adds up in the model.
+        """
+        arrays = to_arrays(record) | self.integers
+        packed = arrays if self._packed else self.mask.gather(arrays)
+        sent = pack_values(self.mask, packed, self._down)
+        flat = flatten(self.mask, packed)
+        exact = {dtype: values for dtype, values in flat.items() if values.dtype.kind == "f"}
+        base = {}
+        if not self._down == self._up == "float32":
+            read = read_vectors(self.mask, sent, self._down)
+            for dtype, values in exact.items():
+                if is_coded(self._up, dtype):
+                    base[dtype] = values
+                elif is_coded(self._down, dtype):
+                    base[dtype] = values - read[dtype].whole()
+        parts = [values[: compared_values(self.mask, dtype)] for dtype, values in exact.items()]
+        return sent, Sent(exact, base, joint_norm(parts))
+
+
+def _nudged(arrays: Arrays) -> Arrays:
+    """The arrays with one value moved by about its last digit."""
+    name, values = next((name, values) for name, values in arrays.items() if values.size and values.dtype.kind == "f")
+    moved = values.copy()
+    flat = moved.reshape(-1)
+    flat[0] += max(abs(float(flat[0])) * 2 * float(np.finfo(str(flat.dtype)).eps), _NUDGE)
+    return arrays | {name: moved}
