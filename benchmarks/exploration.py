@@ -27,7 +27,7 @@ from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.explored import read_exploration, start_digest
 from autoflip_flwr.experiment.models import build
-from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
+from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from benchmarks.sparsity import ROOT, run
 from benchmarks.values import cut
 

@@ -20,9 +20,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment import superlink
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.toml import to_toml
+from autoflip_flwr.launch import superlink
+from autoflip_flwr.launch.toml import to_toml
 
 READY_LIMIT = 180.0  # seconds until the SuperNodes are online
 TAIL = 40  # lines of a log that an error shows

@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from autoflip_flwr.experiment import cli
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.record import source_commit
+from autoflip_flwr.experiment.record.circumstances import source_commit
+from autoflip_flwr.launch import cli
 from benchmarks.loopback import Loopback
 
 ROOT = Path(__file__).resolve().parents[1]

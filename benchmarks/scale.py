@@ -169,7 +169,7 @@ def measure(data_dir: str, nodes: int, rounds: int) -> Row:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(cut, data_dir, nodes, own).result()
         pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in settings(nodes, rounds, own, own).items())
-        command = [sys.executable, "-m", "autoflip_flwr.experiment.cli", "run", "--nodes", str(nodes), "-c", pairs]
+        command = [sys.executable, "-m", "autoflip_flwr.launch.cli", "run", "--nodes", str(nodes), "-c", pairs]
         token = uuid4().hex
         # the one way to limit it: no setting of Flower's simulation reaches `object_store_memory` of ray.init
         limit = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE)}

@@ -27,7 +27,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from autoflip_flwr import autoflip_mod
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config, Value
-from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
+from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER
 

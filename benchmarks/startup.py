@@ -38,7 +38,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
-from autoflip_flwr.experiment.record import source_commit
+from autoflip_flwr.experiment.record.circumstances import source_commit
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import HEADER, MASK_RECORD
 from benchmarks import startup_client

@@ -25,7 +25,7 @@ import torch
 
 from autoflip_flwr.experiment.config import VALUES, Value
 from autoflip_flwr.experiment.data import ImageData, load
-from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
+from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from benchmarks.sparsity import ROOT, run
 
 LIMIT = 0.3

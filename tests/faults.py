@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment import superlink
-from autoflip_flwr.experiment.cli import to_toml
+from autoflip_flwr.launch import superlink
+from autoflip_flwr.launch.cli import to_toml
 
 REPOSITORY = Path(__file__).parents[1]
 LIMIT = 300.0  # seconds within which whatever is waited for must happen

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from autoflip_flwr.experiment import superlink
+from autoflip_flwr.launch import superlink
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ("autoflip_flwr", "client_app.py", "configs", "docker", "LICENSE", "pyproject.toml", "README.md", "server_app.py")

@@ -11,7 +11,7 @@ import torch
 
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.record import summary_table
+from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from autoflip_flwr.experiment import cli, remote
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.screen import Screen
-from autoflip_flwr.experiment.superlink import Resources
+from autoflip_flwr.launch import cli, remote
+from autoflip_flwr.launch.screen import Screen
+from autoflip_flwr.launch.superlink import Resources
 
 ROOT = Path(__file__).parent.parent
 
@@ -377,7 +377,7 @@ def test_report_needs_folders(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from autoflip_flwr.experiment import report
+    from autoflip_flwr.experiment.record import report
 
     compared: list[tuple[list[Path], Path]] = []
     write: Callable[[Path], Path] = lambda run: run / "report.md"  # noqa: E731
@@ -396,7 +396,7 @@ class Started:
         self.temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # short, so that the command makes its home in it
         name, value = self.mark.split("=")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "autoflip_flwr.experiment.cli", "run", *arguments],
+            [sys.executable, "-m", "autoflip_flwr.launch.cli", "run", *arguments],
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), name: value},
             stdout=subprocess.PIPE,

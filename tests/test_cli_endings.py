@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.experiment import cli
-from autoflip_flwr.experiment.record import RunRecord
-from autoflip_flwr.experiment.screen import Screen
+from autoflip_flwr.experiment.record.folder import RunRecord
+from autoflip_flwr.launch import cli
+from autoflip_flwr.launch.screen import Screen
 
 ROOT = Path(__file__).parent.parent
 

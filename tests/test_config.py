@@ -158,7 +158,7 @@ def test_resolved_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_starts_without_torch() -> None:
     code = (
-        "import sys, autoflip_flwr.experiment.config, autoflip_flwr.experiment.cli; "
+        "import sys, autoflip_flwr.experiment.config, autoflip_flwr.launch.cli; "
         "sys.exit(bool({'torch', 'ray', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PYPROJECT.parent, check=False).returncode == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.experiment import superlink
+from autoflip_flwr.launch import superlink
 from benchmarks.loopback import Loopback
 
 REPOSITORY = Path(__file__).parents[1]

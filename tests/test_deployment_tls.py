@@ -12,7 +12,7 @@ from replay import ROOT, Replay, replaying, write_data
 from test_docker import entrypoint, healthcheck, image_environment, interpolate
 from test_docs import FENCE, section
 
-from autoflip_flwr.experiment import superlink
+from autoflip_flwr.launch import superlink
 
 pytestmark = pytest.mark.slow
 

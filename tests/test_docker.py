@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from autoflip_flwr.experiment.superlink import TOOLS
+from autoflip_flwr.launch.superlink import TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"

@@ -40,7 +40,7 @@ def copied(example: str, folder: Path, *, patched: bool) -> Path:
 
 def ran(project: Path, model: Path) -> str:
     """The output of a run that completed and in which no client failed."""
-    command = [sys.executable, "-m", "autoflip_flwr.experiment.cli", "run", str(project), "--nodes", "4"]
+    command = [sys.executable, "-m", "autoflip_flwr.launch.cli", "run", str(project), "--nodes", "4"]
     command += ["--verbose", "-c", f'model-path="{model}"']
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=project.parent)
     assert done.returncode == 0, done.stdout + done.stderr

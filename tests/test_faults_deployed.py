@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from faults import LIMIT, NONE, REPOSITORY, SMALL, checkpoint, faulty_app, kill, record, rounds, told, wait_for
 
-from autoflip_flwr.experiment import superlink
+from autoflip_flwr.launch import superlink
 from benchmarks.loopback import Loopback
 
 pytestmark = pytest.mark.slow

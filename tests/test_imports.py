@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_the_rooms_have_an_order():
     for room, (rooms, _) in ROOMS.items():
         assert set(rooms.split()) <= below
         below.add(room)
+
+
+def test_no_import_leads_back():
+    follows = {name: (imported(path) & MODULES.keys()) - {name} for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(follows).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"torch"}))
+def test_a_room_has_nothing_but_its_modules(room):
+    assert not (PACKAGE / room / "__init__.py").read_text()
 
 
 def test_importing_the_library_loads_neither_torch_nor_ray():

@@ -34,7 +34,7 @@ def refused(**settings: bool | int | float | str) -> str:
 
 def test_the_command_loads_nothing_heavy():
     code = (
-        "import sys, autoflip_flwr.experiment.cli; "
+        "import sys, autoflip_flwr.launch.cli; "
         "print(sorted({'torch', 'flwr', 'ray', 'numpy', 'rich', 'matplotlib', 'safetensors'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

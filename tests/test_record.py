@@ -21,8 +21,10 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from autoflip_flwr.experiment import record, report
-from autoflip_flwr.experiment.record import PHASES, RunRecord, source_commit, source_digest, summary_table
+from autoflip_flwr.experiment.record import circumstances, folder, report
+from autoflip_flwr.experiment.record.circumstances import source_commit, source_digest
+from autoflip_flwr.experiment.record.folder import RunRecord
+from autoflip_flwr.experiment.record.summary import BYTE_TITLES, summary_table
 from autoflip_flwr.storage.files import write_atomic
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -77,7 +79,7 @@ def line(number: int, accuracy: float | None, *, phase: str = "train", total: in
         "accuracy": accuracy,
         "loss": 1.0,
         "train_loss": math.nan,
-        "bytes": {**dict.fromkeys(PHASES, 0), "train_up": total, "total": total},
+        "bytes": {**dict.fromkeys(BYTE_TITLES, 0), "train_up": total, "total": total},
         "flops": {"train": 1e9 * number},
         "seconds": 1.5 * number,
         "density": 0.3,
@@ -104,6 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run; plots take a while, so one is shared by the tests that only look at it."""
     made = started(tmp_path_factory.mktemp("runs"))
     made.finish({**SUMMARY, "train_up_per_client_round": math.nan}, MODEL, MASK)
+    report.write(made.path)
     return made.path
 
 
@@ -145,7 +148,7 @@ def test_create_never_reuses_a_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         def now(cls, tz: Any = None) -> Clock:
             return cls(2025, 1, 2, 3, 4, 5, tzinfo=tz)
 
-    monkeypatch.setattr(record, "datetime", Clock)
+    monkeypatch.setattr(folder, "datetime", Clock)
     names = [RunRecord.create(tmp_path, "demo", CONFIG).path.name for _ in range(3)]
     assert names == ["20250102-030405-demo", "20250102-030405-demo-2", "20250102-030405-demo-3"]
 
@@ -160,7 +163,7 @@ def test_a_name_cannot_leave_the_output_folder(tmp_path: Path, name: str, folder
 
 
 def test_create_survives_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_DISTRIBUTIONS", ("numpy", "no-such-package-here"))
+    monkeypatch.setattr(circumstances, "_DISTRIBUTIONS", ("numpy", "no-such-package-here"))
     made = RunRecord.create(tmp_path, "demo", CONFIG)
     versions = json.loads((made.path / "config.json").read_text())["versions"]
     assert versions["no_such_package_here"] is None
@@ -197,13 +200,10 @@ def test_finish_writes_everything(finished: Path) -> None:
             np.testing.assert_array_equal(loaded[key], array, strict=True)
 
 
-def test_finish_without_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reported: list[Path] = []
-    monkeypatch.setattr(report, "write", reported.append)
+def test_finish_without_a_mask(tmp_path: Path) -> None:
     made = RunRecord.create(tmp_path, "demo", CONFIG)
     made.finish(SUMMARY, MODEL, None)
     assert files(made.path) == {"config.json", "model.safetensors", "summary.json"}
-    assert reported == [made.path]
 
 
 def test_a_run_without_its_model_has_no_summary(tmp_path: Path) -> None:
@@ -257,24 +257,24 @@ def test_the_commit_of_an_app_that_flower_has_copied_is_that_of_the_checkout_it_
 ) -> None:
     copied, checkout = tmp_path / "copied" / "package", tmp_path / "checkout" / "package"
     for package in (copied, checkout):
-        (package / "experiment").mkdir(parents=True)
-        (package / "experiment" / "record.py").write_text("1")
+        (package / "experiment" / "record").mkdir(parents=True)
+        (package / "experiment" / "record" / "circumstances.py").write_text("1")
     git(checkout, "init")
     git(checkout, "add", ".")
     git(checkout, "commit", "-m", "x")
-    monkeypatch.setattr(record, "__file__", str(copied / "experiment" / "record.py"))
+    monkeypatch.setattr(circumstances, "__file__", str(copied / "experiment" / "record" / "circumstances.py"))
     monkeypatch.chdir(checkout.parent)
     about = json.loads((RunRecord.create(tmp_path / "runs", "a", {}).path / "config.json").read_text())
     assert (about["commit"], about["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
     assert about["source"] == source_digest(checkout)
-    (checkout / "experiment" / "record.py").write_text("2")
+    (checkout / "experiment" / "record" / "circumstances.py").write_text("2")
     about = json.loads((RunRecord.create(tmp_path / "runs", "b", {}).path / "config.json").read_text())
     assert (about["commit"], about["dirty"]) == (None, None)
 
 
 def test_source_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert source_commit(Path(record.__file__).parent) == (None, None)
+    assert source_commit(Path(folder.__file__).parent) == (None, None)
 
 
 # --- the table
@@ -406,22 +406,11 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     assert run.label == "autoflip, density 30%"
 
 
-def test_compare_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(report, "write", lambda run_dir: run_dir / "report.html")
+def test_runs_are_compared_in_one_picture(tmp_path: Path) -> None:
     paths = [started(tmp_path / "runs").path, RunRecord.create(tmp_path / "runs", "bare", {}).path]
     out = tmp_path / "pictures" / "both.png"
-    assert report.main([*map(str, paths), "--compare", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines() == [*(str(path / "report.html") for path in paths), str(out)]
+    report.compare(paths, out)
     assert out.read_bytes().startswith(PNG)
     assert files(out.parent) == {"both.png"}
-
-
-def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        report.main([str(tmp_path / "nowhere")])
-    assert stopped.value.code == 2
-    assert "not the folder of a run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no runs"):
         report.compare([], tmp_path / "x.png")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.experiment import report
-from autoflip_flwr.experiment.record import RunRecord, summary_rows
+from autoflip_flwr.experiment.record import report
+from autoflip_flwr.experiment.record.folder import RunRecord
+from autoflip_flwr.experiment.record.summary import summary_rows
 
 CONFIG = {"name": "demo", "method": "autoflip", "dataset": "digits", "model": "cnn", "num-server-rounds": 2}
 NO_BYTES = {
@@ -28,7 +29,7 @@ def record(tmp_path: Path) -> RunRecord:
 
 
 def page(record: RunRecord) -> str:
-    return (record.path / "report.html").read_text("utf-8")
+    return report.write(record.path).read_text("utf-8")
 
 
 def test_a_failed_run_has_a_report_with_its_reason(record: RunRecord):

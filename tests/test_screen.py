@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoflip_flwr.costs.savings import lines
-from autoflip_flwr.experiment.screen import Screen
+from autoflip_flwr.launch.screen import Screen
 
 LOGS = Path(__file__).parent / "logs"
 

@@ -1,1 +1,0 @@
-"""The shipped Flower app: configuration, data, models, local training, run record."""

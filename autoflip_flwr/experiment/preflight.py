@@ -21,7 +21,7 @@ from autoflip_flwr.experiment.config import Config, ConfigError, shown
 from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
 
 if TYPE_CHECKING:
-    from autoflip_flwr.experiment.record import RunRecord
+    from autoflip_flwr.experiment.record.folder import RunRecord
 
 CONNECT_LIMIT = 3.0  # seconds within which the source of a download must answer
 SMI_LIMIT = 5.0
@@ -169,7 +169,7 @@ def unreachable(url: str) -> str:
 
 def resumable(config: Config) -> RunRecord:
     """The record of the run that is to go on; ``ConfigError`` if it has other settings, or cannot."""
-    from autoflip_flwr.experiment.record import RunRecord  # here, not above: it needs what takes longer to load
+    from autoflip_flwr.experiment.record.folder import RunRecord  # here, not above: it needs what takes longer to load
 
     record = RunRecord(Path(config.resume).resolve())
     try:

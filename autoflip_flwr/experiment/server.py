@@ -21,8 +21,8 @@ from autoflip_flwr.experiment.explored import read_exploration, start_digest, wr
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import resumable
-from autoflip_flwr.experiment.record import RunRecord
-from autoflip_flwr.experiment.tracker import Tracker
+from autoflip_flwr.experiment.record.folder import RunRecord
+from autoflip_flwr.experiment.record.tracker import Tracker
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.storage.checkpoint import Checkpoints

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
 from autoflip_flwr.experiment.idle import idle
-from autoflip_flwr.experiment.remote import run_app_on
-from autoflip_flwr.experiment.screen import Screen
-from autoflip_flwr.experiment.superlink import TOOLS, Resources, run_app
-from autoflip_flwr.experiment.toml import flatten, literal, parse_pairs, read_toml, to_toml
+from autoflip_flwr.launch.remote import run_app_on
+from autoflip_flwr.launch.screen import Screen
+from autoflip_flwr.launch.superlink import TOOLS, Resources, run_app
+from autoflip_flwr.launch.toml import flatten, literal, parse_pairs, read_toml, to_toml
 
 APP_NAME = "autoflip-flwr"
 DEFAULT_NODES = 10
@@ -90,9 +90,11 @@ def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) ->
     screen.say(f"run record: {path}")
     with suppress(OSError, ImportError):  # the run's own reason is what matters
         if not (path / "failure.json").exists():
-            from autoflip_flwr.experiment.record import RunRecord
+            from autoflip_flwr.experiment.record import report
+            from autoflip_flwr.experiment.record.folder import RunRecord
 
             RunRecord(path).fail(reason)
+            report.write(path)
         screen.say(f"report: {path / 'report.html'}")
     if any((path / "checkpoint").rglob("*.safetensors")):
         command = "autoflip" if shutil.which("autoflip") else f"{TOOLS}/autoflip"  # the environment is not activated
@@ -173,7 +175,7 @@ def _report(options: argparse.Namespace) -> int:
         if not run.is_dir():
             raise ConfigError(f"{run}: no such folder")
     try:
-        from autoflip_flwr.experiment import report
+        from autoflip_flwr.experiment.record import report
     except ImportError as error:
         raise ConfigError(f"a report needs {error.name}: pip install '{APP_NAME}[app]'") from None
     try:

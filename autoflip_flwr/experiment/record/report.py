@@ -5,7 +5,6 @@ A run that is still going on, or was interrupted, is reported as far as it got. 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from autoflip_flwr.experiment.page import render
-from autoflip_flwr.experiment.record import PHASES
-from autoflip_flwr.experiment.runs import Run
+from autoflip_flwr.experiment.record.page import render
+from autoflip_flwr.experiment.record.runs import Run
+from autoflip_flwr.experiment.record.summary import BYTE_TITLES
 from autoflip_flwr.storage.files import write_atomic
 
 # The Okabe-Ito colours, which stay apart for colour-blind readers, one a kind of message.
@@ -68,23 +67,6 @@ def compare(run_dirs: Sequence[Path], out: Path) -> None:
     write_atomic(out, _png(figure))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of every run named, and with ``--compare`` a picture of them side by side."""
-    parser = argparse.ArgumentParser(prog="python -m autoflip_flwr.experiment.report", description=main.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--compare", type=Path, metavar="OUT.png", help="also draw the runs side by side")
-    options = parser.parse_args(arguments)
-    try:
-        for run_dir in options.runs:
-            print(write(run_dir))
-        if options.compare is not None:
-            compare(options.runs, options.compare)
-            print(options.compare)
-    except NotADirectoryError as error:
-        parser.error(str(error))
-    return 0
-
-
 def _accuracy(title: str, x_title: str, x: Sequence[float], accuracy: Sequence[float]) -> Figure | None:
     if not x:
         return None
@@ -118,7 +100,7 @@ def _bytes_by_phase(run: Run) -> Figure | None:
         return None
     bars = [
         (title, sent[phase], _KINDS[phase.split("_")[0]], 0.55 if phase.endswith("_down") else 1.0)
-        for phase, title in PHASES.items()
+        for phase, title in BYTE_TITLES.items()
         if sent.get(phase)
     ]
     bars.append(("All messages", sent["total"], _INK, 1.0))
@@ -164,7 +146,3 @@ def _png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.12)
     return file.getvalue()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from autoflip_flwr.experiment.record import summary_rows
-from autoflip_flwr.experiment.runs import Run
+from autoflip_flwr.experiment.record.runs import Run
+from autoflip_flwr.experiment.record.summary import summary_rows
 
 _CSS = """
 :root { color-scheme: light; }

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment import superlink
-from autoflip_flwr.experiment.screen import Screen
-from autoflip_flwr.experiment.superlink import TOOLS
+from autoflip_flwr.launch import superlink
+from autoflip_flwr.launch.screen import Screen
+from autoflip_flwr.launch.superlink import TOOLS
 
 SILENCE_LIMIT = 120.0  # seconds without an answer of the SuperLink after which we give up
 POLL_INTERVAL = 2.0  # seconds

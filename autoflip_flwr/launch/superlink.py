@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoflip_flwr.costs.reason import COLOURS
-from autoflip_flwr.experiment.screen import Screen
+from autoflip_flwr.launch.screen import Screen
 
 TOOLS = Path(sys.executable).parent
 CONNECTION = "autoflip"

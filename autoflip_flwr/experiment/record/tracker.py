@@ -21,7 +21,8 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models import flops_per_example
-from autoflip_flwr.experiment.record import RunRecord, summary_table
+from autoflip_flwr.experiment.record.folder import RunRecord
+from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.server.waiting import duration
 from autoflip_flwr.wire.records import to_arrays, to_record
 
@@ -140,6 +141,7 @@ class Tracker:
         if self._ledger.incidents:
             self.record.write_incidents(self._ledger.incidents)
         self.record.fail(reason)
+        _write_report(self.record.path)
 
     def finish(self, arrays: ArrayRecord) -> Path:
         """Write the summary, the model, the mask and the report; print the summary table."""
@@ -180,6 +182,7 @@ class Tracker:
             },
         }
         self.record.finish(summary, final, None if mask is None else {k: np.array(v) for k, v in mask.keep.items()})
+        _write_report(self.record.path)
         log(INFO, "\n%s", summary_table(summary))
         log(INFO, "report: %s", self.record.path / "report.html")
         return self.record.path
@@ -214,3 +217,9 @@ class Tracker:
     def _sent(self) -> str:
         megabytes = self._ledger.bytes_by_phase()["total"] / 1e6
         return f"{megabytes:.2f} MB" if megabytes < 100 else f"{megabytes:,.0f} MB"
+
+
+def _write_report(path: Path) -> None:
+    from autoflip_flwr.experiment.record import report  # matplotlib is slow to load, and nothing before wants it
+
+    report.write(path)
