@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_wire import LAYOUT, MASK, Arrays, messages, mutations, quick, same, sent
+from test_messages import LAYOUT, MASK, Arrays, messages, mutations, quick, same, sent
 
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask

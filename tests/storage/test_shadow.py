@@ -20,7 +20,7 @@ from autoflip_flwr.testing import LocalGrid
 
 NODES = 2
 ROUNDS = 6
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
 
 
 class Killed(BaseException):

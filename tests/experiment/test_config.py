@@ -10,7 +10,7 @@ import pytest
 
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
 
-PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def test_defaults_are_those_of_pyproject() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.training import batches, train
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def sizes(count: int, size: int, *, single: bool) -> list[int]:

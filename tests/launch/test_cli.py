@@ -20,7 +20,7 @@ from autoflip_flwr.launch import cli, remote
 from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.superlink import Resources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 PROJECT = """
 [build-system]

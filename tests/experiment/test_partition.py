@@ -16,7 +16,7 @@ from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.partition import partition
 
 module = importlib.import_module("autoflip_flwr.experiment.partition")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("iid", "dirichlet", "pathological")
 
 

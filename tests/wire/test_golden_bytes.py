@@ -1,7 +1,7 @@
 """The wire format is what ``golden/wire-<format>.json`` holds, byte for byte, and what ``docs/wire.md`` says.
 
-A change of the format takes a new number and a new file: ``python -m tests.test_golden`` writes it. What is compressed
-is compared as it was before, since builds of zlib differ in what they make of it.
+A change of the format takes a new number and a new file: ``python -m tests.wire.test_golden_bytes`` writes it. What is
+compressed is compared as it was before, since builds of zlib differ in what they make of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autoflip_flwr.wire.keys import FORMAT, HEADER
 from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, read_header, unpack_deltas, unpack_values
 from autoflip_flwr.wire.records import fingerprint, make_array
 
-FILE = Path(__file__).with_name("golden") / f"wire-{FORMAT}.json"
+FILE = Path(__file__).parents[1] / "golden" / f"wire-{FORMAT}.json"
 KINDS = ("float32", "bfloat16", "float16", "int8")
 MASKS = ("full", "bitmap", "gaps", "units", "difference")
 HEX = "hex:"

@@ -11,7 +11,7 @@ from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.launch import cli
 from autoflip_flwr.launch.screen import Screen
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from autoflip_flwr.testing import LocalGrid
 
 pytestmark = pytest.mark.runs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(output: Path, count: int = 3, spoil=None, **settings: bool | int | float | str) -> Path:

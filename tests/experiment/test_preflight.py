@@ -16,7 +16,7 @@ from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.idle import idle
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

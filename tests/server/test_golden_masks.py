@@ -1,6 +1,6 @@
 """The masks and models that AutoFLIP makes are those of ``golden/masks.json``, digest by digest.
 
-The file was made before the package was divided into rooms. ``python -m tests.test_golden_masks`` writes it again.
+The file was made before the package was divided into rooms. ``python -m tests.server.test_golden_masks`` writes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, Strateg
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.testing import LocalGrid
 
-FILE = Path(__file__).with_name("golden") / "masks.json"
+FILE = Path(__file__).parents[1] / "golden" / "masks.json"
 
 Arrays = dict[str, np.ndarray]
 

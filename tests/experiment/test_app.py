@@ -21,7 +21,7 @@ from autoflip_flwr.testing import LocalGrid
 
 pytestmark = pytest.mark.runs
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def run(output: Path, nodes: int = 4, **settings: bool | int | float | str) -> Path:
