@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from autoflip_flwr import Layout, Mask
+from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.explored import read_exploration, start_digest
+from autoflip_flwr.experiment.explored import read_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from benchmarks.sparsity import ROOT, run
@@ -50,7 +51,7 @@ def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
         for values in ("float32", "log8"):
             settings = {**base, "dataset": dataset, "exploration-values": values, "output-dir": output}
             folder, _, told = run({**settings, "num-server-rounds": 1}, int(base["nodes"]))
-            found[values] = read_exploration(folder / "exploration.safetensors", start_digest(initial))[0]
+            found[values] = read_exploration(folder / "exploration.safetensors", digest_of(initial))[0]
             uploads[values] = told["bytes"]["exploration_up"]
     agreements = {}
     for gamma in (1.0, 0.0):

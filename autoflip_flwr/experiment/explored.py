@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,15 +17,6 @@ from autoflip_flwr.experiment.config import ConfigError, Value, shown
 from autoflip_flwr.storage.files import write_atomic
 
 _FIELDS = ("deviation", "signed_mean", "normalised")
-
-
-def start_digest(initial: Mapping[str, NDArray[np.generic]]) -> str:
-    """SHA-256 (hex) of W0: names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, array in initial.items():
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def write_exploration(

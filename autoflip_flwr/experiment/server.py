@@ -13,11 +13,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from autoflip_flwr import AutoFlip, Ledger
+from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.explored import read_exploration, start_digest, write_exploration
+from autoflip_flwr.experiment.explored import read_exploration, write_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import resumable
@@ -61,7 +62,7 @@ def run(grid: Grid, config: Config) -> Path:
     if ordered.num_partitions:  # else each node has data of its own
         # refuses an impossible split now, and leaves the split in the cache for the clients
         partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
-    start = start_digest(initial)
+    start = digest_of(initial)
     exploration, cost, explored_seconds = _earlier_exploration(config, start)
     if config.resume:
         record = resumable(config)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import numbers
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 from flwr.serverapp.strategy import FedAvg, Strategy
 
+from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration
@@ -130,11 +129,10 @@ class Configured(Strategy):
             )
         strategy_state(self.strategy, {})
         ready = self._brought["mask"]
-        start = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in initial.values()))
         return {
             "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
             "prunable": [spec.name for spec in layout.prunable],
-            "initial values": start,
+            "initial": digest_of(initial),
             "mask": {
                 **dataclasses.asdict(self.mask_plan),
                 "ready": ready and ready.digest,
