@@ -6,21 +6,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoflip_flwr.client.context import apply_mask, current_mask
     from autoflip_flwr.client.mod import autoflip_mod
+    from autoflip_flwr.client.report import current_request, report
+    from autoflip_flwr.core.budget import Budget
     from autoflip_flwr.core.layout import Layout
     from autoflip_flwr.core.mask import Mask
+    from autoflip_flwr.core.method import Method
+    from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Snip
+    from autoflip_flwr.core.request import Request
+    from autoflip_flwr.core.selection import select
     from autoflip_flwr.core.statistics import Exploration
     from autoflip_flwr.costs.ledger import Ledger
-    from autoflip_flwr.server.strategy import AutoFlip
+    from autoflip_flwr.replies.quarantine import ReplyRules
+    from autoflip_flwr.server.settings import Nodes, Values
+    from autoflip_flwr.server.strategy import AutoFlip, Pruned
+    from autoflip_flwr.storage.checkpoint import Checkpoints
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
     _MODULES = {
         "AutoFlip": "server.strategy",
+        "Budget": "core.budget",
+        "Checkpoints": "storage.checkpoint",
         "Exploration": "core.statistics",
         "Layout": "core.layout",
         "Ledger": "costs.ledger",
+        "LossExploration": "core.methods",
+        "Magnitude": "core.methods",
         "Mask": "core.mask",
+        "Method": "core.method",
+        "Nodes": "server.settings",
+        "Pruned": "server.strategy",
+        "Random": "core.methods",
+        "ReplyRules": "replies.quarantine",
+        "Request": "core.request",
+        "Snip": "core.methods",
+        "Values": "server.settings",
         "apply_mask": "client.context",
         "autoflip_mod": "client.mod",
         "current_mask": "client.context",
+        "current_request": "client.report",
+        "report": "client.report",
+        "select": "core.selection",
     }
 
     def __getattr__(name: str) -> object:
@@ -33,4 +57,28 @@ else:  # when asked for: a client starts for every message and needs none of the
         return sorted({*globals(), *_MODULES})
 
 
-__all__ = ["AutoFlip", "Exploration", "Layout", "Ledger", "Mask", "apply_mask", "autoflip_mod", "current_mask"]
+__all__ = [
+    "AutoFlip",
+    "Budget",
+    "Checkpoints",
+    "Exploration",
+    "Layout",
+    "Ledger",
+    "LossExploration",
+    "Magnitude",
+    "Mask",
+    "Method",
+    "Nodes",
+    "Pruned",
+    "Random",
+    "ReplyRules",
+    "Request",
+    "Snip",
+    "Values",
+    "apply_mask",
+    "autoflip_mod",
+    "current_mask",
+    "current_request",
+    "report",
+    "select",
+]

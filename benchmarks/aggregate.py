@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 from torchvision.models import resnet18
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
+from autoflip_flwr.core.budget import Budget
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.core.selection import choose_mask
+from autoflip_flwr.core.selection import select
 from autoflip_flwr.server.average import weighted_mean
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.messages import flatten, pack_values, read_vectors, unpack_values
@@ -203,7 +204,7 @@ def other_work(density: float) -> dict[str, Any]:
     large_score = {spec.name: random.random(spec.shape) for spec in large_layout.prunable}
     return {
         "scores": layout.prunable_size,
-        "choose_ms": timed(lambda: choose_mask(layout, score, 1 - density), 3),
+        "choose_ms": timed(lambda: select(layout, score, Budget.whole(layout, 1 - density)), 3),
         "copy_ms": timed(flat.copy, 25),
         "pack_and_unpack_ms": timed(lambda: unpack_values(mask, pack_values(mask, packed)), 25),
         "unpack_ms": timed(lambda: unpack_values(mask, record), 25),
@@ -212,7 +213,7 @@ def other_work(density: float) -> dict[str, Any]:
         "large": {
             "parameters": large_layout.size,
             "arrives_as_sent": same,
-            "choose_ms": timed(lambda: choose_mask(large_layout, large_score, 1 - density), 1),
+            "choose_ms": timed(lambda: select(large_layout, large_score, Budget.whole(large_layout, 1 - density)), 1),
         },
     }
 

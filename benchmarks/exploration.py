@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from autoflip_flwr import Layout, Mask
+from autoflip_flwr.core.budget import Budget
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.scores import scores
-from autoflip_flwr.core.selection import choose_mask
+from autoflip_flwr.core.selection import select
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
@@ -57,7 +58,7 @@ def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
     for gamma in (1.0, 0.0):
         score = {values: scores(exploration, "none", gamma) for values, exploration in found.items()}
         for sparsity in SPARSITIES:
-            masks = [choose_mask(layout, score[values], sparsity) for values in ("float32", "log8")]
+            masks = [select(layout, score[values], Budget.whole(layout, sparsity)) for values in ("float32", "log8")]
             agreements[f"gamma {gamma:g}, sparsity {sparsity:g}"] = round(agreement(*masks), 4)
     return {
         "dataset": dataset,

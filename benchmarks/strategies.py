@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import Strategy
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
@@ -102,7 +103,8 @@ def one_seed(name: str, rounds: int, sparsity: float, seed: int) -> Row:
     make, behind = digits.STRATEGIES[name], digits.mods_for(name)
     mods = [autoflip_mod, *behind]
     full, masked, dense = (
-        AutoFlip(make(digits.NODES), sparsity=share, exploration_public=True) for share in (0.0, sparsity, sparsity)
+        AutoFlip(make(digits.NODES), sparsity=share, method=LossExploration(public=True))
+        for share in (0.0, sparsity, sparsity)
     )
     alone = run(make(digits.NODES), behind, rounds, seed)
     unpruned = run(full, mods, rounds, seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -10,7 +11,12 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from autoflip_flwr import autoflip_mod, current_mask
-from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.budget import SCOPES
+from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.methods import LossExploration
+from autoflip_flwr.core.selection import narrowed, select, widened
+from autoflip_flwr.core.statistics import Accumulator, Exploration
 from autoflip_flwr.wire.keys import PHASE_KEY
 
 
@@ -101,3 +107,25 @@ def numpy_app(made: list[int] | None = None, mods: list | None = None, floats: b
         return Client(context).to_client()
 
     return ClientApp(client_fn=client_fn, mods=[autoflip_mod] if mods is None else mods)
+
+
+def choose(
+    layout: Layout,
+    score: Mapping[str, np.ndarray],
+    sparsity: float,
+    scope: str = "global",
+    tied: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Mask:
+    """The mask that keeps the highest scores, in the budget of a sparsity."""
+    inner = narrowed(layout, tied or {}, ())
+    return widened(layout, select(inner, score, SCOPES[scope](inner, sparsity), **options), tied or {}, ())
+
+
+def explored(layout: Layout, answers: Iterable[tuple[float, Arrays]], *, per_client: bool = False) -> Exploration:
+    """What these explorers found: each one's weight and deltas."""
+    method = LossExploration(normalisation="per-client" if per_client else "none")
+    statistics = Accumulator(layout, method.squares)
+    for weight, deltas in answers:
+        statistics.add(weight, method.look(layout, {"delta": deltas}))
+    return Exploration.of(statistics.result())

@@ -101,8 +101,9 @@ for name in [name for name in sys.modules if name.startswith(private)]:
 sys.meta_path.insert(0, Refuse())
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.methods import LossExploration
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideAdaptiveClipping, FedAvg
-AutoFlip(DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 100), exploration_public=True)
+AutoFlip(DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 100), method=LossExploration(public=True))
 try:
     import autoflip_flwr.testing
 except ModuleNotFoundError as error:

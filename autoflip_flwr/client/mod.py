@@ -14,6 +14,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from autoflip_flwr.client import numpy_client
 from autoflip_flwr.client.context import LAYOUT
 from autoflip_flwr.client.error_feedback import pack_reply
+from autoflip_flwr.client.report import add_reported, note_asked
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
@@ -26,6 +27,7 @@ from autoflip_flwr.wire.keys import (
     MASK_MISSING,
     MASK_RECORD,
     MOD_REFUSED,
+    NOTHING,
     TRAIN,
 )
 from autoflip_flwr.wire.messages import (
@@ -38,6 +40,7 @@ from autoflip_flwr.wire.messages import (
     value_entries,
 )
 from autoflip_flwr.wire.records import WireError, array_bytes, fingerprint, make_array
+from autoflip_flwr.wire.request import read_ask
 from autoflip_flwr.wire.values import KINDS
 
 EXPLORED = "explored."
@@ -75,6 +78,7 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
         mask = _mask_of_message(message, context, head)
         if mask is None:
             return _reply(message, context, head, RecordDict(), status=MASK_MISSING)
+        note_asked(context, read_ask(head))
         return _run(message, context, call_next, head, mask)
     except WireError as error:
         return Message(Error(MOD_REFUSED, f"autoflip_mod: {error}"), reply_to=message)
@@ -109,7 +113,7 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if len(keys) != 1:
         raise WireError(f"{len(keys)} ArrayRecords in the message, expected 1")
     kind, wanted = (str(head.get(key, "float32")) for key in ("values", "reply"))
-    if kind not in KINDS or wanted not in (("float32", LOG8) if head["phase"] == EXPLORE else KINDS):
+    if kind not in KINDS or wanted not in (("float32", LOG8, NOTHING) if head["phase"] == EXPLORE else KINDS):
         raise WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
     start = {dtype: vector.whole() for dtype, vector in read_vectors(mask, inner[keys[0]], kind).items()}
     given = mask.scatter(split_vectors(mask, start))
@@ -126,6 +130,10 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     content = RecordDict(dict(reply.content))
     if head["phase"] == EVALUATE:
         return _reply(message, context, head, content, digest=mask.digest)
+    if wanted == NOTHING:
+        content = RecordDict({k: record for k, record in content.items() if not isinstance(record, ArrayRecord)})
+        add_reported(context, mask, content, required=True)
+        return _reply(message, context, head, content, digest=mask.digest, **value_entries(values=wanted))
     key, arrays = _result(content, mask, exploring=head["phase"] == EXPLORE)
     if head["phase"] == EXPLORE:
         moves = {
@@ -135,6 +143,7 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     else:
         values = pack_reply(context, mask, wanted, mask.gather(arrays), start)
     content[key] = values
+    add_reported(context, mask, content, required=head["phase"] == EXPLORE)
     told = {"digest": mask.digest, "fingerprint": fingerprint(values), **value_entries(values=wanted)}
     return _reply(message, context, head, content, **told)
 

@@ -6,8 +6,12 @@ neither settles is marked "our reading".
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.statistics import Exploration, Floats, minmax
 
 NORMALISATIONS = ("none", "layer", "per-client")
@@ -59,3 +63,14 @@ def scores(exploration: Exploration, normalisation: str = "none", gamma: float =
             guidance = minmax(deviation) if normalisation == "layer" else deviation
         result[name] = guidance * agreement(deviation, exploration.signed_mean[name]) ** gamma if gamma else guidance
     return result
+
+
+def magnitude(layout: Layout, model: Mapping[str, NDArray[np.generic]]) -> dict[str, Floats]:
+    """Score each prunable parameter by its size."""
+    return {spec.name: np.abs(np.asarray(model[spec.name], np.float64)) for spec in layout.prunable}
+
+
+def random_scores(layout: Layout, seed: int) -> dict[str, Floats]:
+    """Score each prunable parameter by chance, in [0, 1)."""
+    rng = np.random.default_rng(seed)
+    return {spec.name: rng.random(spec.shape) for spec in layout.prunable}

@@ -5,55 +5,27 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.budget import floors_of
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.statistics import Exploration, Floats
+from autoflip_flwr.core.statistics import Floats, Statistics
 
-SCOPES = ("global", "layer")
-
-
-def pruned_count(sparsity: float, size: int) -> int:
-    """``floor(sparsity * size)`` in exact decimals: ``pruned_count(0.29, 100)`` is 29."""
-    return int(Fraction(repr(float(sparsity))) * size)
+Bools = NDArray[np.bool_]
 
 
-def tied_weights(
-    layout: Layout, initial: Mapping[str, NDArray[np.generic]], exploration: Exploration
-) -> dict[str, str]:
-    """Prunable arrays that are a weight known by another name too -> the first of its names.
-
-    Tied weights (an embedding that is the output layer as well) come under each of their names with the same values,
-    and the explorers moved them in the same way. Arrays of one value, or that nobody moved, say nothing.
-    """
-    alike = (initial, exploration.deviation, exploration.signed_mean)
-    first: dict[tuple[object, ...], str] = {}
-    found: dict[str, str] = {}
-    for spec in layout.prunable:
-        values = initial[spec.name]
-        if (values == values.flat[0]).all() or not exploration.deviation[spec.name].any():
-            continue
-        sums = tuple(zlib.crc32(arrays[spec.name].tobytes()) for arrays in alike)
-        one = first.setdefault((spec.shape, spec.dtype, sums), spec.name)
-        if one != spec.name and all(np.array_equal(arrays[one], arrays[spec.name]) for arrays in alike):
-            found[spec.name] = one
-    return found
-
-
-def choose_mask(
+def select(
     layout: Layout,
     score: Mapping[str, Floats],
-    sparsity: float,
-    scope: str = "global",
+    budget: Mapping[tuple[str, ...], int],
+    *,
+    out: Mapping[str, Bools] | None = None,
     version: int = 0,
-    tied: Mapping[str, str] | None = None,
-    spared: Collection[str] = (),
 ) -> Mask:
-    """Prune exactly the share ``sparsity`` of the prunable entries, those with the lowest scores.
+    """Keep the entries with the highest scores: exactly as many of each group as the budget says.
 
     Ties are broken by index: of equal scores the earlier entry is pruned first. Each array keeps at least one entry
     and each unit of the output layers at least one incoming weight (:func:`protected_outputs`); where such a floor
@@ -64,68 +36,86 @@ def choose_mask(
     layout : Layout
         The model's arrays.
     score : Mapping[str, ndarray]
-        A finite score for each prunable entry.
-    sparsity : float
-        T_p, the share to prune, in [0, 1).
-    scope : str
-        ``"global"``: one quantile over all prunable entries (the authors' code); ``"layer"``: one for each array.
+        A finite score for each prunable entry, in the arrays' shapes.
+    budget : Mapping[tuple[str, ...], int]
+        Arrays that are ranked together -> entries to keep (:class:`~autoflip_flwr.core.budget.Budget`). Each prunable
+        array belongs to one group.
+    out : Mapping[str, ndarray] | None
+        Entries (True) that are pruned whatever their scores, since whole units have taken them; they count as pruned.
+        A unit or an array of which nothing else is left has no floor.
     version : int
         Version of the mask.
-    tied : Mapping[str, str] | None
-        Arrays that are another one's weight under a second name (:func:`tied_weights`): they count once, and get its
-        mask.
-    spared : Collection[str]
-        Prunable arrays that keep all of their entries; they do not count.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, a score is not finite, nothing is prunable, or the floors cannot be kept.
+        If nothing is prunable, an array is in no group or in two, a count is out of range, a score is not finite, or
+        the floors cannot be kept.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity = {sparsity}: must be a number in [0, 1)")
-    if scope not in SCOPES:
-        raise ValueError(f"scope = {scope!r}: must be one of {', '.join(SCOPES)}")
     if not layout.prunable:
         raise ValueError("no array of the model is prunable: weights have two or more dimensions; else give `prunable`")
-    if tied or spared:
-        whole = {name: np.ones(layout[name].shape, bool) for name in spared}
-        keep = choose_mask(narrowed(layout, tied or {}, spared), score, sparsity, scope).keep | whole
-        keep |= {name: keep[other] for name, other in (tied or {}).items()}
-        return Mask.from_bool(layout, keep, version)
+    _check_budget(layout, budget)
     flat = {spec.name: np.asarray(score[spec.name], np.float64).reshape(-1) for spec in layout.prunable}
     for name, values in flat.items():
         if not np.isfinite(values).all():
             raise ValueError(f"the scores of {name!r} are not finite")
-    outputs = protected_outputs(layout, sparsity, scope)
+    taken = {spec.name: np.zeros(spec.size, bool) for spec in layout.prunable}
+    taken |= {name: np.asarray(entries, bool).reshape(-1) for name, entries in (out or {}).items()}
+    outputs = protected_outputs(layout, budget)
     protected = {
-        spec.name: _protected(flat[spec.name].reshape(spec.shape), outputs.get(spec.name)) for spec in layout.prunable
+        spec.name: _protected(flat[spec.name], taken[spec.name], spec.shape, outputs.get(spec.name))
+        for spec in layout.prunable
     }
-    if scope == "layer":
-        keep = {name: _keep(flat[name], protected[name], sparsity, name) for name in flat}
-    else:
-        every = _keep(
-            np.concatenate(list(flat.values())), np.concatenate(list(protected.values())), sparsity, "the model"
-        )
-        ends = np.cumsum([values.size for values in flat.values()])[:-1]
-        keep = dict(zip(flat, np.split(every, ends), strict=True))
+    keep: dict[str, Bools] = {}
+    for names, kept in budget.items():
+        if not names:
+            continue
+        what = "the model" if len(budget) == 1 else f"{names[0]!r}" if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        values = np.concatenate([flat[name] for name in names])
+        floors, units = (np.concatenate([part[name] for name in names]) for part in (protected, taken))
+        every = _keep(values, floors, units, kept, what)
+        ends = np.cumsum([flat[name].size for name in names])[:-1]
+        keep |= dict(zip(names, np.split(every, ends), strict=True))
     return Mask.from_bool(layout, {spec.name: keep[spec.name].reshape(spec.shape) for spec in layout.prunable}, version)
 
 
-def protected_outputs(layout: Layout, sparsity: float, scope: str) -> dict[str, int]:
-    """The output layers of which each unit keeps an incoming weight -> the axis of their units.
+def protected_outputs(layout: Layout, budget: Mapping[tuple[str, ...], int]) -> dict[str, int]:
+    """Find the output layers of which each unit keeps an incoming weight -> the axis of their units.
 
     Of the layout's guesses those are left out, the later first, with which there are fewer entries left than must stay.
     """
+    floors = floors_of(layout)
+    left = {names: kept - sum(floors[name] for name in names) for names, kept in budget.items()}
+    group = {name: names for names in budget for name in names}
     found = {name: axis for name, axis in layout.output.items() if name not in layout.guesses}
-    room = {spec.name: spec.size - pruned_count(sparsity, spec.size) for spec in layout.prunable}
-    units = {name: layout[name].shape[axis] for name, axis in layout.output.items()}
-    left = layout.prunable_size - pruned_count(sparsity, layout.prunable_size)
-    left -= sum(units[spec.name] if spec.name in found else 1 for spec in layout.prunable)
     for name in layout.guesses:
-        if units[name] <= room[name] if scope == "layer" else units[name] - 1 <= left:
+        units = layout[name].shape[layout.output[name]]
+        if units - 1 <= left[group[name]]:
             found[name] = layout.output[name]
-            left -= units[name] - 1
+            left[group[name]] -= units - 1
+    return found
+
+
+def tied_weights(
+    layout: Layout, initial: Mapping[str, NDArray[np.generic]], seen: Statistics | None = None
+) -> dict[str, str]:
+    """Find the prunable arrays that are a weight known by another name too -> the first of its names.
+
+    Tied weights (an embedding that is the output layer as well) come under each of their names with the same values,
+    and clients report the same of them. Arrays of one value, or of which a statistic is zero throughout, say nothing.
+    """
+    parts = [] if seen is None else [*seen.mean_square.values(), *seen.mean.values()]
+    alike = [initial, *(part for part in parts if part.keys() >= set(layout.prunable_names))]
+    first: dict[tuple[object, ...], str] = {}
+    found: dict[str, str] = {}
+    for spec in layout.prunable:
+        values = initial[spec.name]
+        if not values.size or (values == values.flat[0]).all() or not all(a[spec.name].any() for a in alike[1:2]):
+            continue
+        sums = tuple(zlib.crc32(arrays[spec.name].tobytes()) for arrays in alike)
+        one = first.setdefault((spec.shape, spec.dtype, sums), spec.name)
+        if one != spec.name and all(np.array_equal(arrays[one], arrays[spec.name]) for arrays in alike):
+            found[spec.name] = one
     return found
 
 
@@ -140,25 +130,48 @@ def narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -
     )
 
 
-def _protected(values: Floats, axis: int | None) -> NDArray[np.bool_]:
+def widened(layout: Layout, mask: Mask, tied: Mapping[str, str], spared: Collection[str]) -> Mask:
+    """Return a mask of :func:`narrowed`'s layout as one of the whole: second names get the mask of the first."""
+    keep = {**mask.keep, **{name: np.ones(layout[name].shape, bool) for name in spared}}
+    keep |= {name: keep[other] for name, other in tied.items()}
+    return Mask.from_bool(layout, keep, mask.version)
+
+
+def _check_budget(layout: Layout, budget: Mapping[tuple[str, ...], int]) -> None:
+    names = [name for group in budget for name in group]
+    if sorted(names) != sorted(layout.prunable_names):
+        odd = sorted(set(names) ^ set(layout.prunable_names)) or sorted({n for n in names if names.count(n) > 1})
+        raise ValueError(f"budget: each prunable array belongs to one group, and {', '.join(odd[:5])} does not")
+    for group, kept in budget.items():
+        size = sum(layout[name].size for name in group)
+        if not 0 <= kept <= size:
+            raise ValueError(f"budget: {kept} of the {size} entries of {', '.join(group[:3])} cannot be kept")
+
+
+def _protected(values: Floats, taken: Bools, shape: tuple[int, ...], axis: int | None) -> Bools:
     """The entry that is pruned last of the array, or of each unit along the axis of an output layer; 1-D."""
-    protected = np.zeros(values.shape, dtype=bool)
-    units = values.shape[axis] if axis is not None else 1
-    rows = np.moveaxis(values, axis or 0, 0).reshape(units, -1)
+    protected = np.zeros(values.size, dtype=bool)
+    units = shape[axis] if axis is not None else 1
+    free = np.where(taken, -np.inf, values).reshape(shape)
+    rows = np.moveaxis(free, axis or 0, 0).reshape(units, -1) if shape else free.reshape(1, 1)
     # the last of equal maxima, since of equal scores the earlier entry is pruned first
     top = rows.shape[1] - 1 - np.argmax(rows[:, ::-1], axis=1)
-    places = np.moveaxis(np.arange(values.size).reshape(values.shape), axis or 0, 0).reshape(units, -1)
-    protected.reshape(-1)[places[np.arange(units), top]] = True
-    return protected.reshape(-1)
+    places = np.arange(values.size).reshape(shape)
+    places = np.moveaxis(places, axis or 0, 0).reshape(units, -1) if shape else places.reshape(1, 1)
+    protected[places[np.arange(units), top]] = True
+    return protected & ~taken
 
 
-def _keep(values: Floats, protected: NDArray[np.bool_], sparsity: float, what: str) -> NDArray[np.bool_]:
-    count = pruned_count(sparsity, values.size)
-    free = values[~protected]
+def _keep(values: Floats, protected: Bools, taken: Bools, kept: int, what: str) -> Bools:
+    open_ = ~(protected | taken)
+    free = values[open_]
+    must, count = int(np.count_nonzero(protected)), values.size - int(np.count_nonzero(taken)) - kept
+    if count < 0:
+        raise ValueError(f"{kept} of the entries of {what} are to be kept, but whole units leave {kept + count}")
     if count > free.size:
         raise ValueError(
-            f"sparsity = {sparsity}: {count} of the {values.size} entries of {what} would be pruned, but "
-            f"{values.size - free.size} must stay (one for each array and one for each output unit)"
+            f"{values.size - kept} of the {values.size} entries of {what} would be pruned, but {must} must stay (one "
+            "for each array and one for each output unit)"
         )
     keep_free = np.ones(free.size, dtype=bool)
     if count:
@@ -166,6 +179,6 @@ def _keep(values: Floats, protected: NDArray[np.bool_], sparsity: float, what: s
         keep_free = free > cut
         ties = np.flatnonzero(free == cut)
         keep_free[ties[count - int(np.count_nonzero(free < cut)) :]] = True
-    keep = np.ones(values.size, dtype=bool)
-    keep[~protected] = keep_free
+    keep = protected.copy()
+    keep[open_] = keep_free
     return keep

@@ -1,13 +1,13 @@
-"""What explorers found, averaged: mean and mean square of how far each parameter moved.
+"""Statistics of clients: the mean, and the mean square, of what each of them reports of each parameter.
 
 Sources: the AutoFLIP paper (arXiv 2405.10271) and the code its authors published, FedLEx (arXiv 2506.18640).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,113 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+class Statistics(NamedTuple):
+    """What clients have reported, averaged over them.
+
+    It is summed in float64 and held in float32, array by array, unless an array has values beyond what float32 tells
+    apart (squares of tiny deltas, say) or is of float64 itself: that one stays in float64.
+
+    Parameters
+    ----------
+    mean : dict[str, dict[str, ndarray]]
+        Name of a statistic -> name of an array -> ``sum_k p_k x_k``, in the array's shape. Entries that the statistic
+        was not asked for are 0.
+    mean_square : dict[str, dict[str, ndarray]]
+        The same of ``x_k ** 2``, of prunable arrays; only of the statistics of which it was asked for.
+    clients : int
+        How many clients reported.
+    """
+
+    mean: dict[str, dict[str, Floats]]
+    mean_square: dict[str, dict[str, Floats]]
+    clients: int
+
+
+class Accumulator:
+    """Average what clients report, one client at a time: memory does not grow with their number.
+
+    Parameters
+    ----------
+    layout : Layout
+        The model's arrays.
+    squares : Collection[str]
+        Statistics whose squares are averaged too.
+
+    Examples
+    --------
+    >>> found = Accumulator(Layout.of({"w": np.zeros((1, 2))}), squares=["delta"])
+    >>> found.add(1.0, {"delta": {"w": np.array([[1.0, -2.0]])}})
+    >>> found.add(1.0, {"delta": {"w": np.array([[3.0, 2.0]])}})
+    >>> seen = found.result()
+    >>> seen.mean["delta"]["w"].tolist(), seen.mean_square["delta"]["w"].tolist(), seen.clients
+    ([[2.0, 0.0]], [[5.0, 4.0]], 2)
+    """
+
+    def __init__(self, layout: Layout, squares: Collection[str] = ()) -> None:
+        self._layout, self._squares = layout, squares
+        self._mean: dict[str, dict[str, NDArray[np.float64]]] = {}
+        self._mean_square: dict[str, dict[str, NDArray[np.float64]]] = {}
+        self._total: dict[str, float] = {}  # by statistic: a client need not report all
+        self._clients = 0
+
+    def add(self, weight: float, found: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> None:
+        """Add what one client reports: name of a statistic -> arrays by name, in the layout's shapes.
+
+        ``weight`` is its ``p_k`` before these are divided by their sum: 1, or its number of examples.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not a positive number.
+        """
+        if not 0 < weight < np.inf:
+            raise ValueError(f"weight of a client = {weight}: must be a positive number")
+        self._clients += 1
+        for statistic, arrays in found.items():
+            self._total[statistic] = self._total.get(statistic, 0.0) + weight
+            mean = self._mean.setdefault(statistic, {})
+            square = self._mean_square.setdefault(statistic, {}) if statistic in self._squares else None
+            for spec in self._layout.specs:
+                if spec.name not in arrays or not spec.floating:
+                    continue
+                values = np.asarray(arrays[spec.name], np.float64)
+                _add(mean, spec.name, weight * values)
+                if square is not None and spec.prunable:
+                    _add(square, spec.name, weight * values**2)
+
+    def result(self) -> Statistics:
+        """Return the averages, and forget the sums.
+
+        Raises
+        ------
+        ValueError
+            If nobody has reported.
+        """
+        if not self._clients:
+            raise ValueError("no client has reported")
+
+        def held(sums: dict[str, dict[str, NDArray[np.float64]]]) -> dict[str, dict[str, Floats]]:
+            return {
+                statistic: {
+                    name: _held(arrays.pop(name) / self._total[statistic], self._layout[name].dtype)
+                    for name in list(arrays)
+                }
+                for statistic, arrays in sums.items()
+            }
+
+        return Statistics(held(self._mean), held(self._mean_square), self._clients)
+
+
+def _add(sums: dict[str, NDArray[np.float64]], name: str, values: NDArray[np.float64]) -> None:
+    if name in sums:
+        sums[name] += values
+    else:
+        sums[name] = 0.0 + values  # as zeros to which it is added: no negative zero
+
+
 @dataclass(frozen=True)
 class Exploration:
     """What the explorers found, averaged over those that answered.
-
-    It is summed in float64 and held in float32, array by array, unless an array has values beyond what float32 tells
-    apart (squares of tiny moves, say) or is of float64 itself: that one stays in float64.
 
     Parameters
     ----------
@@ -45,51 +146,26 @@ class Exploration:
     normalised: dict[str, Floats]
     explorers: int
 
+    @classmethod
+    def of(cls, seen: Statistics) -> Exploration:
+        """Name the statistics of an exploration."""
+        return cls(seen.mean_square["delta"], seen.mean["delta"], seen.mean.get("normalised", {}), seen.clients)
 
-def combine(
-    layout: Layout, answers: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]]], *, per_client: bool = False
-) -> Exploration:
-    """Average the explorers' answers, one at a time (memory does not grow with their number).
+    @property
+    def statistics(self) -> Statistics:
+        """What it holds, as statistics."""
+        mean = {"delta": self.signed_mean} | ({"normalised": self.normalised} if self.normalised else {})
+        return Statistics(mean, {"delta": self.deviation}, self.explorers)
 
-    Parameters
-    ----------
-    layout : Layout
-        The model's arrays.
-    answers : Iterable[tuple[float, Mapping[str, ndarray]]]
-        For each explorer its weight ``> 0`` (1 for ``p_k = 1/|X|``, or its number of examples) and ``Delta_k`` for
-        each floating array, in the layout's shapes.
-    per_client : bool
-        Also average the deviations that are normalised per explorer, which ``normalisation="per-client"`` needs.
 
-    Raises
-    ------
-    ValueError
-        If there is no answer, or a weight is not positive and finite.
-    """
-    deviation = {spec.name: np.zeros(spec.shape) for spec in layout.prunable}
-    normalised = {spec.name: np.zeros(spec.shape) for spec in layout.prunable if per_client}
-    mean = {spec.name: np.zeros(spec.shape) for spec in layout.specs if spec.floating}
-    total, explorers = 0.0, 0
-    for weight, delta in answers:
-        if not 0 < weight < np.inf:
-            raise ValueError(f"weight of an explorer = {weight}: must be a positive number")
-        total += weight
-        explorers += 1
-        for name in mean:
-            values = np.asarray(delta[name], np.float64)
-            mean[name] += weight * values
-            if name in deviation:
-                square = values**2
-                deviation[name] += weight * square
-                if per_client:
-                    normalised[name] += weight * minmax(square)
-    if not explorers:
-        raise ValueError("no explorer answered")
+def named(seen: Statistics) -> Exploration | Statistics:
+    """Return statistics of round 0 as users know them."""
+    return Exploration.of(seen) if "delta" in seen.mean_square else seen
 
-    def held(sums: dict[str, NDArray[np.float64]]) -> dict[str, Floats]:
-        return {name: _held(sums.pop(name) / total, layout[name].dtype) for name in list(sums)}
 
-    return Exploration(held(deviation), held(mean), held(normalised), explorers)
+def statistics_of(found: Exploration | Statistics | None) -> Statistics | None:
+    """Return the statistics of what :func:`named` returned."""
+    return found.statistics if isinstance(found, Exploration) else found
 
 
 def _held(values: Floats, dtype: str) -> Floats:

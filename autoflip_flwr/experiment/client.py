@@ -12,12 +12,12 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from autoflip_flwr import autoflip_mod, current_mask
-from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.models import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
+from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
 
@@ -42,14 +42,14 @@ class LocalClient(NumPyClient):
         Its examples.
     classes : int
         How many classes the data set has.
-    mask : Mask | None
-        The mask in force.
+    context : Context
+        Of the node: it knows the mask in force, and what the server asks.
     """
 
     def __init__(
-        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, mask: Mask | None
+        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, context: Context
     ) -> None:
-        self._config, self._part, self._x, self._y, self._mask = config, part, x, y, mask
+        self._config, self._part, self._x, self._y, self._context = config, part, x, y, context
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
         self._model = build(config.model, shape, classes, config.seed)
         self._model.to(training.choose_device(config.device))
@@ -62,19 +62,24 @@ class LocalClient(NumPyClient):
         training.set_arrays(self._model, parameters)
         exploring = PHASE_KEY in config
         round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring: at the first round's learning rate
+        seed = training.seed_of(self._config.seed, int(exploring), round_, self._part)
         with training.threads(self._threads):
-            done = training.train(
-                self._model,
-                self._x,
-                self._y,
-                self._config,
-                epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
-                patience=int(config[PATIENCE_KEY]) if exploring else None,
-                weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
-                lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
-                mask=self._mask,
-                seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),
-            )
+            if exploring and EPOCHS_KEY not in config:  # nothing to train for: the server asks for gradients
+                with gradients(self._model, self._context):
+                    done = training.pass_over(self._model, self._x, self._y, self._config.batch_size, seed)
+            else:
+                done = training.train(
+                    self._model,
+                    self._x,
+                    self._y,
+                    self._config,
+                    epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
+                    patience=int(config[PATIENCE_KEY]) if exploring else None,
+                    weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
+                    lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                    mask=current_mask(self._context),
+                    seed=seed,
+                )
         arrays = list(training.get_arrays(self._model).values())
         metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples}
         return arrays, len(self._x), metrics
@@ -103,7 +108,7 @@ def client_fn(context: Context) -> Client:
         )
     data_dir = str(node.get("data-dir", config.resolved_data_dir))
     x, y = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, x, y, load(config.dataset, data_dir).classes, current_mask(context)).to_client()
+    return LocalClient(config, part, x, y, load(config.dataset, data_dir).classes, context).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

@@ -25,6 +25,7 @@ _DATA_FILES = (
     "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
 )
 VALUES = ("float32", "bfloat16", "float16", "int8")
+METHODS = ("autoflip", "fedavg", "snip", "magnitude", "random")
 MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
 
 
@@ -80,7 +81,7 @@ class Config:
     name : str ("")
         Name of the run, at most 64 letters, digits, '.', '_' or '-'. Empty: `<method>-<dataset>`.
     method : str ("autoflip")
-        autoflip (informed pruning) or fedavg (dense baseline).
+        autoflip (informed pruning), fedavg (dense), or a rival score: snip, magnitude, random.
     seed : int (1)
         Of everything random, in [0, 2**32).
     output_dir : str ("runs")
@@ -132,7 +133,7 @@ class Config:
     sparsity : float (0.7)
         Share of the prunable parameters to prune, in [0, 1).
     scope : str ("global")
-        Scores are ranked over the whole model (global) or within each layer (layer).
+        Scores are ranked over the whole model (global), or per layer, of equal density (layer) or by ERK (erk).
     normalisation : str ("none")
         Of the scores before they are ranked: none, layer or per-client.
     gamma : float (1.0)
@@ -140,10 +141,10 @@ class Config:
     prune_biases : bool (False)
         Whether biases are prunable, too.
     initial : str ("scratch")
-        Weights of round 1: the initial ones (scratch) or the explorers' average (scouts).
+        Weights of round 1: the initial ones (scratch) or the explorers' average (explorers).
     explorers : float (1.0)
         Share of the nodes that explore, in (0, 1].
-    exploration_rounds : int (1)
+    exploration_batches : int (1)
         Batches in which they explore, >= 1.
     exploration_epochs : int (5)
         Most epochs an explorer trains, >= 1.
@@ -181,7 +182,7 @@ class Config:
     """
 
     name: str = _setting("", _NAME)
-    method: str = _setting("autoflip", _choice("autoflip", "fedavg"))
+    method: str = _setting("autoflip", _choice(*METHODS))
     seed: int = _setting(1, _SEED)
     output_dir: str = _setting("runs", _FOLDER_NAME)
 
@@ -211,13 +212,13 @@ class Config:
     server_learning_rate: float = _setting(1.0, _POSITIVE)
 
     sparsity: float = _setting(0.7, _BELOW_ONE)
-    scope: str = _setting("global", _choice("global", "layer"))
+    scope: str = _setting("global", _choice("global", "layer", "erk"))
     normalisation: str = _setting("none", _choice("none", "layer", "per-client"))
     gamma: float = _setting(1.0, _NOT_NEGATIVE)
     prune_biases: bool = _setting(False, _FLAG)
-    initial: str = _setting("scratch", _choice("scratch", "scouts"))
+    initial: str = _setting("scratch", _choice("scratch", "explorers"))
     explorers: float = _setting(1.0, _UP_TO_ONE)
-    exploration_rounds: int = _setting(1, _COUNT)
+    exploration_batches: int = _setting(1, _COUNT)
     exploration_epochs: int = _setting(5, _COUNT)
     exploration_patience: int = _setting(2, _COUNT)
     exploration_timeout: float = _setting(0.0, _NOT_NEGATIVE)
@@ -252,13 +253,15 @@ class Config:
                     f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
                     "escape: write a Windows path with forward slashes, or in single quotes"
                 )
-        if self.method == "autoflip" and 0 < self.nodes < self.min_explorers:
+        if self.method in ("autoflip", "snip") and 0 < self.nodes < self.min_explorers:
             raise ConfigError(
                 f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "
                 f"for a mask of {self.nodes} node{'s' * (self.nodes > 1)}, min-explorers={self.nodes}"
             )
-        if self.resume and (self.method != "autoflip" or not self.checkpoints):
-            raise ConfigError(f"resume = {shown(self.resume)}: needs method = 'autoflip' and checkpoints > 0")
+        if self.resume and (self.method == "fedavg" or not self.checkpoints):
+            raise ConfigError(f"resume = {shown(self.resume)}: needs checkpoints > 0 and a method that is not 'fedavg'")
+        if self.exploration and self.method == "snip":
+            raise ConfigError(f"exploration = {shown(self.exploration)}: not with method = 'snip'")
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":
@@ -296,6 +299,10 @@ class Config:
     def as_dict(self) -> dict[str, Value]:
         """All settings by their kebab-case keys, in the order of their declaration."""
         return {_key(each): getattr(self, each.name) for each in fields(self)}
+
+    def as_fields(self) -> dict[str, Value]:
+        """All settings by their names here."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def of_start(self) -> dict[str, Value]:
         """Those that decide the initial model."""

@@ -10,9 +10,8 @@ import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
-from autoflip_flwr import AutoFlip, Ledger
+from autoflip_flwr import Ledger
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
@@ -24,9 +23,9 @@ from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
-from autoflip_flwr.replies.quarantine import ReplyRules
+from autoflip_flwr.experiment.strategies import ASKING, least_nodes, strategy_of
 from autoflip_flwr.server.grid import OrderedGrid
-from autoflip_flwr.storage.checkpoint import Checkpoints
+from autoflip_flwr.server.strategy import Pruned
 from autoflip_flwr.wire.records import to_record
 
 app = ServerApp()
@@ -70,7 +69,7 @@ def run(grid: Grid, config: Config) -> Path:
         name = config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict())
     log(INFO, "run record: %s", record.path)
-    strategy = _strategy(config, ledger, exploration, record.path / "checkpoint")
+    strategy = strategy_of(config, ledger, exploration, record.path / "checkpoint")
     tracker = Tracker(
         record,
         config,
@@ -78,17 +77,17 @@ def run(grid: Grid, config: Config) -> Path:
         torch.from_numpy(data.batch(data.x_test[:])),
         torch.tensor(data.y_test),
         ledger,
-        lambda: strategy.mask if isinstance(strategy, AutoFlip) else None,
+        lambda: strategy.mask if isinstance(strategy, Pruned) else None,
         explored_seconds,
     )
     ordered.observe = tracker.observe
-    if isinstance(strategy, AutoFlip) and strategy.checkpoints is not None:
+    if isinstance(strategy, Pruned) and strategy.checkpoints is not None:
         strategy.checkpoints.extra, strategy.checkpoints.restore = tracker.state, tracker.restore
 
     def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
         if server_round == 0 and cost:
             ledger.charge_exploration(cost)
-        elif server_round == 0 and isinstance(strategy, AutoFlip) and strategy.exploration:
+        elif server_round == 0 and isinstance(strategy, Pruned) and isinstance(strategy.exploration, Exploration):
             write_exploration(
                 record.path / "exploration.safetensors",
                 strategy.exploration,
@@ -121,7 +120,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
-    minimum = max(_least_nodes(config), config.nodes, config.min_explorers if config.method == "autoflip" else 0)
+    minimum = max(least_nodes(config), config.nodes, config.min_explorers if config.method in ASKING else 0)
     try:
         ordered.roll_call(minimum=minimum, expected=config.nodes, timeout=config.node_timeout)
     except RuntimeError as error:
@@ -131,60 +130,6 @@ def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
         ) from error
 
 
-def _least_nodes(config: Config) -> int:
-    """2, unless the settings say that one is enough."""
-    return 1 if config.nodes == 1 or (config.method == "autoflip" and config.min_explorers == 1) else 2
-
-
 def _earlier_exploration(config: Config, start: str) -> tuple[Exploration | None, dict[str, float], float]:
     """The exploration of an earlier run that is to be used, what it cost and its seconds."""
     return read_exploration(Path(config.exploration), start) if config.exploration else (None, {}, 0.0)
-
-
-def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, checkpoints: Path) -> Strategy:
-    common = {
-        "fraction_train": config.fraction_train,
-        "fraction_evaluate": config.fraction_evaluate,
-        "min_train_nodes": 1,
-        "min_evaluate_nodes": 1 if config.fraction_evaluate else 0,
-        "min_available_nodes": _least_nodes(config),
-    }
-    inner: FedAvg
-    if config.server_momentum or config.server_learning_rate != 1.0:
-        inner = FedAvgM(
-            **common,  # type: ignore[arg-type]
-            server_momentum=config.server_momentum,
-            server_learning_rate=config.server_learning_rate,
-        )
-    else:
-        inner = FedAvg(**common)  # type: ignore[arg-type]
-    if config.method == "fedavg":
-        return inner
-    kept = None
-    if config.checkpoints:
-        kept = Checkpoints(checkpoints, resume=bool(config.resume), keep=config.checkpoints, settings=config.decisive())
-    return AutoFlip(
-        inner,
-        sparsity=config.sparsity,
-        scope=config.scope,
-        normalisation=config.normalisation,
-        gamma=config.gamma,
-        biases=config.prune_biases,
-        initial=config.initial,
-        explorers=config.explorers,
-        min_explorers=config.min_explorers,
-        exploration_rounds=config.exploration_rounds,
-        exploration_epochs=config.exploration_epochs,
-        exploration_patience=config.exploration_patience,
-        exploration_timeout=config.exploration_timeout or None,
-        exploration_weighting=config.exploration_weighting,
-        exploration_values=config.exploration_values,
-        values=config.values,
-        values_up=config.values_up or None,
-        values_down=config.values_down or None,
-        exploration=exploration,
-        seed=config.seed,
-        ledger=ledger,
-        rules=ReplyRules(config.norm_factor, config.max_examples, config.min_replies),
-        checkpoints=kept,
-    )

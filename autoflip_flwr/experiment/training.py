@@ -129,6 +129,23 @@ def train(
     return Trained(loss, done, done * len(x))
 
 
+def pass_over(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int, seed: int) -> Trained:
+    """Run all examples forward and backward once, and train nothing; statistics of normalisation stay as they are.
+
+    The parameters are those of :func:`train`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(batch_size):  # type: ignore[no-untyped-call]
+        model.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item() * len(rows)
+    model.zero_grad()
+    return Trained(total / len(x), 1, len(x))
+
+
 def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tensor]:
     """Split the examples of an epoch.
 

@@ -16,13 +16,23 @@ from flwr.common.logger import log
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.costs.ledger import examples_processed
-from autoflip_flwr.replies.check import Judged, explain_error, judge_deltas, judge_header, judge_update, judge_weight
+from autoflip_flwr.replies.check import (
+    Judged,
+    explain_error,
+    judge_answer,
+    judge_header,
+    judge_update,
+    judge_weight,
+    read_answer,
+)
 from autoflip_flwr.replies.likeness import Likeness
-from autoflip_flwr.replies.norms import Update, joint_norm
+from autoflip_flwr.replies.norms import Update, find_outliers, joint_norm
 from autoflip_flwr.replies.quarantine import Quarantine
-from autoflip_flwr.wire.keys import EVALUATE, HEADER, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.keys import EVALUATE, HEADER, MOD_REFUSED, STATISTICS, TRAIN
 from autoflip_flwr.wire.records import WireError
+from autoflip_flwr.wire.request import to_report, unpack_statistics
 
 
 class Sent(NamedTuple):
@@ -47,20 +57,23 @@ class Batch(NamedTuple):
         The error replies.
     accepted : list[int]
         Nodes whose replies are well-formed, and show that they have the mask.
+    reported : dict[int, ArrayRecord]
+        Statistics of train replies that count, by node.
     """
 
     counted: list[Message]
     judged: list[Judged]
     errors: list[Message]
     accepted: list[int]
+    reported: dict[int, ArrayRecord]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An explorer's reply that may be counted: what its length is judged by, and its deltas as they came."""
+    """A reply of round 0 that may be counted: what its length is judged by, and what it holds as it came."""
 
     update: Update
-    deltas: ArrayRecord
+    record: ArrayRecord
 
 
 class Judge:
@@ -90,10 +103,22 @@ class Judge:
         self._likeness = Likeness(averaged)
 
     def train(
-        self, replies: Iterable[Message], *, mask: Mask, round_: int, sent: Mapping[int, Sent], kind: str
+        self,
+        replies: Iterable[Message],
+        *,
+        mask: Mask,
+        round_: int,
+        sent: Mapping[int, Sent],
+        kind: str,
+        requests: tuple[Request, ...] = (),
     ) -> Batch:
-        """Judge train replies to what was ``sent`` to the nodes, their values coded as ``kind`` says."""
+        """Judge train replies to what was ``sent`` to the nodes, their values coded as ``kind`` says.
+
+        Statistics that are asked for may be missing: such a reply counts without them.
+        """
         seen: dict[int, Judged] = {}
+        reported: dict[int, ArrayRecord] = {}
+        lengths: dict[int, Update] = {}
         updates: dict[int, Update] = {}
 
         def accept(reply: Message) -> RecordDict:
@@ -111,6 +136,12 @@ class Judge:
                 max_weight=self._quarantine.rules.max_examples,
                 needed=self._needed,
             )
+            statistics = reply.content.get(STATISTICS)
+            if to_report(requests) and statistics is not None:
+                arrays = unpack_statistics(mask, requests, statistics)
+                norm = joint_norm(array for each in arrays.values() for array in each.values())
+                lengths[node] = Update(norm, 1.0, None, 0.0)
+                reported[node] = reply.content.array_records[STATISTICS]
             seen[node] = judged
             updates[node] = Update(judged.kept_norm, judged.weight, examples_processed(reply.content), sent[node].norm)
             return RecordDict({**_without_ours(reply), judged.key: ArrayRecord()})
@@ -120,9 +151,24 @@ class Judge:
         far = self._quarantine.judge_norms({node: updates[node] for node in nodes}, TRAIN, round_)
         counted = self._without(far, batch.counted, TRAIN, round_)
         self._drop_disputed(counted, TRAIN, round_)
-        for reply in counted:
-            self._quarantine.clear(reply.metadata.src_node_id)
-        return batch._replace(counted=counted, judged=[seen[reply.metadata.src_node_id] for reply in counted])
+        nodes = [reply.metadata.src_node_id for reply in counted]
+        for node in nodes:
+            self._quarantine.clear(node)
+        return batch._replace(
+            counted=counted,
+            judged=[seen[node] for node in nodes],
+            reported=self._credible({node: reported[node] for node in nodes if node in reported}, lengths, round_),
+        )
+
+    def _credible(
+        self, reported: dict[int, ArrayRecord], lengths: Mapping[int, Update], round_: int
+    ) -> dict[int, ArrayRecord]:
+        """The statistics but for those of nodes that report far more than the others; their replies count."""
+        far, _ = find_outliers({node: lengths[node] for node in reported}, self._quarantine.rules.norm_factor, 0.0)
+        for node, reason in far.items():
+            reason = reason.replace("its update", "the statistics that it reports")
+            log(WARNING, "%s, round %d: dropped the statistics of node %d: %s", TRAIN, round_, node, reason)
+        return {node: record for node, record in reported.items() if node not in far}
 
     def evaluate(self, replies: Iterable[Message], *, mask: Mask, round_: int) -> Batch:
         """Judge evaluate replies; one with a weight of 0 does not count, and costs its node nothing."""
@@ -135,8 +181,17 @@ class Judge:
         self._drop_disputed(batch.counted, EVALUATE, round_)
         return batch
 
-    def explorer(self, reply: Message, *, mask: Mask, kind: str, compared: Collection[str], length: float) -> Answer:
-        """Judge an explorer's reply alone, as soon as it is there.
+    def explorer(
+        self,
+        reply: Message,
+        *,
+        mask: Mask,
+        requests: tuple[Request, ...],
+        kind: str,
+        compared: Collection[str],
+        length: float,
+    ) -> Answer:
+        """Judge a reply of round 0 alone, as soon as it is there.
 
         Parameters
         ----------
@@ -144,8 +199,10 @@ class Judge:
             A reply without an error.
         mask : Mask
             A mask that keeps everything.
+        requests : tuple[Request, ...]
+            The statistics that were asked for.
         kind : str
-            How its deltas must be coded.
+            How its deltas must be coded; ``"none"``: it has none.
         compared : Collection[str]
             Names of the arrays that norms are compared by.
         length : float
@@ -156,18 +213,22 @@ class Judge:
         WireError
             With the reason, if it must be rejected.
         """
-        weight, deltas = judge_deltas(
+        weight, record = judge_answer(
             reply,
             mask=mask,
             weight_key=self._weight_key,
+            requests=requests,
             kind=kind,
             max_weight=self._quarantine.rules.max_examples,
         )
-        (record,) = reply.content.array_records.values()
-        if not math.isfinite(joint_norm(deltas.values())):
+        found = read_answer(record, mask=mask, requests=requests, kind=kind)
+        deltas = found.get(DELTA)
+        judged = [deltas] if deltas is not None else list(found.values())
+        if not math.isfinite(joint_norm(array for arrays in judged for array in arrays.values())):
             raise WireError("the norm of its moves overflows")
-        norm = joint_norm(deltas[name] for name in compared)
-        return Answer(Update(norm, weight, examples_processed(reply.content), length), record)
+        norm = joint_norm(arrays[name] for arrays in judged for name in compared if name in arrays)
+        model = 0.0 if deltas is None else length  # a statistic has nothing to do with how long the model is
+        return Answer(Update(norm, weight, examples_processed(reply.content), model), record)
 
     def explorers(self, answers: Mapping[int, Answer | WireError]) -> tuple[dict[int, Answer], dict[int, str]]:
         """Judge the explorers of a batch beside each other; those that count, and the others with the reason."""
@@ -210,7 +271,7 @@ class Judge:
                 counted.append(reply)
         # without a weight key the strategy asks nothing of metrics
         other = self._likeness.unlike(counted, phase) if self._weight_key else {}
-        return Batch(self._without(other, counted, phase, round_), [], errors, accepted)
+        return Batch(self._without(other, counted, phase, round_), [], errors, accepted, {})
 
     def _without(self, bad: Mapping[int, str], replies: list[Message], phase: str, round_: int) -> list[Message]:
         """The replies but for those of the nodes that are ``bad``, with the reason of each."""
@@ -224,4 +285,4 @@ class Judge:
 
 
 def _without_ours(reply: Message) -> RecordDict:
-    return RecordDict({key: record for key, record in reply.content.items() if key != HEADER})
+    return RecordDict({key: record for key, record in reply.content.items() if key not in (HEADER, STATISTICS)})

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.costs.reason import last_words
-from autoflip_flwr.wire.keys import EXPLORE, HEADER, LOG8, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, LOG8, MOD_REFUSED, NOTHING, STATISTICS, TRAIN
 from autoflip_flwr.wire.messages import arrays_of, kept_and_size, read_header, read_vectors, unpack_deltas
 from autoflip_flwr.wire.records import WireError, fingerprint
+from autoflip_flwr.wire.request import to_report, unpack_statistics
 from autoflip_flwr.wire.values import Vector
 
 MAX_DELTA = 1e100
@@ -119,12 +121,52 @@ def compared_values(mask: Mask, dtype: str) -> int:
     return kept if mask.layout.prunable_size else size
 
 
-def judge_deltas(
-    reply: Message, *, mask: Mask, weight_key: str, kind: str, max_weight: float = math.inf
-) -> tuple[float, Arrays]:
-    """Check an explorer's reply; its weight, and how far it moved each floating array. Raises as :func:`judge` does."""
-    _, record, weight = _judge_record(reply, mask, EXPLORE, 0, weight_key, kind, max_weight)
-    return weight, read_deltas(record, mask=mask, kind=kind)
+def judge_answer(
+    reply: Message,
+    *,
+    mask: Mask,
+    weight_key: str,
+    requests: tuple[Request, ...],
+    kind: str,
+    max_weight: float = math.inf,
+) -> tuple[float, ArrayRecord]:
+    """Check a reply of round 0; its weight, and what it holds as one record, for :func:`read_answer`.
+
+    Parameters
+    ----------
+    requests : tuple[Request, ...]
+        What it was asked for.
+    kind : str
+        How its deltas must be coded; ``"none"``: it has none.
+
+    Raises
+    ------
+    WireError
+        As :func:`judge_update` does.
+    """
+    found: dict[str, Array] = {}
+    if kind == NOTHING:
+        judge_header(reply, mask=mask, phase=EXPLORE, round_=0)
+        weight = _judge_weight(reply, weight_key, max_weight)
+    else:
+        _, record, weight = _judge_record(reply, mask, EXPLORE, 0, weight_key, kind, max_weight)
+        found |= record
+    if to_report(requests):
+        statistics = reply.content.get(STATISTICS)
+        unpack_statistics(mask, requests, statistics)
+        found |= {f"{STATISTICS}.{name}": array for name, array in cast(ArrayRecord, statistics).items()}
+    return weight, ArrayRecord(found)
+
+
+def read_answer(record: ArrayRecord, *, mask: Mask, requests: tuple[Request, ...], kind: str) -> dict[str, Arrays]:
+    """Return the statistics of an answer, name -> full arrays by name. Raises as :func:`judge_update` does."""
+    prefix = f"{STATISTICS}."
+    own = ArrayRecord({key: array for key, array in record.items() if not key.startswith(prefix)})
+    found = {} if kind == NOTHING else {DELTA: read_deltas(own, mask=mask, kind=kind)}
+    if to_report(requests):
+        reported = {key[len(prefix) :]: array for key, array in record.items() if key.startswith(prefix)}
+        found |= unpack_statistics(mask, requests, ArrayRecord(reported))
+    return found
 
 
 def read_deltas(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
@@ -144,18 +186,23 @@ def _judge_record(
 ) -> tuple[str, ArrayRecord, float]:
     """The one ArrayRecord of a reply that is what was asked for, and as the mod has packed it."""
     judge_header(reply, mask=mask, phase=phase, round_=round_)
-    arrays = [(key, record) for key, record in reply.content.items() if isinstance(record, ArrayRecord)]
+    arrays = [(key, record) for key, record in reply.content.array_records.items() if key != STATISTICS]
     if len(arrays) != 1:
         raise WireError(f"{len(arrays)} ArrayRecords, expected 1")
-    weight = judge_weight(reply, weight_key)
-    if weight_key and weight > max_weight:
-        raise WireError(f"metric {weight_key!r} is {weight:g}, expected at most {max_weight:g}")
+    weight = _judge_weight(reply, weight_key, max_weight)
     head = reply.content[HEADER]
     if head.get("values", "float32") != kind:
         raise WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")
     if head.get("fingerprint") != fingerprint(arrays[0][1]):
         raise WireError(f"its values were changed after autoflip_mod had packed them: {MOD_FIRST}")
     return *arrays[0], weight
+
+
+def _judge_weight(reply: Message, weight_key: str, max_weight: float) -> float:
+    weight = judge_weight(reply, weight_key)
+    if weight_key and weight > max_weight:
+        raise WireError(f"metric {weight_key!r} is {weight:g}, expected at most {max_weight:g}")
+    return weight
 
 
 def _finite(mask: Mask, vectors: dict[str, Vector]) -> dict[str, Vector]:

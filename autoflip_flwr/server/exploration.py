@@ -1,4 +1,4 @@
-"""Federated loss exploration: before round 1, explorers train from the same W0 and report how far they moved."""
+"""Round 0: before training, explorers work from the same W0 and report what the method asks."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from flwr.common.logger import log
 from autoflip_flwr.core import evidence
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.statistics import Exploration, combine
+from autoflip_flwr.core.method import Method, check_requests
+from autoflip_flwr.core.request import DELTA
+from autoflip_flwr.core.statistics import Accumulator, Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.batch import Answer, Judge
-from autoflip_flwr.replies.check import MOD_FIRST, explain_error, read_deltas
+from autoflip_flwr.replies.check import MOD_FIRST, explain_error, read_answer
 from autoflip_flwr.replies.norms import Update, joint_norm
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import (
-    EPOCHS_KEY,
     EXPLORE,
     HEADER,
     MASK_RECORD,
-    PATIENCE_KEY,
+    NOTHING,
     PHASE_KEY,
     ROUND_KEY,
-    WEIGHT_DECAY_KEY,
 )
 from autoflip_flwr.wire.messages import make_header, pack_values, value_entries, weight_entry
 from autoflip_flwr.wire.records import WireError
+from autoflip_flwr.wire.request import ask_entry, to_report
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
-from autoflip_flwr.server.plans import ExplorationPlan
 from autoflip_flwr.wrapped.template import Template
 
 
 def explore(
-    plan: ExplorationPlan,
+    method: Method,
     grid: OrderedGrid,
     initial: Arrays,
     template: Template,
@@ -50,18 +50,18 @@ def explore(
     mask: Mask,
     weight_key: str,
     kind: str,
+    deltas: str,
     seed: int | None,
     timeout: float | None,
     judge: Judge,
     checkpoints: Checkpoints | None = None,
-    per_client: bool = False,
-) -> Exploration:
-    """Run the exploration.
+) -> Statistics:
+    """Ask the explorers what the method asks in round 0.
 
     Parameters
     ----------
-    plan : ExplorationPlan
-        Who explores, and how.
+    method : Method
+        Says what is asked, and of how many.
     grid : OrderedGrid
         The nodes, and the ledger that is charged.
     initial : dict[str, ndarray]
@@ -73,7 +73,9 @@ def explore(
     weight_key : str
         Metric that holds an explorer's number of examples.
     kind : str
-        How W0 is coded on its way to the explorers, one of :data:`~autoflip_flwr.wire.values.KINDS`.
+        How W0 is quantised on its way to the explorers, one of :data:`~autoflip_flwr.wire.values.KINDS`.
+    deltas : str
+        ``"log8"``: statistics travel as the method asks; ``"float32"``: unquantised.
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
@@ -82,15 +84,15 @@ def explore(
         Judges the replies.
     checkpoints : Checkpoints | None
         Where answers are kept as they come; those that are there already are not asked for again.
-    per_client : bool
-        Also average what ``normalisation="per-client"`` needs.
 
     Raises
     ------
     RuntimeError
-        If fewer than ``min_explorers`` nodes are connected or answer, if none of them moved anything, or if most of
-        them returned updates instead of weights.
+        If fewer than ``min_explorers`` nodes are connected or answer, or if most of them returned updates instead of
+        weights.
     """
+    requests = tuple(each if deltas == "log8" else each._replace(code=deltas) for each in check_requests(method, 0))
+    coding = next((each.code for each in requests if each.name == DELTA), NOTHING)
     kept = {} if checkpoints is None else checkpoints.explorers()
     if kept:
         log(INFO, "exploration: %d answers have come before the interruption", len(kept))
@@ -100,14 +102,14 @@ def explore(
     gone = {name: name for name in kept.keys() - names.values()}
     names |= gone
     nodes = sorted(names, key=names.__getitem__) if gone else list(names)
-    if len(nodes) < plan.min_explorers:
+    if len(nodes) < method.min_explorers:
         raise RuntimeError(
-            f"min_explorers = {plan.min_explorers}, but only {len(nodes)} nodes are connected: start more, or let "
+            f"min_explorers = {method.min_explorers}, but only {len(nodes)} nodes are connected: start more, or let "
             f"fewer explore (min_explorers={max(len(nodes), 1)})"
         )
-    count = max(plan.min_explorers, len(kept), round(plan.explorers * len(nodes)))
+    count = max(method.min_explorers, len(kept), round(method.explorers * len(nodes)))
     able = [node for node in nodes if node not in grid.calls.mute or names[node] in kept]
-    nodes = able if len(able) >= plan.min_explorers else nodes
+    nodes = able if len(able) >= method.min_explorers else nodes
     count = min(len(nodes), count)
     chosen = _sample(nodes, count, seed, {node for node in nodes if names[node] in kept})
     problems: dict[str, list[int]] = {}  # reason -> nodes
@@ -120,7 +122,7 @@ def explore(
         if reply.has_error():
             return
         try:
-            answer = judge.explorer(reply, mask=mask, kind=plan.values, compared=compared, length=length)
+            answer = judge.explorer(reply, mask=mask, requests=requests, kind=coding, compared=compared, length=length)
         except WireError as error:
             judged[message.metadata.message_id] = error
             return
@@ -130,12 +132,17 @@ def explore(
             cost.sent(message)
             cost.received(message, reply)
             about = {"update": dataclasses.asdict(answer.update), "cost": cost.exploration_only()}
-            checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.deltas)
+            checkpoints.add_explorer(names[message.metadata.dst_node_id], about, answer.record)
 
-    def answers() -> Iterator[tuple[float, Arrays]]:
+    def answers() -> Iterator[tuple[float, dict[str, Arrays]]]:
         packed = pack_values(mask, mask.gather(initial), kind)
         head = make_header(
-            EXPLORE, 0, mask, **weight_entry(weight_key), **value_entries(values=kind, reply=plan.values)
+            EXPLORE,
+            0,
+            mask,
+            **weight_entry(weight_key),
+            **value_entries(values=kind, reply=coding),
+            **ask_entry(to_report(requests)),
         )
         ours = RecordDict({HEADER: head, MASK_RECORD: mask_record.encode_mask(mask)})
         contents: dict[int, RecordDict] = {}  # strategies put one record into all of their messages, or few
@@ -143,66 +150,66 @@ def explore(
         def content(node: int) -> RecordDict:
             own = template.by_node.get(node, template.other)
             if id(own) not in contents:
-                contents[id(own)] = _content(plan, own, packed, ours)
+                contents[id(own)] = _content(method, own, packed, ours)
             return contents[id(own)]
 
-        batches = [chosen[start :: plan.rounds] for start in range(min(plan.rounds, count))]
+        batches = [chosen[start :: method.batches] for start in range(min(method.batches, count))]
         for number, batch in enumerate(batches, 1):
             log(INFO, "[EXPLORATION %d/%d] %d explorers", number, len(batches), len(batch))
             missing = [node for node in batch if names[node] not in kept]
             messages = [Message(content(node), node, MessageType.TRAIN, group_id="exploration") for node in missing]
             replies = {reply.metadata.reply_to_message_id: reply for reply in grid.exchange(messages, timeout, arrived)}
             came = {message.metadata.dst_node_id: replies.get(message.metadata.message_id) for message in messages}
-            found: dict[int, Answer | WireError] = {}
+            came_back: dict[int, Answer | WireError] = {}
             for node in batch:
                 if (before := kept.get(names[node])) is not None:
-                    found[node] = Answer(Update(**before[0]["update"]), before[1])
+                    came_back[node] = Answer(Update(**before[0]["update"]), before[1])
                 elif (reply := came[node]) is None:
                     continue
                 elif reply.has_error():
                     problems.setdefault(explain_error(reply.error), []).append(node)
                 else:
-                    found[node] = judged.pop(str(reply.metadata.reply_to_message_id))
-            good, rejected = judge.explorers(found)
+                    came_back[node] = judged.pop(str(reply.metadata.reply_to_message_id))
+            good, rejected = judge.explorers(came_back)
             for node, reason in rejected.items():
                 problems.setdefault(reason, []).append(node)
             for answer in good.values():
-                weight = answer.update.weight if plan.weighting == "examples" else 1.0
-                deltas = read_deltas(answer.deltas, mask=mask, kind=plan.values)
-                updates.add(deltas)
-                yield weight, deltas
+                weight = answer.update.weight if method.weighting == "examples" else 1.0
+                found = read_answer(answer.record, mask=mask, requests=requests, kind=coding)
+                if DELTA in found:
+                    updates.add(found[DELTA])
+                yield weight, found
 
     updates = evidence.Updates(mask.layout, initial)
-    try:
-        found = combine(mask.layout, answers(), per_client=per_client)
-    except ValueError as error:
+    statistics = Accumulator(mask.layout, method.squares)
+    number = 0
+    for weight, found in answers():
+        statistics.add(weight, method.look(mask.layout, found))
+        number += 1
+    if not number:
         reasons = _first(problems)
         told = MOD_FIRST in reasons or grid.calls.with_mod
         hint = "" if told else f" (if the clients run without it: {MOD_FIRST})"
-        raise RuntimeError(f"the exploration failed: {error}{hint}; {reasons}") from error
-    if found.explorers < plan.min_explorers:
+        raise RuntimeError(f"the exploration failed: no explorer answered{hint}; {reasons}")
+    if number < method.min_explorers:
         raise RuntimeError(
-            f"{found.explorers} of {count} explorers answered, but min_explorers = {plan.min_explorers}; "
-            f"{_first(problems)}"
+            f"{number} of {count} explorers answered, but min_explorers = {method.min_explorers}; {_first(problems)}"
         )
-    log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
-    evidence.check_moved(found)
+    log(INFO, "exploration: %d of %d explorers answered", number, count)
+    seen = statistics.result()
+    if DELTA in seen.mean_square:
+        evidence.check_moved(Exploration.of(seen))
     if doubt := updates.check():
         log(WARNING, "%s", doubt)
-    return found
+    return seen
 
 
-def _content(plan: ExplorationPlan, template: RecordDict, packed: ArrayRecord, ours: RecordDict) -> RecordDict:
+def _content(method: Method, template: RecordDict, packed: ArrayRecord, ours: RecordDict) -> RecordDict:
     content = RecordDict(dict(template))
     content[next(iter(content.array_records), "arrays")] = packed
     config_key, config = next(iter(content.config_records.items()), ("config", ConfigRecord()))
     told = {ROUND_KEY: 0} if ROUND_KEY in config else {}
-    asked: dict[str, float | str] = {
-        PHASE_KEY: EXPLORE,
-        EPOCHS_KEY: plan.epochs,
-        PATIENCE_KEY: plan.patience,
-        WEIGHT_DECAY_KEY: 0.0,
-    }
+    asked = {PHASE_KEY: EXPLORE} | {f"{HEADER}-{name}": value for name, value in method.config().items()}
     content[config_key] = ConfigRecord({**config, **told, **asked})
     return RecordDict({**content, **ours})
 

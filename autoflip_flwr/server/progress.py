@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.statistics import Exploration
+from autoflip_flwr.core.method import Method
+from autoflip_flwr.core.statistics import Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import Quarantine
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.wire.records import to_arrays, to_record
-from autoflip_flwr.wrapped.privacy import Budget
+from autoflip_flwr.wrapped.privacy import PrivacyBudget
 from autoflip_flwr.wrapped.snapshot import load_strategy_state, strategy_state
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class Parts:
     strategy: Strategy
     ledger: Ledger
     quarantine: Quarantine
-    budget: Budget | None
+    budget: PrivacyBudget | None
     grid: OrderedGrid
+    method: Method
 
 
 @dataclasses.dataclass
@@ -78,7 +80,7 @@ class Progress:
                 setattr(self, name, self._read(name))
         return found is not None
 
-    def exploration(self, ledger: Ledger) -> Exploration | None:
+    def exploration(self, ledger: Ledger) -> Statistics | None:
         """The finished exploration of the interrupted run; the ledger absorbs what it has cost if no round has it."""
         found = None if self.checkpoints is None else self.checkpoints.read_exploration()
         if found is None:
@@ -86,15 +88,15 @@ class Progress:
         state, arrays = found
         if self._saved is None:
             ledger.absorb(decode(state["ledger"], arrays))
-        return Exploration(**decode(state["exploration"], arrays))
+        return Statistics(*decode(state["exploration"], arrays))
 
-    def explored(self, exploration: Exploration, ledger: Ledger) -> None:
+    def explored(self, seen: Statistics, ledger: Ledger) -> None:
         """Keep a finished exploration, and what it has cost."""
         if self.checkpoints is not None:
             arrays: dict[str, NDArray[Any]] = {}
-            fields = {each.name: getattr(exploration, each.name) for each in dataclasses.fields(exploration)}
             state = {
-                name: encode(value, arrays, name) for name, value in (("exploration", fields), ("ledger", vars(ledger)))
+                name: encode(value, arrays, name)
+                for name, value in (("exploration", tuple(seen)), ("ledger", vars(ledger)))
             }
             self.checkpoints.write_exploration(state, arrays)
 
@@ -106,6 +108,11 @@ class Progress:
         """The mask that was set, but not yet in force, if there was one."""
         found = self._read("next mask")
         return None if found is None else Mask(layout, *found)
+
+    def seen(self) -> Statistics | None:
+        """What clients had reported in the last round of which something was asked."""
+        found = self._read("seen")
+        return None if found is None else Statistics(*found)
 
     def model(self, mask: Mask) -> tuple[ArrayRecord, Arrays | None, Arrays]:
         """The model as the loop carries it, the last values of what its mask prunes, and its integer arrays.
@@ -129,6 +136,7 @@ class Progress:
                 "partitions %s were there before and are not now: the end may be another than without the interruption",
                 sorted(missing),
             )
+        parts.method.load(self._read("method"))
         random.setstate(self._read("random"))
         np.random.set_state(self._read("numpy"))
         log(INFO, "going on after round %d; Flower counts the rounds that follow from 1", self.before)
@@ -158,6 +166,8 @@ class Progress:
             "ledger": vars(parts.ledger),
             "quarantine": parts.quarantine.state(),
             "privacy": None if parts.budget is None else vars(parts.budget),
+            "method": parts.method.state(),
+            "seen": translator.seen and tuple(translator.seen),
             "exchanges": parts.grid.exchanges,
             "partitions": sorted(parts.grid.partitions.values()),
             "random": random.getstate(),

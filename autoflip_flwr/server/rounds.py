@@ -12,15 +12,15 @@ from flwr.serverapp import Grid
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
-from autoflip_flwr.server.plans import warn_of_problems
+from autoflip_flwr.server.first_mask import warn_of_problems
 from autoflip_flwr.server.progress import Progress
-from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask
+from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask, refined
 from autoflip_flwr.server.settings import Configured
 from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.wire.keys import EVALUATE, TRAIN
 from autoflip_flwr.wire.records import to_arrays, to_record
 from autoflip_flwr.wrapped import optimizer_state, privacy, traits
-from autoflip_flwr.wrapped.privacy import Budget
+from autoflip_flwr.wrapped.privacy import PrivacyBudget
 from autoflip_flwr.wrapped.snapshot import undo_of
 
 
@@ -28,7 +28,7 @@ class Rounds(Configured):
     """What Flower's loop calls in each round; :class:`~autoflip_flwr.server.strategy.AutoFlip` starts it."""
 
     mask_schedule: Schedule | None
-    privacy: Budget | None
+    privacy: PrivacyBudget | None
     _progress: Progress
     _quarantine: Quarantine
     _packed: bool
@@ -164,9 +164,12 @@ class Rounds(Configured):
         return self._translator
 
     def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
-        """The model under the mask of this round: one that was set since, and then the schedule's."""
+        """The model under the mask of this round: one that was set since, then the method's, then the schedule's."""
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
+        if server_round > 1 and translator.mask.layout.prunable:
+            new = refined(self.method, server_round, translator.mask, full, translator.seen)
+            full = full if new is None else self._change(new, full, translator)
         if self.mask_schedule is not None:
             new = ask_schedule(self.mask_schedule, server_round, translator.mask, full)
             full = full if new is None else self._change(new, full, translator)

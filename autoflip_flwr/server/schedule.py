@@ -8,6 +8,8 @@ from itertools import takewhile
 
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.method import Method
+from autoflip_flwr.core.statistics import Statistics
 
 Schedule = Callable[..., Mask | None]
 """Takes one, two or three of the round, the mask in force and the model (full arrays by name), in this order."""
@@ -47,12 +49,29 @@ def arguments_of(schedule: Schedule) -> int:
 
 
 def ask_schedule(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> Mask | None:
-    """The mask that a schedule names for a round; ``None`` keeps the one in force. Raises as :func:`check` does."""
+    """Return the mask that a schedule names for a round; ``None`` keeps the one in force.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`check_mask` does.
+    """
+    new = schedule(*(round_, mask, _views(model))[: arguments_of(schedule)])
+    return None if new is None else check_mask(new, mask.layout, f"mask_schedule in round {round_}")
+
+
+def refined(method: Method, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
+    """Return the mask that a method names for a round; the same of it as of :func:`ask_schedule`."""
+    new = method.refine(round_, mask, _views(model), seen)
+    return None if new is None else check_mask(new, mask.layout, f"{type(method).__name__}.refine in round {round_}")
+
+
+def _views(model: Arrays) -> Arrays:
+    """The model, read-only: it is to tell a mask, not to be changed."""
     views = {name: array.view() for name, array in model.items()}
     for view in views.values():
-        view.flags.writeable = False  # it is to tell a mask, not to change the model
-    new = schedule(*(round_, mask, views)[: arguments_of(schedule)])
-    return None if new is None else check_mask(new, mask.layout, f"mask_schedule in round {round_}")
+        view.flags.writeable = False
+    return views
 
 
 def check_mask(mask: object, layout: Layout, origin: str) -> Mask:

@@ -6,41 +6,120 @@ import dataclasses
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.statistics import Exploration
+from autoflip_flwr.core.method import Method, check_method
+from autoflip_flwr.core.request import CODES
+from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import ReplyRules
-from autoflip_flwr.server.plans import ExplorationPlan, MaskPlan
 from autoflip_flwr.server.schedule import arguments_of
 from autoflip_flwr.wire.values import KINDS
 from autoflip_flwr.wrapped import traits
 from autoflip_flwr.wrapped.privacy import budget_of
 from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
 
-INITIALS = ("scratch", "scouts")
+
+@dataclass(frozen=True)
+class Values:
+    """How values travel in each direction.
+
+    Parameters
+    ----------
+    up, down : str
+        Of replies, and of messages: ``"float32"`` (as the model has them), ``"bfloat16"`` or ``"float16"`` (half the
+        bytes), or ``"int8"`` (a quarter).
+    deltas : str
+        Of what explorers report: ``"log8"``, a byte per parameter or less, or ``"float32"``.
+
+    Raises
+    ------
+    ValueError
+        If one is another text.
+    """
+
+    up: str = "float32"
+    down: str = "float32"
+    deltas: str = "log8"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("up", KINDS), ("down", KINDS), ("deltas", CODES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"values: {name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+    @classmethod
+    def of(cls, values: object) -> Values:
+        """Make it of what the constructor takes: these, or one text for both directions."""
+        if isinstance(values, Values):
+            return values
+        if not isinstance(values, str) or values not in KINDS:
+            raise ValueError(f"values = {values!r}: must be one of {', '.join(KINDS)}, or Values(up=..., down=...)")
+        return cls(values, values)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """For which nodes a run waits before its first message.
+
+    Parameters
+    ----------
+    expected : int | None
+        How many are expected, >= 1; ``None``: as many as the nodes' own ``num-partitions`` says, else until no new one
+        has come for some seconds. Never fewer than the wrapped strategy needs.
+    timeout : float | None
+        Seconds without a new node, > 0, after which a run goes on without those that are still expected; ``None``: the
+        rounds' own, which holds for those that the wrapped strategy needs in any case.
+
+    Raises
+    ------
+    TypeError
+        If one is no number.
+    ValueError
+        If one is out of range.
+    """
+
+    expected: int | None = None
+    timeout: float | None = 60.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.expected, numbers.Integral | None):
+            raise TypeError(f"nodes: expected = {self.expected!r}: must be a whole number, or None")
+        if self.expected is not None and self.expected < 1:
+            raise ValueError(f"nodes: expected = {self.expected}: must be at least 1, or None")
+        if not isinstance(self.timeout, numbers.Real | None):
+            raise TypeError(f"nodes: timeout = {self.timeout!r}: must be a number of seconds, or None")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"nodes: timeout = {self.timeout}: must be a number of seconds > 0")
+
+    @classmethod
+    def of(cls, nodes: object) -> Nodes:
+        """Make it of what the constructor takes: these, a number of nodes, or ``None``."""
+        if isinstance(nodes, Nodes):
+            return nodes
+        if isinstance(nodes, bool) or not isinstance(nodes, numbers.Integral | None):
+            raise TypeError(f"nodes = {nodes!r}: must be a whole number, Nodes(expected=..., timeout=...), or None")
+        return cls(None if nodes is None else int(nodes))
+
 
 _MADE: dict[str, Callable[[], object]] = {"strategy": FedAvg, "ledger": Ledger, "rules": ReplyRules}
 """What None stands for."""
 
-_TYPES: dict[str, tuple[type, str]] = {
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "method": (Method, "a Method, such as LossExploration(...)"),
     "ledger": (Ledger, "a Ledger"),
-    "rules": (ReplyRules, "a ReplyRules of autoflip_flwr.replies.quarantine"),
-    "mask": (Mask, "a Mask, as Mask.from_bool(layout, keep) makes it, or None"),
-    "exploration": (Exploration, "an Exploration, which an AutoFlip has as its attribute after a run, or None"),
+    "rules": (ReplyRules, "a ReplyRules"),
+    "mask": (Mask, "a Mask, as Mask.from_bool(layout, keep) makes it"),
+    "exploration": ((Exploration, Statistics), "an Exploration, which an AutoFlip has as its attribute after a run"),
 }
 
-_NUMBERS = {"sparsity", "gamma", "explorers", "node_timeout", "exploration_timeout"}
-_WHOLE = {"min_explorers", "exploration_rounds", "exploration_epochs", "exploration_patience", "nodes", "seed"}
-
-_OPTIONAL = {"exploration_timeout", "nodes", "seed"}
-
-_Plan = TypeVar("_Plan", MaskPlan, ExplorationPlan)
+_NEVER_NONE = ("strategy", "method", "ledger", "rules")
 
 
 class Configured(Strategy):
@@ -50,10 +129,11 @@ class Configured(Strategy):
     """
 
     strategy: Strategy
+    method: Method
     ledger: Ledger
     rules: ReplyRules
     mask: Mask | None
-    exploration: Exploration | None
+    exploration: Exploration | Statistics | None
     _brought: dict[str, Any]
     """A mask and an exploration of the user's own, by these names."""
     _defaults: ClassVar[dict[str, object]]
@@ -62,7 +142,8 @@ class Configured(Strategy):
 
     def __init_subclass__(cls) -> None:
         parameters = inspect.signature(cls).parameters
-        if "strategy" in parameters and not hasattr(cls, "_defaults"):  # a user's subclass may have another constructor
+        own = "__init__" in vars(cls) and "strategy" in parameters
+        if own and cls.__module__.startswith(f"{__package__}."):  # a user's subclass may have another constructor
             cls._defaults = {each.name: each.default for each in parameters.values()}
 
     def __getattr__(self, name: str) -> Any:
@@ -78,7 +159,7 @@ class Configured(Strategy):
             if self._running:
                 self._check_running(name, value)
             if self._ready:
-                check({**self._arguments(), name: value})
+                self._check({**self._arguments(), name: value})
             if name in ("mask", "exploration") and not self._running:
                 vars(self)["_brought"] = {**vars(self).get("_brought", {}), name: value}
             if name == "strategy" and self._ready:
@@ -87,37 +168,52 @@ class Configured(Strategy):
         elif self._ready and name not in vars(self) and hasattr(self.strategy, name):
             setattr(self.strategy, name, value)  # as reading
         else:
+            if (
+                self._ready
+                and not hasattr(type(self), name)
+                and (near := get_close_matches(name, self._defaults, 1, 0.85))
+            ):
+                raise AttributeError(f"{type(self).__name__} has no setting {name!r}: did you mean {near[0]!r}?")
             super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        told = [
-            f"{name}={value!r}"
-            for name, value in self._arguments().items()
-            if isinstance(value, int | float | str | list | tuple) and value != self._defaults[name]
-        ]
-        return f"{type(self).__name__}({', '.join([f'{type(self.strategy).__name__}()', *told])})"
+        return f"{type(self).__name__}({', '.join([told(self.strategy), *self._told().values()])})"
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        check(settings)
+
+    def _told(self) -> dict[str, str]:
+        """The settings that are not their defaults, by name, as they are written in the constructor."""
+        found = {}
+        for name, value in {**self._arguments(), **self._brought}.items():  # what was chosen is no setting
+            default = self._defaults[name]
+            default = _MADE[name]() if default is None and name in _MADE else default
+            plain = isinstance(value, bool | int | float | str | list | tuple)
+            same = value == default if plain or dataclasses.is_dataclass(value) else value is default
+            if name not in ("strategy", "ledger") and not same:
+                found[name] = f"{name}={told(value)}"
+        return found
 
     @property
-    def mask_plan(self) -> MaskPlan:
-        """Which entries are pruned, and how they are chosen."""
-        return plan(MaskPlan, vars(self))
+    def _values(self) -> Values:
+        return Values.of(vars(self)["values"])
 
     @property
-    def exploration_plan(self) -> ExplorationPlan:
-        """Who explores, and how."""
-        return plan(ExplorationPlan, vars(self))
+    def _nodes(self) -> Nodes:
+        return Nodes.of(vars(self)["nodes"])
 
-    @property
-    def _up(self) -> str:
-        return values_up(vars(self))
-
-    @property
-    def _down(self) -> str:
-        return values_down(vars(self))
+    def _layout(self, arrays: Arrays) -> Layout:
+        """The layout of a model, given by its arrays."""
+        own = vars(self)
+        return Layout.of(arrays, **{name: own[name] for name in ("prunable", "exclude", "biases", "output")})
 
     def _arguments(self) -> dict[str, Any]:
         """The constructor's arguments as they are now."""
         return {name: vars(self)[name] for name in self._defaults}
+
+    def _choosing(self) -> dict[str, Any]:
+        """What decides the first mask, beside the model and what clients report."""
+        return {name: vars(self)[name] for name in ("sparsity", "method", "prunable", "exclude", "biases", "output")}
 
     def _decisive(self, layout: Layout, initial: Arrays, *, packed: bool) -> dict[str, object]:
         """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
@@ -133,12 +229,9 @@ class Configured(Strategy):
             "model": {spec.name: [*spec.shape, spec.dtype] for spec in layout.specs},
             "prunable": [spec.name for spec in layout.prunable],
             "initial": digest_of(initial),
-            "mask": {
-                **dataclasses.asdict(self.mask_plan),
-                "ready": ready and ready.digest,
-            },
-            "exploration": dataclasses.asdict(self.exploration_plan),
-            "autoflip": [self.initial, packed, self._up, self._down, self.seed],
+            "mask": {**self._choosing(), "method": _method_key(self.method), "ready": ready and ready.digest},
+            "values": dataclasses.asdict(self._values),
+            "autoflip": [packed, self.seed],
             "rules": dataclasses.asdict(self.rules),
             "strategy": settings_of(self.strategy),
         }
@@ -151,24 +244,32 @@ class Configured(Strategy):
         )
 
 
-def plan(kind: type[_Plan], settings: Mapping[str, Any]) -> _Plan:
-    """Make a plan of the settings that are called as its fields are, with or without ``exploration_`` in front."""
-    names = {field.name: f"exploration_{field.name}" for field in dataclasses.fields(kind)}
-    return kind(**{field: settings[name if name in settings else field] for field, name in names.items()})
+def told(value: object) -> str:
+    """Show a setting as it is written in code; of objects without such a form, their class."""
+    if isinstance(value, Configured):
+        return repr(value)
+    if isinstance(value, Strategy):
+        inside = [told(each) for each in vars(value).values() if isinstance(each, Strategy)]
+        return f"{type(value).__name__}({', '.join(inside)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, Mask | Exploration | Ledger):
+        shown = [f for f in dataclasses.fields(value) if f.init and getattr(value, f.name) != f.default]
+        return f"{type(value).__name__}({', '.join(f'{f.name}={told(getattr(value, f.name))}' for f in shown)})"
+    plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
+    return repr(value) if plain else getattr(value, "__qualname__", f"{type(value).__qualname__}(...)")
 
 
-def values_up(settings: Mapping[str, Any]) -> str:
-    """How the values of replies are coded."""
-    return str(settings["values"] if settings["values_up"] is None else settings["values_up"])
-
-
-def values_down(settings: Mapping[str, Any]) -> str:
-    """How the values of messages are coded."""
-    return str(settings["values"] if settings["values_down"] is None else settings["values_down"])
+def _method_key(method: Method) -> dict[str, object]:
+    """What a method's results depend on, by name."""
+    own = (
+        {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+        if dataclasses.is_dataclass(method)
+        else {}
+    )
+    return {"method": type(method).__name__} | {k: v for k, v in own.items() if k not in ("public", "timeout")}
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """Check the arguments of :class:`~autoflip_flwr.server.strategy.AutoFlip`, alone and together.
+    """Check the arguments of :class:`~autoflip_flwr.server.strategy.Pruned`, alone and together.
 
     Raises
     ------
@@ -178,37 +279,31 @@ def check(settings: Mapping[str, Any]) -> None:
         If one is out of range, or two do not go together.
     """
     _check_strategy(settings["strategy"])
-    for name, (kind, told) in _TYPES.items():
-        if settings[name] is not None and not isinstance(settings[name], kind):
-            raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
-    for names, number, told in ((_NUMBERS, numbers.Real, "a number"), (_WHOLE, numbers.Integral, "a whole number")):
-        for name in sorted(names & settings.keys()):
-            if not isinstance(settings[name], number) and (settings[name] is not None or name not in _OPTIONAL):
-                raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
+    for name, (kind, what) in _TYPES.items():
+        value = settings[name]
+        if not isinstance(value, kind) and (value is not None or name in _NEVER_NONE):
+            raise TypeError(f"{name} = {_short(value)}: must be {what}{'' if name in _NEVER_NONE else ', or None'}")
+    for names, number, what in ((("sparsity",), numbers.Real, "a number"), (("seed",), numbers.Integral, "whole")):
+        for name in names:
+            if not isinstance(settings[name], number) and (settings[name] is not None or name != "seed"):
+                raise TypeError(
+                    f"{name} = {_short(settings[name])}: must be {'a whole number' if what == 'whole' else what}"
+                )
+    if not 0 <= settings["sparsity"] < 1:
+        raise ValueError(f"sparsity = {settings['sparsity']}: must be a number in [0, 1)")
+    check_method(settings["method"])
     kept = settings["checkpoints"]
     if kept is not None and not hasattr(kept, "read_exploration"):  # its class needs safetensors
-        raise TypeError(
-            f"checkpoints = {_short(kept)}: must be Checkpoints(folder) of autoflip_flwr.storage.checkpoint, or None"
-        )
-    if settings["initial"] not in INITIALS:
-        raise ValueError(f"initial = {settings['initial']!r}: must be one of {', '.join(INITIALS)}")
-    plan(MaskPlan, settings)
-    plan(ExplorationPlan, settings)
-    if settings["nodes"] is not None and not settings["nodes"] >= 1:
-        raise ValueError(f"nodes = {settings['nodes']}: must be at least 1, or None")
-    for name in ("node_timeout", "exploration_timeout"):
-        if settings[name] is not None and not settings[name] > 0:
-            raise ValueError(f"{name} = {settings[name]}: must be a number of seconds > 0")
+        raise TypeError(f"checkpoints = {_short(kept)}: must be Checkpoints(folder), or None")
     if settings["mask_schedule"] is not None:
         arguments_of(settings["mask_schedule"])
-    for name in ("values", "values_up", "values_down"):
-        if settings[name] not in (*KINDS, *([] if name == "values" else [None])):
-            raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(KINDS)}")
+    values = Values.of(settings["values"])
+    Nodes.of(settings["nodes"])
     traits.resolve(settings["coordinates"], settings["strategy"])
-    if values_up(settings) != "float32" and traits.clips_at_clients(settings["strategy"]):
+    if values.up != "float32" and traits.clips_at_clients(settings["strategy"]):
         raise ValueError(
-            f"values_up = {values_up(settings)!r}: rounding may lengthen an update beyond the norm to which the "
-            "clients have clipped it, and the privacy is then not what was promised: values_up='float32'"
+            f"values: up = {values.up!r}: rounding may lengthen an update beyond the norm to which the clients have "
+            "clipped it, and the privacy is then not what was promised: Values(up='float32')"
         )
 
 
@@ -227,5 +322,5 @@ def _check_strategy(strategy: object) -> None:
 
 
 def _short(value: object) -> str:
-    told = repr(value)
-    return told if len(told) <= 80 else f"{told[:80]}..."
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."

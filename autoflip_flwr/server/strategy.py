@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import INFO
 from typing import TYPE_CHECKING, Any
 
@@ -12,120 +11,96 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
+from autoflip_flwr.core.layout import AUTO, Output, Rule
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.statistics import Exploration, start_arrays
+from autoflip_flwr.core.method import Method
+from autoflip_flwr.core.methods import LossExploration
+from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs import savings
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.replies.batch import Judge
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
-from autoflip_flwr.server.exploration import explore
-from autoflip_flwr.server.grid import OrderedGrid
-from autoflip_flwr.server.plans import ExplorationPlan, MaskPlan, model_of, warn_of_problems
-from autoflip_flwr.server.progress import Parts, Progress
-from autoflip_flwr.server.rounds import Rounds
-from autoflip_flwr.server.schedule import last_values, same_arrays
-from autoflip_flwr.server.settings import check
-from autoflip_flwr.server.translator import Translator
-from autoflip_flwr.wire.records import to_record
-from autoflip_flwr.wrapped import loop, optimizer_state, privacy, traits
-from autoflip_flwr.wrapped.template import template_of
+from autoflip_flwr.server.beginning import Beginning
+from autoflip_flwr.server.progress import Progress
+from autoflip_flwr.server.settings import Nodes, Values
+from autoflip_flwr.wrapped import loop, privacy, traits
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 
-class AutoFlip(Rounds):
-    """Prune the model before training, informed by the clients, then train in the subspace that is kept.
+class Pruned(Beginning):
+    """Run a strategy in the subspace that a pruning method keeps; :class:`AutoFlip` is the one with AutoFLIP's method.
 
-    Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
-    and report how far each parameter moved; the server makes one global mask of it; then the wrapped strategy samples,
-    weighs and averages as it always does, while messages carry the kept values only. The clients run
-    :func:`~autoflip_flwr.client.mod.autoflip_mod`. Without a ``mask_schedule`` the mask is static.
+    The method chooses a mask before the first round, of what it has asked clients if it asks anything. Then the
+    wrapped strategy samples, weighs and averages as it always does, while messages carry the kept values only. The
+    clients run :func:`~autoflip_flwr.client.mod.autoflip_mod`.
 
     Parameters
     ----------
     strategy : Strategy (default: FedAvg())
         Any Message-API strategy. AutoFlip is always outermost: ``AutoFlip(DP(strategy))``.
     sparsity : float (default: 0.7)
-        Share of the prunable parameters to prune, in [0, 1); 0 skips the exploration.
-    scope : str (default: "global")
-        One quantile over all prunable parameters, or ``"layer"``: one for each array.
-    normalisation : str (default: "none")
-        Of the deviations: ``"none"``, ``"layer"`` (the authors' code) or ``"per-client"`` (FedLEx).
-    gamma : float (default: 1.0)
-        Power of the client agreement, >= 0 (our reading).
-    initial : str (default: "scratch")
-        Start from the pruned initial parameters, or from ``"scouts"``, the pruned average of the explorers.
-    biases : bool (default: False)
-        Prune biases too (the authors' code does).
+        Share of the prunable parameters to prune, in [0, 1); with 0 the method has nothing to do.
+    method : Method
+        What chooses the masks: :class:`~autoflip_flwr.core.methods.LossExploration` (AutoFLIP),
+        :class:`~autoflip_flwr.core.methods.Snip`, :class:`~autoflip_flwr.core.methods.Magnitude`,
+        :class:`~autoflip_flwr.core.methods.Random`, or one of your own (:class:`~autoflip_flwr.core.method.Method`).
     prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
         Which arrays are pruned: shell-style patterns of their names, or a function of name and shape; default: those
         that are weights (:mod:`autoflip_flwr.core.weights`).
     exclude : the same, or None
         Which of those are not, e.g. ``["embedding.*", "*.pos"]``.
+    biases : bool (default: False)
+        Prune biases too (the authors' code does).
     output : str, Sequence[str], Mapping[str, int] or None (default: "auto")
         Weights of which each unit keeps an incoming weight: names or patterns, or these with the axis of their units;
         default: those that can be outputs (:mod:`autoflip_flwr.core.outputs`).
-    prune_unmoved : bool (default: False)
-        Prune what no explorer moved (first of all) instead of keeping it whole.
-    explorers, min_explorers, exploration_rounds, exploration_epochs, exploration_patience, exploration_weighting, \
-exploration_values
-        See :class:`~autoflip_flwr.server.plans.ExplorationPlan`.
-    exploration_timeout : float or None
-        Seconds for each batch of explorers, > 0; default: the rounds' ``timeout``.
+    mask : Mask or None
+        A ready mask: nobody is asked and nothing is chosen.
     exploration : Exploration or None
         The result of an earlier exploration from the same initial parameters: nobody explores.
-    exploration_public : bool (default: False)
-        Declares that what explorers send may be known: under a differential-privacy wrapper they explore only then.
-    mask : Mask or None
-        A ready mask: nobody explores and nothing is chosen.
     mask_schedule : Callable[[int, Mask, Arrays], Mask or None] or None
         Called before each round with as many as it takes by position of its number, the mask in force and the model
         (full arrays by name); a mask that it returns replaces the one in force. Coordinates that grow again resume from
         their last value.
+    values : str or Values (default: "float32")
+        How values travel, in both directions or in each (:class:`~autoflip_flwr.server.settings.Values`):
+        ``"float32"`` (as the model has them), ``"bfloat16"`` or ``"float16"`` (half the bytes), or ``"int8"`` (a
+        quarter). Quantised replies hold the client's update; with int8 what rounding loses of it is kept in the node's
+        state and added to the next.
+    rules : ReplyRules or None
+        Which replies are rejected beyond those that are malformed, and what follows
+        (:class:`~autoflip_flwr.replies.quarantine.ReplyRules`); default: its own defaults.
+    checkpoints : Checkpoints or None
+        Where all state is kept after each finished round (:class:`~autoflip_flwr.storage.checkpoint.Checkpoints`), so
+        that an interrupted run goes on from there and ends bit for bit like one that was not. With int8 replies what
+        rounding has lost (see ``values``) is forgotten there.
+    ledger : Ledger or None
+        Where bytes and failures are counted.
+    seed : int or None
+        Makes the choice of nodes reproducible.
+    nodes : int, Nodes or None
+        How many nodes are expected: the exploration waits for them. With a limit of time:
+        :class:`~autoflip_flwr.server.settings.Nodes`. Default: as many as the nodes' own ``num-partitions`` says.
     coordinates : str (default: "auto")
         What the wrapped strategy sees: ``"packed"`` (1-D arrays of kept values under the arrays' own names),
         ``"dense"`` (full arrays) or ``"auto"``: packed where its methods and metric functions are Flower's own.
         Integer and bool arrays are never averaged: they come from the valid reply with the most examples.
-    values : str (default: "float32")
-        How values travel: ``"float32"`` (as the model has them), ``"bfloat16"`` or ``"float16"`` (half the bytes),
-        or ``"int8"`` (a quarter). Coded replies hold the client's update; with int8 what rounding loses of it is kept
-        in the node's state and added to the next.
-    values_up, values_down : str or None
-        The same for replies alone, and for messages alone; default: ``values``.
-    seed : int or None
-        Makes the choice of nodes reproducible.
-    nodes : int or None
-        How many nodes are expected, >= 1: the exploration waits for them. Default: as many as the nodes' own
-        ``num-partitions`` says, else until no new one has come for some seconds; never fewer than the wrapped strategy
-        needs.
-    node_timeout : float or None (default: 60.0)
-        Seconds without a new node, > 0, after which a run goes on without those that are still expected; ``None``: the
-        rounds' ``timeout``, which holds for those that the wrapped strategy needs in any case.
-    ledger : Ledger or None
-        Where bytes and failures are counted.
-    rules : ReplyRules or None
-        Which replies are left out beyond those that are malformed, and what follows
-        (:class:`~autoflip_flwr.replies.quarantine.ReplyRules`); default: its own defaults.
-    checkpoints : Checkpoints or None
-        Where all state is kept after each finished round, so that a
-        run which was interrupted goes on from there and ends bit for bit like one that was not. With int8 replies what
-        rounding has lost (see ``values``) is forgotten there.
 
     Attributes
     ----------
-    strategy, sparsity, ..., checkpoints
+    strategy, sparsity, ..., coordinates
         Every parameter under its own name. One that is set is checked at once and holds for the next ``start``; while
         rounds run only ``mask`` can be set.
     mask : Mask or None
         The mask in force; one that is set while rounds run is, from the next one on.
-    exploration : Exploration or None
+    exploration : Exploration, Statistics or None
         What the explorers found.
     ledger : Ledger
         Bytes and failures so far.
-    privacy : Budget or None
-        What the rounds of a differential-privacy wrapper have spent (:class:`~autoflip_flwr.wrapped.privacy.Budget`).
+    privacy : PrivacyBudget or None
+        Privacy budget spent so far under a differential-privacy wrapper
+        (:class:`~autoflip_flwr.wrapped.privacy.PrivacyBudget`).
 
     Raises
     ------
@@ -136,73 +111,44 @@ exploration_values
 
     Examples
     --------
-    >>> strategy = AutoFlip(FedAvg(fraction_evaluate=0.5), sparsity=0.7)
-    >>> # in the ServerApp's main function: strategy.start(grid, initial_arrays, num_rounds=20)
+    >>> from flwr.serverapp.strategy import FedAvg
+    >>> from autoflip_flwr.core.methods import Magnitude
+    >>> Pruned(FedAvg(), 0.9, method=Magnitude(scope="erk"), seed=1)
+    Pruned(FedAvg(), sparsity=0.9, method=Magnitude(scope='erk'), seed=1)
     """
 
     def __init__(
         self,
         strategy: Strategy | None = None,
-        *,
         sparsity: float = 0.7,
-        scope: str = "global",
-        normalisation: str = "none",
-        gamma: float = 1.0,
-        initial: str = "scratch",
-        biases: bool = False,
+        *,
+        method: Method,
         prunable: Rule | None = None,
         exclude: Rule | None = None,
+        biases: bool = False,
         output: Output | None = AUTO,
-        prune_unmoved: bool = False,
-        explorers: float = 1.0,
-        min_explorers: int = 2,
-        exploration_rounds: int = 1,
-        exploration_epochs: int = 5,
-        exploration_patience: int = 2,
-        exploration_weighting: str = "uniform",
-        exploration_values: str = "log8",
-        exploration_timeout: float | None = None,
-        exploration: Exploration | None = None,
-        exploration_public: bool = False,
         mask: Mask | None = None,
+        exploration: Exploration | Statistics | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
-        coordinates: str = "auto",
-        values: str = "float32",
-        values_up: str | None = None,
-        values_down: str | None = None,
-        seed: int | None = None,
-        nodes: int | None = None,
-        node_timeout: float | None = 60.0,
-        ledger: Ledger | None = None,
+        values: str | Values = "float32",
         rules: ReplyRules | None = None,
         checkpoints: Checkpoints | None = None,
+        ledger: Ledger | None = None,
+        seed: int | None = None,
+        nodes: int | Nodes | None = None,
+        coordinates: str = "auto",
     ) -> None:
-        self.strategy, self.mask, self.exploration = strategy, mask, exploration  # type: ignore[assignment]
-        self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
-        self.initial, self.biases = initial, biases
-        self.prunable, self.exclude, self.output = prunable, exclude, output
-        self.prune_unmoved = prune_unmoved
-        self.explorers, self.min_explorers = explorers, min_explorers
-        self.exploration_rounds, self.exploration_epochs = exploration_rounds, exploration_epochs
-        self.exploration_patience, self.exploration_weighting = exploration_patience, exploration_weighting
-        self.exploration_values, self.exploration_public = exploration_values, exploration_public
-        self.mask_schedule, self.coordinates = mask_schedule, coordinates
-        self.values, self.values_up, self.values_down = values, values_up, values_down
-        self.nodes, self.node_timeout, self.exploration_timeout = nodes, node_timeout, exploration_timeout
-        self.seed, self.checkpoints = seed, checkpoints
-        self.ledger, self.rules = ledger, rules  # type: ignore[assignment]
-        check(self._arguments())
+        arguments = {name: value for name, value in locals().items() if name in self._defaults}
+        for name, value in arguments.items():
+            setattr(self, name, value)
+        self._check(self._arguments())
         self.privacy = privacy.budget_of(self.strategy)
-        self._made_from: tuple[MaskPlan, ExplorationPlan, Exploration | None] = (
-            self.mask_plan,
-            self.exploration_plan,
-            exploration,
-        )
-        self._moved_by: Exploration | None = None
+        self._made_from = (self._choosing(), self.method.exploring(), exploration)
+        self._moved_by = None
         self._progress = Progress()
         self._quarantine = Quarantine(self.rules, self.ledger)
         self._round = 0
-        self._packed = traits.resolve(coordinates, self.strategy) == "packed"
+        self._packed = traits.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = False
         self._translator, self._shadow, self._changed = None, {}, None
         self._fresh, self._asked, self._noted = True, 0, 0
@@ -210,13 +156,19 @@ exploration_values
         self._ready = True
 
     def summary(self) -> None:
-        """Log the settings, then those of the wrapped strategy."""
-        log(INFO, "\t├──> AutoFlip settings:")
-        log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
-        log(INFO, "\t│\t├── Sparsity: %s (%s)", self.sparsity, self.scope)
-        log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", self.normalisation, self.gamma)
-        log(INFO, "\t│\t├── Values: %s up, %s down", self._up, self._down)
-        log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
+        """Log the settings as a tree, then those of the wrapped strategy."""
+        mask = "none yet" if self.mask is None else f"density {self.mask.density:.4f}"
+        lines = [
+            f"sparsity={self.sparsity}",
+            f"method={self.method!r}",
+            *(line for name, line in self._told().items() if name not in ("sparsity", "method", "mask")),
+            f"coordinates: {'packed' if self._packed else 'dense'}",
+            f"mask: {mask}",
+        ]
+        log(INFO, "\t├──> %s settings:", type(self).__name__)
+        for line in lines[:-1]:
+            log(INFO, "\t│\t├── %s", line)
+        log(INFO, "\t│\t└── %s", lines[-1])
         self.strategy.summary()
 
     def start(
@@ -232,9 +184,9 @@ exploration_values
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
-        ``timeout`` (seconds) holds for each round, and for each exploration batch where ``exploration_timeout`` does
-        not. ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of
-        its own gets those of these parameters that it has, by name, and ``own``.
+        ``timeout`` (seconds) holds for each round, and for each batch of explorers where the method's own does not.
+        ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of its own
+        gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -278,143 +230,63 @@ exploration_values
         for line in savings.lines(sent, dense, pruned=not self._started.mask.is_full):
             log(INFO, "%s", line)
 
-    def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
-        """All that comes before the rounds; puts what their loop is to get into ``given``."""
-        previous, initial = self._translator, model_of(given["initial_arrays"])
-        if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
-            initial = previous.mask.layout.cast(initial)
-        packed, self._packed = self._packed, traits.resolve(self.coordinates, self.strategy) == "packed"
-        self._integers = not self._packed and traits.shows_integers(self.strategy)
-        layout = self.mask_plan.layout(initial)
-        self._let_go(layout)
-        self.mask_plan.rehearse(layout, initial, self.mask, self.exploration)
-        self._quarantine = Quarantine(self.rules, self.ledger)
-        if self._explores and not self.exploration_public:
-            privacy.check_exploration(self.strategy)
-        progress = self._progress = Progress(self.checkpoints)
-        resumed = progress.open(self._decisive(layout, initial, packed=self._packed))
-        timeout = math.inf if given["timeout"] is None else given["timeout"]
-        facade = self._connect(given["grid"], timeout)
-        everything = Mask.full(layout)
-        own = vars(self)  # what is chosen here is not of the user's setting
-        if self._explores:
-            own["exploration"] = progress.exploration(self.ledger)
-        if self._explores and not resumed:
-            config = given["train_config"] or ConfigRecord()
-            own["exploration"] = self._explore(facade, everything, initial, config, timeout)
-            progress.explored(own["exploration"], self.ledger)
-        if resumed:
-            own["mask"] = progress.mask(layout)
-        elif self.mask is None and self.exploration is not None:
-            own["mask"] = self.mask_plan.choose(layout, initial, self.exploration)
-        own["mask"] = mask = everything if self.mask is None else self.mask
-        self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
-        log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
-        warn_of_problems(mask)
-        full = initial if previous is None else last_values(previous.mask, self._shadow, initial)
-        if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
-            full, self._moved_by = start_arrays(full, self.exploration), self.exploration
-        self._shadow = full
-        if previous is not None and not resumed and same_arrays(previous.mask.layout, full):
-            moved = previous.shown, previous.mask, mask, full
-            optimizer_state.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
-        self._translator = translator = self._translate(mask, full)
-        facade.repeat = translator.repeat
-        first = to_record(mask.apply(full))
-        parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
-        if resumed:
-            first, shadow, translator.integers = progress.model(mask)
-            self._shadow = initial if shadow is None else shadow
-            own["mask"] = progress.next_mask(layout) or mask
-            progress.restore(parts)
-            if self._up == "int8":
-                log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
-        def keep(round_: int, arrays: ArrayRecord) -> None:
-            shadow = None if self._shadow is initial else self._shadow
-            next_mask = None if self.mask is translator.mask else self.mask
-            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
+class AutoFlip(Pruned):
+    """Prune the model before training, informed by the clients, then train in the subspace that is kept.
 
-        self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
-        given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
-        if self.checkpoints is not None:
-            given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
-        return progress, first
+    Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
+    and report how far each parameter moved; the server makes one global mask of it. Without a ``mask_schedule`` the
+    mask is static.
 
-    def _let_go(self, layout: Layout) -> None:
-        """Let go of a mask and an exploration that were made under other settings than those of now."""
-        mask_plan, exploration_plan, exploration = self._made_from
-        if self._brought["exploration"] is None and self.exploration is not None:
-            known = [self.exploration.deviation]
-            if self.normalisation == "per-client":
-                known.append(self.exploration.normalised)
-            lacks = any(each.keys() != {spec.name for spec in layout.prunable} for each in known)
-            if lacks or exploration_plan != self.exploration_plan:
-                vars(self)["exploration"] = None
-        if self._brought["mask"] is None and (mask_plan != self.mask_plan or exploration is not self.exploration):
-            vars(self)["mask"] = None
+    Parameters
+    ----------
+    strategy, sparsity, ..., coordinates
+        See :class:`Pruned`.
+    method : LossExploration
+        Who explores, how, and what becomes of it (:class:`~autoflip_flwr.core.methods.LossExploration`).
 
-    def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
-        facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
-        facade.ledger = self.ledger
-        needed = traits.nodes_needed(self.strategy)
-        facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
-            try:
-                facade.roll_call(
-                    minimum=traits.nodes_waited_for(self.strategy),
-                    expected=self.nodes or 0,
-                    fewest=max(needed, self.exploration_plan.min_explorers) if self._explores else needed,
-                    timeout=min(self.node_timeout or timeout, timeout),
-                    longest=timeout,
-                )
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"{error}: start more nodes, or lower min_available_nodes and min_train_nodes of the strategy"
-                ) from error
-        return facade
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`Pruned` does.
 
-    def _explore(
-        self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord, timeout: float
-    ) -> Exploration:
-        seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
-        return explore(
-            self.exploration_plan,
-            facade,
-            initial,
-            template_of(self.strategy, seen, config, facade),
-            mask=everything,
-            weight_key=traits.weight_key_of(self.strategy),
-            kind=self._down,
-            seed=self.seed,
-            timeout=self.exploration_timeout or timeout,
-            judge=self._judge(),
-            checkpoints=self.checkpoints,
-            per_client=self.normalisation == "per-client",
-        )
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAvg
+    >>> AutoFlip(FedAvg(), sparsity=0.9, method=LossExploration(epochs=1), values="int8")
+    AutoFlip(FedAvg(), sparsity=0.9, method=LossExploration(epochs=1), values='int8')
+    >>> # in the ServerApp's main function: strategy.start(grid, initial_arrays, num_rounds=20)
+    """
 
-    @property
-    def _explores(self) -> bool:
-        return self.mask is None and self.exploration is None and self.mask_plan.sparsity > 0
+    method: LossExploration
 
-    def _translate(self, mask: Mask, initial: Arrays) -> Translator:
-        return Translator(
-            mask,
-            initial,
-            packed=self._packed,
-            integers=self._integers,
-            weight_key=traits.weight_key_of(self.strategy),
-            judge=self._judge(),
-            nudges=traits.divides_by_norm(self.strategy),
-            down=self._down,
-            up=self._up,
-        )
+    def __init__(
+        self,
+        strategy: Strategy | None = None,
+        sparsity: float = 0.7,
+        *,
+        method: LossExploration = LossExploration(),  # noqa: B008 - it is frozen
+        prunable: Rule | None = None,
+        exclude: Rule | None = None,
+        biases: bool = False,
+        output: Output | None = AUTO,
+        mask: Mask | None = None,
+        exploration: Exploration | None = None,
+        mask_schedule: Callable[..., Mask | None] | None = None,
+        values: str | Values = "float32",
+        rules: ReplyRules | None = None,
+        checkpoints: Checkpoints | None = None,
+        ledger: Ledger | None = None,
+        seed: int | None = None,
+        nodes: int | Nodes | None = None,
+        coordinates: str = "auto",
+    ) -> None:
+        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
 
-    def _judge(self) -> Judge:
-        return Judge(
-            self._quarantine,
-            weight_key=traits.weight_key_of(self.strategy),
-            needed=traits.metrics_needed(self.strategy),
-            averaged=traits.metrics_averaged(self.strategy),
-        )
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        super()._check(settings)
+        if not isinstance(settings["method"], LossExploration):
+            raise TypeError(
+                f"AutoFlip(method=): must be a LossExploration; with another method it is Pruned(strategy, "
+                f"method={type(settings['method']).__name__}(...))"
+            )

@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.method import Method, check_requests
+from autoflip_flwr.core.request import DELTA, Request
+from autoflip_flwr.core.statistics import Accumulator, Statistics
 from autoflip_flwr.replies.batch import Batch, Judge, Sent
-from autoflip_flwr.replies.check import compared_values
+from autoflip_flwr.replies.check import Judged, compared_values
 from autoflip_flwr.replies.norms import joint_norm
 from autoflip_flwr.server.average import weighted_mean
 from autoflip_flwr.server.mask_delivery import MaskDelivery
-from autoflip_flwr.wire.keys import EVALUATE, HEADER
+from autoflip_flwr.wire.keys import EVALUATE, HEADER, TRAIN
 from autoflip_flwr.wire.messages import (
     arrays_of,
     flatten,
@@ -27,6 +30,7 @@ from autoflip_flwr.wire.messages import (
     weight_entry,
 )
 from autoflip_flwr.wire.records import to_arrays, to_record
+from autoflip_flwr.wire.request import ask_entry, to_report, unpack_statistics
 from autoflip_flwr.wire.values import is_coded
 
 _NUDGE = 1e-7
@@ -50,6 +54,8 @@ class Translator:
         Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
     judge : Judge
         Judges the replies.
+    method : Method
+        Says which statistics are asked for in a round.
     nudges : bool
         Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
@@ -65,17 +71,21 @@ class Translator:
         integers: bool,
         weight_key: str,
         judge: Judge,
+        method: Method,
         nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
     ) -> None:
-        self._delivery, self._judge = MaskDelivery(mask), judge
+        self._delivery, self._judge, self._method = MaskDelivery(mask), judge, method
         self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed, self._nudges = packed, nudges
         self._weight_key = weight_key
         self._down, self._up = down, up
         self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
         self._sent: dict[int, Sent] = {}  # by node
+        self._requests: tuple[Request, ...] = ()
+        self.seen: Statistics | None = None
+        """What clients reported in the last round of which something was asked."""
         self.repeat = self._delivery.repeat
 
     @property
@@ -108,8 +118,10 @@ class Translator:
         """
         batch = list(messages)
         self._sent = {}
+        self._requests = check_requests(self._method, round_) if phase == TRAIN else ()
         coding = value_entries(values=self._down, reply="float32" if phase == EVALUATE else self._up)
-        head = make_header(phase, round_, self.mask, **weight_entry(self._weight_key), **coding)
+        asked = ask_entry(to_report(self._requests))
+        head = make_header(phase, round_, self.mask, **weight_entry(self._weight_key), **coding, **asked)
         values: dict[int, tuple[ArrayRecord, Sent]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
@@ -137,7 +149,8 @@ class Translator:
 
     def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
         """The train replies that count, their metrics without their arrays, and FedAvg's mean: full, pruned arrays."""
-        counted, judged, errors, _ = self._judged(replies, round_)
+        batch = self._judged(replies, round_)
+        counted, judged, errors = batch.counted, batch.judged, batch.errors
         if not judged:
             return counted + errors, None
         weights = [found.weight for found in judged]
@@ -156,13 +169,45 @@ class Translator:
 
     def _judged(self, replies: Iterable[Message], round_: int) -> Batch:
         """The train replies, judged; integer and bool arrays become those of the reply with the largest weight."""
-        batch = self._judge.train(replies, mask=self.mask, round_=round_, sent=self._sent, kind=self._up)
+        batch = self._judge.train(
+            replies, mask=self.mask, round_=round_, sent=self._sent, kind=self._up, requests=self._requests
+        )
         self._delivery.confirm(batch.accepted)
+        if self._requests:
+            self.seen = self._statistics(batch)
         if batch.judged and self.integers:
             largest = max(batch.judged, key=lambda found: found.weight).vectors
             counters = {dtype: vector for dtype, vector in largest.items() if np.dtype(dtype).kind != "f"}
             self.integers = {name: np.array(values) for name, values in arrays_of(self.mask, counters).items()}
         return batch
+
+    def _statistics(self, batch: Batch) -> Statistics | None:
+        """What the clients whose replies count have reported; deltas need no report."""
+        statistics = Accumulator(self.mask.layout, self._method.squares)
+        any_ = False
+        for reply, judged in zip(batch.counted, batch.judged, strict=True):
+            node = reply.metadata.src_node_id
+            found: dict[str, Arrays] = {}
+            if any(each.name == DELTA for each in self._requests):
+                found[DELTA] = self._deltas(judged, self._sent[node])
+            if node in batch.reported:
+                found |= unpack_statistics(self.mask, self._requests, batch.reported[node])
+            if found:
+                weight = judged.weight if self._method.weighting == "examples" else 1.0
+                statistics.add(weight, self._method.look(self.mask.layout, found))
+                any_ = True
+        return statistics.result() if any_ else None
+
+    def _deltas(self, judged: Judged, sent: Sent) -> Arrays:
+        """How far a client moved each kept entry of the prunable arrays; full arrays, 0 elsewhere."""
+        flat = {dtype: judged.vectors[dtype].whole() - values for dtype, values in sent.exact.items()}
+        packed = split_vectors(self.mask, flat)
+        found: Arrays = {}
+        for spec in self.mask.layout.prunable:
+            full = np.zeros(spec.size, packed[spec.name].dtype)
+            full[self.mask.indices[spec.name]] = packed[spec.name]
+            found[spec.name] = full.reshape(spec.shape)
+        return found
 
     def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, Sent]:
         """The message's values, and what its reply is read and judged by.

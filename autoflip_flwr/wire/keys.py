@@ -15,6 +15,15 @@ HELLO, EXPLORE, TRAIN, EVALUATE = "hello", "explore", "train", "evaluate"
 PHASES = (HELLO, EXPLORE, TRAIN, EVALUATE)
 """The phases of messages."""
 
+STATISTICS = "autoflip.statistics"
+"""Record of a reply: the statistics that the server has asked for."""
+
+ASK = "ask"
+"""Entry of a message's header: the statistics that are asked for."""
+
+NOTHING = "none"
+"""What the header calls the coding of a reply to ``explore`` that holds no deltas."""
+
 MASK_MISSING = "mask-missing"
 """Status of a reply: the node lacks the mask."""
 

@@ -27,8 +27,8 @@ RELATIONS = {"add-or-remove-one": 1.0, "replace-one": 2.0}
 
 
 @dataclass
-class Budget:
-    """What the rounds of a differential-privacy wrapper have spent, as zero-concentrated differential privacy.
+class PrivacyBudget:
+    """Privacy budget spent so far, as zero-concentrated differential privacy.
 
     It counts the released averages of training replies, and nothing else: neither an exploration, nor metrics, numbers
     of examples, integer and bool arrays. It claims no amplification by sampling: it holds whoever was sampled, and for
@@ -68,9 +68,9 @@ class Budget:
         return rho + 2 * math.sqrt(rho * math.log(1 / delta))
 
 
-def budget_of(strategy: Strategy) -> Budget | None:
+def budget_of(strategy: Strategy) -> PrivacyBudget | None:
     """A budget of which nothing is spent; ``None`` without a differential-privacy wrapper."""
-    return Budget() if any(_wrappers(strategy)) else None
+    return PrivacyBudget() if any(_wrappers(strategy)) else None
 
 
 def check_exploration(strategy: Strategy) -> None:
@@ -78,8 +78,8 @@ def check_exploration(strategy: Strategy) -> None:
     for wrapper in _wrappers(strategy):
         raise ValueError(
             f"an exploration is outside the noise and the budget of {type(wrapper).__name__}: bring a mask= that does "
-            "not depend on the clients' data, or declare with exploration_public=True that the explorers' data may be "
-            "known"
+            "not depend on the clients' data, or declare with LossExploration(public=True) that the explorers' data "
+            "may be known"
         )
 
 
@@ -89,13 +89,13 @@ def replies_needed(strategy: Strategy) -> int:
 
 
 def aggregate(
-    strategy: Strategy, server_round: int, replies: Sequence[Message], budget: Budget | None
+    strategy: Strategy, server_round: int, replies: Sequence[Message], budget: PrivacyBudget | None
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
     """Let the strategy aggregate the replies that count; under a wrapper none may be missing, and it is charged."""
     wrapper = next(_wrappers(strategy), None)
     if wrapper is None:
         return strategy.aggregate_train(server_round, replies)
-    budget = Budget() if budget is None else budget
+    budget = PrivacyBudget() if budget is None else budget
     valid = [reply for reply in replies if not reply.has_error()]
     problem = _no_bound(wrapper)
     share, norm = 1.0 if problem else _largest_share(wrapper, valid), wrapper.clipping_norm
@@ -107,7 +107,7 @@ def aggregate(
     return record, metrics
 
 
-def refuse(strategy: Strategy, server_round: int, budget: Budget | None) -> None:
+def refuse(strategy: Strategy, server_round: int, budget: PrivacyBudget | None) -> None:
     """Note that a round is not aggregated."""
     wrapper = next(_wrappers(strategy), None)
     if wrapper is None:
@@ -148,7 +148,7 @@ def _cost(wrapper: WRAPPERS, share: float, clipped_at: float) -> float:
     return rho
 
 
-def _tell(budget: Budget, server_round: int, problem: str) -> None:
+def _tell(budget: PrivacyBudget, server_round: int, problem: str) -> None:
     if math.isinf(budget.rho):
         log(WARNING, "round %d: the privacy spent has no bound%s", server_round, problem and f": {problem}")
         return

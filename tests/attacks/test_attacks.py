@@ -24,6 +24,7 @@ from records import from_json
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.costs.message_size import record_bytes
 from autoflip_flwr.server.grid import OrderedGrid
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, HELLO, LOG8, MASK_RECORD, MOD_REFUSED, TRAIN
@@ -128,8 +129,11 @@ def serve(
     strategy = AutoFlip(
         FedAvg(min_available_nodes=3),
         mask=None if exploring else forge.MASK,
-        values=kind if phase == TRAIN else "float32",
-        exploration_values=kind if exploring else "log8",
+        values=Values(
+            deltas=kind if exploring else "log8",
+            up=kind if phase == TRAIN else "float32",
+            down=kind if phase == TRAIN else "float32",
+        ),
     )
 
     def tamper(reply: Message) -> Message:

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.replies.check import MAX_DELTA, MAX_WEIGHT, judge_deltas
+from autoflip_flwr.core.request import Request
+from autoflip_flwr.replies.check import MAX_DELTA, MAX_WEIGHT, judge_answer, read_answer
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_bits, mask_record
 from autoflip_flwr.wire.deltas import decode_deltas
@@ -221,7 +222,9 @@ def test_a_server_takes_an_explorers_moves_or_leaves_them_out(little_memory: Non
         content = forge.told(content)
     answer = Message(content, reply_to=Message(RecordDict(), 100, "train"))
     try:
-        weight, moves = judge_deltas(answer, mask=forge.EVERYTHING, weight_key="num-examples", kind=kind)
+        asked = {"mask": forge.EVERYTHING, "requests": (Request("delta", "all", kind),), "kind": kind}
+        weight, held = judge_answer(answer, weight_key="num-examples", **asked)
+        moves = read_answer(held, **asked)["delta"]
     except WireError:
         return
     assert 0 < weight <= MAX_WEIGHT

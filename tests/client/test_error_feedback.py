@@ -30,6 +30,7 @@ from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask
 from autoflip_flwr.client.error_feedback import RESIDUAL
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.server.mask_delivery import KEPT_MASKS
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, MASK_RECORD, MOD_REFUSED, TRAIN
@@ -40,8 +41,8 @@ from autoflip_flwr.wire.values import Coded, coded_size, encode, is_coded
 NODES = 4
 KINDS = ("bfloat16", "float16", "int8")
 WAYS = {
-    "up": lambda kind: {"values_up": kind},
-    "down": lambda kind: {"values_down": kind},
+    "up": lambda kind: {"values": Values(up=kind)},
+    "down": lambda kind: {"values": Values(down=kind)},
     "both": lambda kind: {"values": kind},
 }
 NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
@@ -186,7 +187,7 @@ def test_a_coded_run_ends_near_the_uncoded_one_and_keeps_to_the_mask(kind: str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replies_are_bytes_of_the_size_known_beforehand_and_messages_are_not(kind: str):
-    found = run(AutoFlip(inner(), mask=MASK, values_up=kind))
+    found = run(AutoFlip(inner(), mask=MASK, values=Values(up=kind)))
     assert len(found.replies) == 3 * NODES
     for reply in found.replies:
         shapes = {key: (array.dtype, array.shape) for key, array in reply.content["arrays"].items()}
@@ -200,7 +201,7 @@ def test_replies_are_bytes_of_the_size_known_beforehand_and_messages_are_not(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_messages_are_bytes_of_the_size_known_beforehand_and_replies_are_not(kind: str):
-    found = run(AutoFlip(inner(), mask=MASK, values_down=kind))
+    found = run(AutoFlip(inner(), mask=MASK, values=Values(down=kind)))
     for message in found.grid.sent:
         shapes = {key: (array.dtype, array.shape) for key, array in message.content["arrays"].items()}
         assert shapes == {"float32": ("uint8", (coded_size(kind, KEPT, SIZE),)), "int64": ("int64", (1,))}
@@ -212,7 +213,7 @@ def test_messages_are_bytes_of_the_size_known_beforehand_and_replies_are_not(kin
 
 
 def test_either_way_may_be_coded_differently():
-    found = run(AutoFlip(inner(), mask=MASK, values="int8", values_down="bfloat16"))
+    found = run(AutoFlip(inner(), mask=MASK, values=Values(down="bfloat16", up="int8")))
     assert found.failures == NO_FAILURES
     sizes = {len(message.content["arrays"]["float32"].numpy()) for message in found.grid.sent}
     assert sizes == {coded_size("bfloat16", KEPT, SIZE)}
@@ -237,8 +238,8 @@ def test_the_client_gets_what_the_message_holds_and_full_arrays_of_the_models_dt
 
 def test_explorers_start_from_what_they_were_sent_and_the_exploration_goes_on():
     for values in ("log8", "float32"):
-        found = run(AutoFlip(inner(), sparsity=0.5, values="int8", exploration_values=values))
-        exact = run(AutoFlip(inner(), sparsity=0.5, exploration_values="float32"))
+        found = run(AutoFlip(inner(), sparsity=0.5, values=Values(deltas=values, up="int8", down="int8")))
+        exact = run(AutoFlip(inner(), sparsity=0.5, values=Values(deltas="float32")))
         assert found.failures == NO_FAILURES
         moves, expected = (one.strategy.exploration.signed_mean["hidden.weight"] for one in (found, exact))
         assert np.abs(moves - expected).max() < 0.1 * 3 / 254 + 0.05 * np.abs(expected).max()
@@ -259,11 +260,15 @@ def test_evaluation_gets_coded_values_and_answers_without():
     assert {message.content["arrays"]["float32"].dtype for message in evaluations} == {"uint8"}
 
 
-@pytest.mark.parametrize("name", ["values", "values_up", "values_down"])
 @pytest.mark.parametrize("kind", ["int4", "float64", "log8", "", "INT8"])
-def test_an_unknown_coding_is_refused(name: str, kind: str):
-    with pytest.raises(ValueError, match=f"{name} = {kind!r}: must be one of float32, bfloat16, float16, int8"):
-        AutoFlip(inner(), **{name: kind})
+def test_an_unknown_coding_is_refused(kind: str):
+    with pytest.raises(ValueError, match=f"values = {kind!r}: must be one of float32, bfloat16, float16, int8"):
+        AutoFlip(inner(), values=kind)
+    for way in ("up", "down"):
+        with pytest.raises(
+            ValueError, match=f"values: {way} = {kind!r}: must be one of float32, bfloat16, float16, int8"
+        ):
+            Values(**{way: kind})
 
 
 @pytest.mark.parametrize(
@@ -275,11 +280,11 @@ def test_an_unknown_coding_is_refused(name: str, kind: str):
     ids=["fixed", "adaptive"],
 )
 def test_updates_that_clients_clip_are_not_rounded(private: Strategy):
-    for coding in ({"values": "int8"}, {"values_up": "bfloat16"}):
-        with pytest.raises(ValueError, match=r"rounding may lengthen an update .* values_up='float32'"):
+    for coding in ({"values": "int8"}, {"values": Values(up="bfloat16")}):
+        with pytest.raises(ValueError, match=r"rounding may lengthen an update .* Values\(up='float32'\)"):
             AutoFlip(private, **coding)
-    AutoFlip(private, values_down="int8")
-    AutoFlip(private, values="int8", values_up="float32")
+    AutoFlip(private, values=Values(down="int8"))
+    AutoFlip(private, values=Values(up="float32", down="int8"))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +444,7 @@ def test_a_node_that_loses_its_state_loses_the_remainder_alone(lost: int):
 
 
 def test_the_state_holds_the_remainder_in_int8():
-    found = run(AutoFlip(inner(), mask=MASK, values_up="int8"), rounds=1)
+    found = run(AutoFlip(inner(), mask=MASK, values=Values(up="int8")), rounds=1)
     for node, context in found.grid.contexts.items():
         lost = context.state[RESIDUAL]
         assert lost["digest"] == MASK.digest
@@ -464,7 +469,7 @@ def test_a_reply_is_the_update_and_the_remainder_and_leaves_a_new_one():
     def work(name: str, array: np.ndarray, context: Context, round_: int) -> np.ndarray:
         return np.asarray(array + np.random.default_rng([round_, 5]).normal(size=array.shape), np.float32)
 
-    found = run(AutoFlip(inner(), mask=FULL, values_up="int8"), client(work), LINE, rounds=5, nodes=2)
+    found = run(AutoFlip(inner(), mask=FULL, values=Values(up="int8")), client(work), LINE, rounds=5, nodes=2)
     sums = sum(np.random.default_rng([round_, 5]).normal(size=(1, 300)) for round_ in range(1, 6))[0]
     sent = sum(
         Coded(found.replied(100, round_)[0]["arrays"]["float32"].numpy(), "int8", 300, 300).read(0, 300)
@@ -494,7 +499,7 @@ def test_a_mask_that_changes_discards_the_remainder():
         return moved
 
     def codes(schedule: dict[int, Mask]) -> list[np.ndarray]:
-        strategy = AutoFlip(inner(), mask=first_halves()[0], mask_schedule=schedule.get, values_up="int8")
+        strategy = AutoFlip(inner(), mask=first_halves()[0], mask_schedule=schedule.get, values=Values(up="int8"))
         found = run(strategy, client(work), LINE, rounds=3, nodes=2)
         assert found.failures == NO_FAILURES
         assert found.grid.contexts[100].state[RESIDUAL]["digest"] == strategy.mask.digest
@@ -523,7 +528,7 @@ def test_a_remainder_that_does_not_fit_is_left_out(state: dict):
             context.state[RESIDUAL] = ConfigRecord(state)
         return leap(name, array, context, round_)
 
-    found = run(AutoFlip(inner(), mask=FULL, values_up="int8"), client(work), LINE, rounds=2, nodes=2)
+    found = run(AutoFlip(inner(), mask=FULL, values=Values(up="int8")), client(work), LINE, rounds=2, nodes=2)
     assert found.failures == NO_FAILURES
     assert not np.delete(found.arrays["w"][0], [0, 256]).any()
 
@@ -536,7 +541,7 @@ def test_a_remainder_that_does_not_fit_is_left_out(state: dict):
 def test_rounding_on_the_way_down_does_not_add_up_where_clients_return_what_they_got(kind: str, coordinates: str):
     still = client(lambda name, array, context, round_: array)
     start = MASK.apply(model())
-    found = run(AutoFlip(inner(), mask=MASK, coordinates=coordinates, values_down=kind), still, rounds=10)
+    found = run(AutoFlip(inner(), mask=MASK, coordinates=coordinates, values=Values(down=kind)), still, rounds=10)
     for arrays in found.models.values():
         assert distance(arrays, start) < 1e-5
     assert found.sent(100, 1)[0]["arrays"]["float32"].dtype == "uint8"
@@ -557,7 +562,7 @@ def test_rounding_on_the_way_down_does_not_add_up_in_other_precisions(dtype: str
     still = client(lambda name, array, context, round_: array)
     start = {name: array.astype(dtype) for name, array in model().items() if array.dtype.kind == "f"}
     mask = halved(start)
-    found = run(AutoFlip(inner(), mask=mask, values_down="int8"), still, start, rounds=10, nodes=2)
+    found = run(AutoFlip(inner(), mask=mask, values=Values(down="int8")), still, start, rounds=10, nodes=2)
     assert distance(found.arrays, mask.apply(start)) < (0.02 if dtype == "float16" else 1e-12)
 
 
@@ -581,13 +586,15 @@ def spoiled(value: float, node: int = 102) -> ClientApp:
 def test_an_update_that_is_not_finite_is_refused_by_the_client_and_the_round_goes_on(
     kind: str, value: float, caplog: pytest.LogCaptureFixture
 ):
-    found = run(AutoFlip(inner(), mask=MASK, values_up=kind), spoiled(value))
+    found = run(AutoFlip(inner(), mask=MASK, values=Values(up=kind)), spoiled(value))
     assert found.failures == {"quarantined": 0, "errors": 3, "absent": 0}
     errors = [(reply.node, reply.error) for reply in found.replies if reply.error]
     reason = "autoflip_mod: the client returned float32 values with NaN or infinity"
     assert errors == [(102, reason)] * 3
     assert f"node 102: {reason}" in caplog.text
-    assert distance(found.arrays, run(AutoFlip(inner(), mask=MASK, values_up=kind), spoiled(0, -1)).arrays) < 1e-6
+    assert (
+        distance(found.arrays, run(AutoFlip(inner(), mask=MASK, values=Values(up=kind)), spoiled(0, -1)).arrays) < 1e-6
+    )
     assert RESIDUAL not in found.grid.contexts[102].state
 
 
@@ -688,7 +695,9 @@ def test_an_update_that_leads_beyond_the_models_range_is_left_out(caplog: pytest
 
     start = {name: np.full_like(array, 3e38) if name == "hidden.bias" else array for name, array in model().items()}
     still = client(lambda name, array, context, round_: array)
-    found = run(AutoFlip(inner(), mask=MASK, values_up="bfloat16"), still, start, tamper=tampered(change), rounds=1)
+    found = run(
+        AutoFlip(inner(), mask=MASK, values=Values(up="bfloat16")), still, start, tamper=tampered(change), rounds=1
+    )
     assert found.failures == {"quarantined": 1, "errors": 0, "absent": 0}
     assert "array 'hidden.bias' holds NaN or infinity" in caplog.text
     assert np.isfinite(found.arrays["hidden.bias"]).all()

@@ -5,13 +5,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from apps import choose
 from torch import nn
 
 from autoflip_flwr.core.health import problems
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.selection import choose_mask
-from autoflip_flwr.server.plans import warn_of_problems
+from autoflip_flwr.server.first_mask import warn_of_problems
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,7 +30,7 @@ def random_mask(model: nn.Module | Shapes, sparsity: float) -> Mask:
     shapes = model if isinstance(model, dict) else {name: tuple(v.shape) for name, v in model.state_dict().items()}
     layout = Layout.of({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
     draw = np.random.default_rng(0)
-    return choose_mask(layout, {spec.name: draw.random(spec.shape) for spec in layout.prunable}, sparsity)
+    return choose(layout, {spec.name: draw.random(spec.shape) for spec in layout.prunable}, sparsity)
 
 
 # Cuts
@@ -43,7 +43,7 @@ def test_units_that_hear_the_inputs_and_that_nobody_takes_up_leave_no_path():
 
 def test_the_scores_that_were_reported_make_such_a_mask():
     layout = Layout.of({"a": np.zeros((2, 2)), "b": np.zeros((1, 2))})
-    mask = choose_mask(layout, {"a": np.array([[9.0, 8], [1, 2]]), "b": np.array([[0.0, 5]])}, 0.5)
+    mask = choose(layout, {"a": np.array([[9.0, 8], [1, 2]]), "b": np.array([[0.0, 5]])}, 0.5)
     assert problems(mask) == ["no path leads on from a to b"]
 
 
@@ -120,7 +120,7 @@ def test_small_arrays_that_keep_their_share_are_no_problem():
     shapes = {"a": (10, 1), "b": (1, 10), "c": (2, 5)}
     layout = Layout.of({name: np.zeros(shape) for name, shape in shapes.items()}, output=None)
     scores = {name: np.ones(shape) for name, shape in shapes.items()}
-    assert not any("floor" in each for each in problems(choose_mask(layout, scores, 0.9, "layer")))
+    assert not any("floor" in each for each in problems(choose(layout, scores, 0.9, "layer")))
 
 
 def test_arrays_that_are_kept_whole_do_not_make_others_look_bare():

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from apps import choose
 
+from autoflip_flwr.core.budget import Budget
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.selection import choose_mask, protected_outputs
+from autoflip_flwr.core.selection import protected_outputs
 from autoflip_flwr.wire.mask_record import decode_mask, encode_mask
 
 Shapes = dict[str, tuple[int, ...]]
@@ -131,7 +133,7 @@ def test_no_head_loses_a_unit_at_90_percent(shapes: Shapes, heads: list[str], sc
     scores = {name: np.random.default_rng(1).random(shape) for name, shape in shapes.items()}
     for name in heads:
         scores[name] /= 1e6  # they would go first
-    mask = choose_mask(layout, scores, 0.9, scope)
+    mask = choose(layout, scores, 0.9, scope)
     if scope == "global":
         assert mask.kept == layout.prunable_size - layout.prunable_size * 9 // 10
     for name in heads:
@@ -180,7 +182,7 @@ def test_an_output_that_is_not_there_is_refused_by_name(output: object, message:
 
 def test_each_unit_along_a_named_axis_keeps_its_best_entry_and_of_equals_the_last():
     layout = layout_of({"w": (2, 3)}, output={"w": -1})
-    keep = choose_mask(layout, {"w": np.array([[5.0, 1, 2], [4, 1, 3]])}, 0.5).keep["w"]
+    keep = choose(layout, {"w": np.array([[5.0, 1, 2], [4, 1, 3]])}, 0.5).keep["w"]
     assert keep.astype(int).tolist() == [[1, 0, 0], [0, 1, 1]]
 
 
@@ -191,15 +193,15 @@ def test_a_guess_gives_way_where_a_sparsity_cannot_be_had_with_it():
     scores = {name: np.zeros(shape) for name, shape in shapes.items()}
     for sparsity, protected in ((0.5, 3), (0.65, 3), (0.67, 2), (0.8, 1), (0.84, 1)):
         # of 30 entries 15, 11, 10, 6, 5 stay; the floors of body, first and second take 2, 5 and 4, or 1 each
-        assert len(protected_outputs(layout, sparsity, "global")) == protected, sparsity
-        assert choose_mask(layout, scores, sparsity).kept == 30 - int(round(sparsity * 100) * 30 // 100)
-    assert protected_outputs(layout, 0.5, "layer") == layout.output
-    assert protected_outputs(layout, 0.6, "layer") == {"body": 0, "second": 0}
+        assert len(protected_outputs(layout, Budget.whole(layout, sparsity))) == protected, sparsity
+        assert choose(layout, scores, sparsity).kept == 30 - int(round(sparsity * 100) * 30 // 100)
+    assert protected_outputs(layout, Budget.by_layer(layout, 0.5)) == layout.output
+    assert protected_outputs(layout, Budget.by_layer(layout, 0.6)) == {"body": 0, "second": 0}
     with pytest.raises(ValueError, match="must stay"):
-        choose_mask(layout, scores, 0.9)
+        choose(layout, scores, 0.9)
     named = layout_of(shapes, output=list(shapes))
     with pytest.raises(ValueError, match="must stay"):
-        choose_mask(named, scores, 0.8)
+        choose(named, scores, 0.8)
 
 
 def test_neither_the_digest_nor_the_record_of_a_mask_depend_on_the_outputs():

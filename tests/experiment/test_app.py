@@ -145,7 +145,7 @@ def test_fedavg_starts_from_the_same_model_and_samples_the_same_nodes(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"server_momentum": 0.9, "server_learning_rate": 0.1, "initial": "scouts"},
+        {"server_momentum": 0.9, "server_learning_rate": 0.1, "initial": "explorers"},
         {"scope": "layer", "normalisation": "per-client", "gamma": 0.0, "prune_biases": True},
         {"normalisation": "layer", "exploration_weighting": "examples", "exploration_rounds": 2, "explorers": 0.5},
         {"split": "pathological", "fraction_train": 0.5, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4},

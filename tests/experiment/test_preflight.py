@@ -164,7 +164,7 @@ def test_settings_that_do_nothing_are_named():
     config = Config(method="fedavg", split="iid", optimizer="adam")
     given = ["sparsity", "scope", "alpha", "momentum", "lr"]
     assert idle(config, given) == [
-        "sparsity, scope do nothing with method = 'fedavg', only with 'autoflip'",
+        "sparsity, scope do nothing with method = 'fedavg', only with 'autoflip' or 'snip' or 'magnitude' or 'random'",
         "alpha does nothing with split = 'iid', only with 'dirichlet'",
         "momentum does nothing with optimizer = 'adam', only with 'sgd'",
     ]

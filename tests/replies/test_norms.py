@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.norms import Update, find_outliers, joint_norm
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
@@ -133,7 +134,9 @@ def federation(app, nodes, rounds=1, rules=None, wrap=True, **options):
     random.seed(7)
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     if wrap:
-        strategy = AutoFlip(strategy, rules=rules, **{"sparsity": 0.0, "min_explorers": 1, **options})
+        strategy = AutoFlip(
+            strategy, rules=rules, **{"sparsity": 0.0, "method": LossExploration(min_explorers=1), **options}
+        )
     start = ArrayRecord({name: Array(array) for name, array in W0.items()})
     return strategy, to_arrays(strategy.start(LocalGrid(app, nodes), start, num_rounds=rounds).arrays)
 

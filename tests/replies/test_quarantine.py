@@ -13,8 +13,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, FedYogi, QFedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import PHASE_KEY
 from autoflip_flwr.wire.records import to_arrays, to_record
@@ -190,7 +192,7 @@ class Diverging(FedAvg):
 
 @pytest.mark.parametrize("values", ["float32", "bfloat16", "int8"])
 def test_a_strategy_whose_result_is_not_finite_leaves_the_model_as_it_was(values):
-    strategy, result, _ = federation([], inner=Diverging, rounds=3, values_down=values)
+    strategy, result, _ = federation([], inner=Diverging, rounds=3, values=Values(down=values))
     assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
     (incident,) = strategy.ledger.incidents
     assert incident["kind"] == "kept"
@@ -212,7 +214,7 @@ def federation(mods, rules=None, rounds=ROUNDS, nodes=NODES, seed=1, inner=FedAv
     random.seed(7)
     own = {"train_loss_key": "train-loss", "client_learning_rate": 0.1} if inner is QFedAvg else {}
     least = {"min_train_nodes": 1, "min_available_nodes": 1}
-    options = {"exploration_epochs": 1, "min_explorers": 1, **options}
+    options = {"method": LossExploration(epochs=1, min_explorers=1), **options}
     strategy = AutoFlip(inner(fraction_evaluate=0.0, **least, **own), seed=seed, rules=rules, **options)
     grid = LocalGrid(message_app(mods=[autoflip_mod, *mods]), nodes)
     result = strategy.start(grid, record(model()), num_rounds=rounds)
@@ -234,15 +236,15 @@ def test_the_rest_counts_as_if_the_bad_reply_had_never_come(bad):
 @pytest.mark.parametrize("bad", [bad for bad in BAD if bad != "other records"])
 @pytest.mark.parametrize("values", ["log8", "float32"])
 def test_the_same_holds_for_explorers(bad, values):
-    expected, _, _ = federation([hostile(BAD["error"], exploring=True)], exploration_values=values, rounds=1)
-    strategy, _, _ = federation([hostile(BAD[bad], exploring=True)], exploration_values=values, rounds=1)
+    expected, _, _ = federation([hostile(BAD["error"], exploring=True)], rounds=1, values=Values(deltas=values))
+    strategy, _, _ = federation([hostile(BAD[bad], exploring=True)], rounds=1, values=Values(deltas=values))
     assert strategy.exploration.explorers == NODES - 1
     assert strategy.mask == expected.mask
     assert strategy.ledger.incidents[0]["phase"] == "exploration"
 
 
 def test_with_honest_clients_of_skewed_data_nothing_is_removed():
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), exploration_epochs=2)
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), method=LossExploration(epochs=2))
     run(strategy, [autoflip_mod])
     assert strategy.ledger.incidents == []
 
@@ -297,7 +299,7 @@ def test_a_node_whose_replies_count_in_between_does_not_rest():
 def test_no_node_rests_where_the_strategy_needs_it():
     random.seed(7)
     inner = FedAvg(fraction_evaluate=0.0, min_available_nodes=NODES)
-    strategy = AutoFlip(inner, seed=1, rules=ReplyRules(strikes=1), exploration_epochs=1)
+    strategy = AutoFlip(inner, seed=1, rules=ReplyRules(strikes=1), method=LossExploration(epochs=1))
     grid = LocalGrid(message_app(mods=[autoflip_mod, hostile(BAD["NaN"])]), NODES)
     strategy.start(grid, record(model()), num_rounds=3)
     assert strategy.ledger.failure_counts()["quarantined"] == 3
@@ -312,7 +314,7 @@ def test_a_second_answer_and_an_old_one_do_not_count():
             return found + found[:1]
 
     random.seed(7)
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=1, exploration_epochs=1)
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=1, method=LossExploration(epochs=1))
     result = strategy.start(Twice(message_app(), NODES), record(model()), num_rounds=2)
     _, expected, _ = federation([], rounds=2)
     for name, array in to_arrays(result.arrays).items():

@@ -5,14 +5,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from apps import explored
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod
 from autoflip_flwr.core.evidence import Updates, decayed, shortest
-from autoflip_flwr.core.statistics import combine
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.replies import check
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.storage.checkpoint import Checkpoints
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.messages import unpack_deltas
@@ -63,12 +65,12 @@ def ones(*names: str, shape: tuple[int, ...] = (4, 4)) -> Arrays:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_what_nobody_moved_is_kept_whole_and_does_not_count(scope: str):
     start = ones("backbone.0", "backbone.1", "head")
-    strategy = run(moving("head"), start, scope=scope)
+    strategy = run(moving("head"), start, method=LossExploration(scope=scope))
     assert strategy.mask.kept_by_name == {"backbone.0": 16, "backbone.1": 16, "head": 8}
 
 
 def test_a_switch_prunes_it_first():
-    strategy = run(moving("head"), ones("backbone.0", "head"), prune_unmoved=True, output=None)
+    strategy = run(moving("head"), ones("backbone.0", "head"), output=None, method=LossExploration(prune_unmoved=True))
     assert strategy.mask.kept_by_name == {"backbone.0": 1, "head": 15}
 
 
@@ -113,7 +115,7 @@ def test_if_nobody_moved_anything_the_run_ends():
     start = ones("a", "b")
     with pytest.raises(RuntimeError, match="no explorer moved any prunable parameter"):
         run(moving(), start)
-    still = combine(Layout.of(start), [(1, {name: 0 * array for name, array in start.items()})])
+    still = explored(Layout.of(start), [(1, {name: 0 * array for name, array in start.items()})])
     with pytest.raises(RuntimeError, match="no explorer moved any prunable parameter"):
         run(moving("a"), start, exploration=still)
 
@@ -157,10 +159,10 @@ def test_one_that_returns_updates_ends_no_run_and_one_that_does_not_hides_none(l
         return {"w": new - arrays["w"] if part < liars else new}
 
     if liars == 1:
-        assert run(train, {"w": W0}, exploration_values=values).exploration.explorers == 3
+        assert run(train, {"w": W0}, values=Values(deltas=values)).exploration.explorers == 3
     else:
         with pytest.raises(RuntimeError, match="2 of 3 explorers returned looks like updates"):
-            run(train, {"w": W0}, exploration_values=values)
+            run(train, {"w": W0}, values=Values(deltas=values))
 
 
 def seen(start: np.ndarray, *returned: np.ndarray) -> Updates:
@@ -242,7 +244,7 @@ def test_weights_of_another_precision_are_taken(dtype: str):
 
 def found_of(moves: np.ndarray, start: np.ndarray) -> tuple[Layout, Arrays, Exploration]:
     layout = Layout.of({"w": start})
-    return layout, {"w": start}, combine(layout, [(1, {"w": moves})])
+    return layout, {"w": start}, explored(layout, [(1, {"w": moves})])
 
 
 def test_a_move_that_is_a_constant_share_of_w0_is_weight_decay():
@@ -275,10 +277,10 @@ def test_weight_decay_is_named_in_one_warning_and_explorers_are_told_to_do_witho
 def test_an_exploration_holds_two_float32_for_each_parameter():
     layout = Layout.of({"w": np.zeros((100, 30), np.float32), "half": np.zeros((10, 4), np.float16)})
     moves = {spec.name: DRAW.standard_normal(spec.shape) for spec in layout.specs}
-    found = combine(layout, [(1, moves), (2, moves)])
+    found = explored(layout, [(1, moves), (2, moves)])
     held = [array for sums in (found.deviation, found.signed_mean, found.normalised) for array in sums.values()]
     assert sum(array.nbytes for array in held) == 2 * 4 * layout.size
-    one = combine(layout, [(1, moves)], per_client=True)
+    one = explored(layout, [(1, moves)], per_client=True)
     assert sum(array.nbytes for array in one.normalised.values()) == 4 * layout.size
 
 
@@ -286,7 +288,7 @@ def test_an_exploration_holds_two_float32_for_each_parameter():
 def test_squares_beyond_float32_keep_their_ranks(size: float):
     layout = Layout.of({"w": np.zeros((2, 3), np.float32)})
     moves = (np.array([[1, 2, 3], [4, 5, 6]]) * size).astype(np.float32)
-    found = combine(layout, [(1, {"w": moves})])
+    found = explored(layout, [(1, {"w": moves})])
     assert found.deviation["w"].dtype == np.float64
     np.testing.assert_allclose(found.deviation["w"], moves.astype(float) ** 2, rtol=1e-12)
     assert np.isfinite(found.signed_mean["w"]).all()
@@ -294,7 +296,7 @@ def test_squares_beyond_float32_keep_their_ranks(size: float):
 
 def test_the_moves_of_a_float64_model_stay_in_float64():
     layout = Layout.of({"w": np.zeros((2, 2))})
-    found = combine(layout, [(1, {"w": np.full((2, 2), 1e90)})])
+    found = explored(layout, [(1, {"w": np.full((2, 2), 1e90)})])
     assert {array.dtype.name for array in (found.deviation["w"], found.signed_mean["w"])} == {"float64"}
 
 
@@ -302,9 +304,9 @@ def test_per_client_normalisation_needs_an_exploration_that_was_made_with_it():
     start = ones("a", "b")
     first = run(moving("a", "b"), start)
     with pytest.raises(ValueError, match="normalisation = 'per-client': the exploration was made without it"):
-        run(moving("a", "b"), start, exploration=first.exploration, normalisation="per-client")
-    own = run(moving("a", "b"), start, normalisation="per-client")
-    again = run(moving(), start, exploration=own.exploration, normalisation="per-client")
+        run(moving("a", "b"), start, exploration=first.exploration, method=LossExploration(normalisation="per-client"))
+    own = run(moving("a", "b"), start, method=LossExploration(normalisation="per-client"))
+    again = run(moving(), start, exploration=own.exploration, method=LossExploration(normalisation="per-client"))
     assert again.mask == own.mask
 
 

@@ -18,6 +18,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, Strategy
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.methods import LossExploration
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 
 FILE = Path(__file__).parents[1] / "golden" / "masks.json"
@@ -43,11 +45,8 @@ STRATEGIES = {
 }
 MASKS: dict[str, dict[str, Any]] = {
     f"{scope} {normalisation} {gamma} {sparsity} {weighting}": {
-        "scope": scope,
-        "normalisation": normalisation,
-        "gamma": gamma,
         "sparsity": sparsity,
-        "exploration_weighting": weighting,
+        "method": LossExploration(scope=scope, normalisation=normalisation, gamma=gamma, weighting=weighting),
     }
     for scope, normalisation, gamma, sparsity, weighting in itertools.product(
         ("global", "layer"), ("none", "layer", "per-client"), (0.0, 1.0, 0.5), (0.3, 0.9), ("uniform", "examples")
@@ -56,12 +55,12 @@ MASKS: dict[str, dict[str, Any]] = {
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "int8": {"values": "int8"},
-    "bfloat16 down": {"values_down": "bfloat16"},
+    "bfloat16 down": {"values": Values(down="bfloat16")},
     "dense": {"coordinates": "dense"},
-    "scouts": {"initial": "scouts"},
-    "unmoved, biases": {"prune_unmoved": True, "biases": True},
-    "float32 deltas": {"exploration_values": "float32", "exploration_rounds": 2},
-    "few explorers": {"explorers": 0.5, "output": None},
+    "scouts": {"method": LossExploration(initial="explorers")},
+    "unmoved, biases": {"method": LossExploration(prune_unmoved=True), "biases": True},
+    "float32 deltas": {"values": Values(deltas="float32"), "method": LossExploration(batches=2)},
+    "few explorers": {"method": LossExploration(explorers=0.5), "output": None},
     "schedule": {"mask_schedule": lambda round_, mask, _: every_other(mask) if round_ == 2 else None},
 }
 

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from autoflip_flwr import AutoFlip
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import autoflip_mod, masked_training
 
@@ -60,7 +61,9 @@ def test_no_running_variance_is_negative_and_outputs_are_finite(seed: int):
             starts.append(arrays.to_torch_state_dict())
         return MetricRecord({})
 
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5, initial="scouts", seed=seed)
+    strategy = AutoFlip(
+        FedAvg(fraction_evaluate=0.0), sparsity=0.5, seed=seed, method=LossExploration(initial="explorers")
+    )
     record = ArrayRecord(Net().state_dict())
     strategy.start(LocalGrid(app_of(seed), NODES), record, num_rounds=1, evaluate_fn=evaluate)
     variance = starts[0]["norm.running_var"]

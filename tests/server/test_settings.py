@@ -20,10 +20,10 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Ledger, Mask
+from autoflip_flwr.core.methods import LossExploration, Snip
 from autoflip_flwr.replies.quarantine import ReplyRules
-from autoflip_flwr.server.plans import MaskPlan
 from autoflip_flwr.server.schedule import arguments_of
-from autoflip_flwr.server.settings import plan
+from autoflip_flwr.server.settings import Nodes, Values
 from autoflip_flwr.testing import LocalGrid
 
 NODES = 2
@@ -50,17 +50,14 @@ def start(strategy, rounds=1, grid=None, arrays=None, **options) -> Result:
 GIVEN = {
     "strategy": fedavg(FedAdam),
     "sparsity": 0.25,
-    "scope": "layer",
     "biases": True,
-    "explorers": 0.5,
-    "exploration_epochs": 7,
     "mask": half(0),
     "mask_schedule": {}.get,
-    "values": "int8",
-    "values_up": "float16",
     "seed": 4,
     "ledger": Ledger(),
     "rules": ReplyRules(strikes=2),
+    "method": LossExploration(scope="layer", explorers=0.5, epochs=7),
+    "values": Values(up="float16", down="int8"),
 }
 
 
@@ -74,35 +71,41 @@ def test_every_argument_reads_back_under_its_name():
         assert name not in GIVEN or getattr(given, name) is GIVEN[name], name
 
 
-def test_plans_are_made_by_the_names_of_their_fields():
+def test_the_tree_of_settings_is_shown_as_it_is_written():
     strategy = AutoFlip(
-        sparsity=0.25, scope="layer", gamma=2.0, exclude="x", exploration_values="float32", explorers=0.5
+        DifferentialPrivacyServerSideFixedClipping(fedavg(), 1.0, 1.0, 2),
+        sparsity=0.25,
+        exclude="x",
+        method=LossExploration(scope="layer", explorers=0.5),
+        values=Values(deltas="float32"),
+        rules=ReplyRules(strikes=2),
     )
-    assert strategy.mask_plan == MaskPlan(sparsity=0.25, scope="layer", gamma=2.0, exclude="x")
-    found = strategy.exploration_plan
-    assert (found.explorers, found.values, found.epochs) == (0.5, "float32", 5)  # its own values, not the rounds'
-    assert plan(MaskPlan, vars(strategy)) == strategy.mask_plan
+    assert repr(strategy) == (
+        "AutoFlip(DifferentialPrivacyServerSideFixedClipping(FedAvg()), sparsity=0.25, "
+        "method=LossExploration(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
+        "rules=ReplyRules(strikes=2))"
+    )
 
 
 def test_copies_have_settings_of_their_own():
     strategy = AutoFlip(fedavg(), sparsity=0.5, mask=half(0))
     for other in (copy.copy(strategy), copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
         other.sparsity, other.mask = 0.75, None
-        assert (other.sparsity, other.mask, other.mask_plan.sparsity) == (0.75, None, 0.75)
+        assert (other.sparsity, other.mask) == (0.75, None)
         assert other.fraction_evaluate == 0.0  # the wrapped strategy's
     assert (strategy.sparsity, strategy.mask, strategy._brought["mask"]) == (0.5, half(0), half(0))
-    assert repr(strategy) == "AutoFlip(FedAvg(), sparsity=0.5)"
+    assert repr(strategy) == "AutoFlip(FedAvg(), sparsity=0.5, mask=Mask(...))"
 
 
 WRONG = [
     ("sparsity", 1.0, ValueError, r"sparsity = 1.0: must be a number in \[0, 1\)"),
     ("sparsity", "0.5", TypeError, "sparsity = '0.5': must be a number"),
-    ("explorers", 2, ValueError, r"explorers = 2: must be a share in \(0, 1\]"),
-    ("exploration_epochs", 2.5, TypeError, "exploration_epochs = 2.5: must be a whole number"),
+    ("method", "snip", TypeError, r"method = 'snip': must be a Method, such as LossExploration\(...\)"),
+    ("method", None, TypeError, "method = None: must be a Method"),
+    ("method", Snip(), TypeError, r"AutoFlip\(method=\): must be a LossExploration; .*Pruned\(strategy, method=Snip"),
     ("nodes", "all", TypeError, "nodes = 'all': must be a whole number"),
-    ("scope", "row", ValueError, "scope = 'row': must be one of global, layer"),
     ("coordinates", "flat", ValueError, "coordinates = 'flat': must be one of auto, packed, dense"),
-    ("values_up", "int4", ValueError, "values_up = 'int4': must be one of float32"),
+    ("values", "int4", ValueError, "values = 'int4': must be one of float32"),
     ("values", None, ValueError, "values = None: must be one of float32"),
     ("mask", {"w": np.ones(2, bool)}, TypeError, r"mask = .*: must be a Mask, as Mask.from_bool\(layout, keep\)"),
     ("exploration", 3, TypeError, "exploration = 3: must be an Exploration"),
@@ -112,7 +115,7 @@ WRONG = [
         "checkpoints",
         "folder",
         TypeError,
-        r"checkpoints = .folder.: must be Checkpoints\(folder\) of autoflip_flwr.storage.checkpoint",
+        r"checkpoints = .folder.: must be Checkpoints\(folder\), or None",
     ),
     ("strategy", "FedAvg", TypeError, "AutoFlip wraps a strategy, not .FedAvg."),
     ("strategy", AutoFlip(), ValueError, "it must be outermost"),
@@ -136,9 +139,32 @@ def test_what_is_wrong_is_refused_in_the_constructor_and_when_it_is_set(name, va
     assert getattr(strategy, name) is before
 
 
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: LossExploration(epochs=2.5), TypeError, "LossExploration: epochs = 2.5: must be a whole number"),
+        (lambda: LossExploration(explorers="all"), TypeError, "LossExploration: explorers = 'all': must be a number"),
+        (lambda: Values(up="int4"), ValueError, "values: up = 'int4': must be one of float32"),
+        (lambda: Values(deltas="int8"), ValueError, "values: deltas = 'int8': must be one of log8, float32"),
+        (lambda: Nodes("all"), TypeError, "nodes: expected = 'all': must be a whole number"),
+    ],
+)
+def test_what_is_wrong_in_an_object_is_refused_where_it_is_made(make, kind, text):
+    with pytest.raises(kind, match=text):
+        make()
+
+
+def test_a_setting_that_is_misspelt_is_not_set_in_silence():
+    strategy = AutoFlip(fedavg())
+    with pytest.raises(AttributeError, match="AutoFlip has no setting 'sparsty': did you mean 'sparsity'"):
+        strategy.sparsty = 0.9
+    strategy.best_accuracy = 0.5  # a project's own
+    assert strategy.best_accuracy == 0.5
+
+
 def test_what_is_set_before_a_start_holds_for_it():
     strategy = AutoFlip(fedavg(), sparsity=0.5)
-    strategy.sparsity, strategy.scope, strategy.ledger = 0.25, "layer", None
+    strategy.sparsity, strategy.method, strategy.ledger = 0.25, LossExploration(scope="layer"), None
     start(strategy)
     assert strategy.mask.kept_by_name == {"hidden.weight": 36, "out.weight": 14}  # 48 - 12, 18 - 4
     explored = strategy.exploration
@@ -151,7 +177,7 @@ def test_what_is_set_before_a_start_holds_for_it():
     assert mask.kept == 50
     assert strategy.exploration is explored
     assert len(grid.sent) == NODES
-    strategy.exploration_epochs = 1
+    strategy.method = LossExploration(scope="layer", epochs=1)
     start(strategy)
     assert strategy.exploration is not explored
     strategy.mask = half(1)
@@ -348,9 +374,12 @@ def test_a_second_start_may_be_in_other_coordinates(kind, ways):
 
 
 def test_the_normalisation_can_change_between_two_starts():
-    strategy, alone = AutoFlip(fedavg(), sparsity=0.5), AutoFlip(fedavg(), sparsity=0.5, normalisation="per-client")
+    strategy, alone = (
+        AutoFlip(fedavg(), sparsity=0.5),
+        AutoFlip(fedavg(), sparsity=0.5, method=LossExploration(normalisation="per-client")),
+    )
     start(strategy)
-    strategy.normalisation = "per-client"
+    strategy.method = LossExploration(normalisation="per-client")
     start(strategy)
     start(alone)
     assert strategy.mask.bits == alone.mask.bits

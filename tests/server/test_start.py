@@ -10,7 +10,9 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.server import roll_call
+from autoflip_flwr.server.settings import Nodes
 from autoflip_flwr.testing import LocalGrid
 
 SOON = 20  # seconds: far below a round's time limit, on a busy machine too
@@ -80,26 +82,31 @@ def test_fewer_than_the_wrapped_strategy_needs_are_waited_for_beyond_the_nodes_o
 
 
 def test_explorers_that_must_be_there_are_waited_for_where_no_node_knows_how_many_there_are():
-    assert started(Booting(message_app(), 4, gap=0.25, told=None), min_explorers=4).exploration.explorers == 4
+    assert (
+        started(
+            Booting(message_app(), 4, gap=0.25, told=None), method=LossExploration(min_explorers=4)
+        ).exploration.explorers
+        == 4
+    )
 
 
 def test_a_number_of_partitions_that_is_wrong_holds_the_start_for_the_node_timeout_alone(caplog):
     began = time.monotonic()
-    strategy = started(Booting(message_app(), 3, gap=0, told=7), node_timeout=0.3)
+    strategy = started(Booting(message_app(), 3, gap=0, told=7), nodes=Nodes(timeout=0.3))
     assert strategy.exploration.explorers == 3
     assert 0.3 < time.monotonic() - began < SOON
     assert "3 of 7 nodes have connected: no new one for 0.3 s, going on" in caplog.messages
 
 
 def test_nodes_that_boot_slowly_are_waited_for_as_long_as_new_ones_come():
-    assert started(Booting(message_app(), 5, gap=0.2), node_timeout=0.4).exploration.explorers == 5
+    assert started(Booting(message_app(), 5, gap=0.2), nodes=Nodes(timeout=0.4)).exploration.explorers == 5
 
 
 def test_fewer_nodes_than_are_needed_are_waited_for_as_long_as_a_round_and_then_told():
     inner = FedAvg(fraction_evaluate=0.0, min_available_nodes=3)
     words = r"2 nodes have connected within 0.4 s, but 3 are needed: start more nodes, or lower min_available_nodes"
     with pytest.raises(RuntimeError, match=words):
-        started(Booting(message_app(), 2, told=5, gap=0), strategy=inner, timeout=0.4, node_timeout=0.1)
+        started(Booting(message_app(), 2, told=5, gap=0), strategy=inner, timeout=0.4, nodes=Nodes(timeout=0.1))
 
 
 def test_one_node_that_knows_of_no_other_is_told_at_once_what_to_do():
@@ -120,7 +127,7 @@ def test_a_mute_node_holds_the_start_for_seconds_is_named_and_does_not_explore(c
 
 def test_a_mute_node_explores_where_too_few_others_would():
     grid = Booting(message_app(), 3, gap=0, silent={102}, to=("hello",))
-    assert started(grid, min_explorers=3).exploration.explorers == 3
+    assert started(grid, method=LossExploration(min_explorers=3)).exploration.explorers == 3
 
 
 def test_nodes_that_are_all_slow_to_start_are_given_more_time():
@@ -136,7 +143,7 @@ def test_nodes_that_are_all_slow_to_start_are_given_more_time():
 
 def test_an_exploration_has_a_time_limit_of_its_own():
     grid, began = Booting(message_app(), 4, gap=0, silent={102}, to=("explore",)), time.monotonic()
-    strategy = started(grid, exploration_timeout=0.3)
+    strategy = started(grid, method=LossExploration(timeout=0.3))
     assert time.monotonic() - began < SOON
     assert strategy.exploration.explorers == 3
     assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 1}
@@ -171,11 +178,15 @@ def test_without_an_exploration_nobody_is_asked(settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"nodes": 0}, "nodes = 0: must be at least 1"),
-        ({"node_timeout": 0.0}, "node_timeout = 0.0: must be a number of seconds > 0"),
-        ({"exploration_timeout": -1.0}, "exploration_timeout = -1.0: must be a number of seconds > 0"),
+        ({"expected": 0}, "nodes: expected = 0: must be at least 1"),
+        ({"timeout": 0.0}, "nodes: timeout = 0.0: must be a number of seconds > 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        AutoFlip(**settings)
+        Nodes(**settings)
+
+
+def test_a_number_of_nodes_is_checked_too():
+    with pytest.raises(ValueError, match="nodes: expected = 0: must be at least 1"):
+        AutoFlip(nodes=0)

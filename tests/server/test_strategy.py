@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from apps import arrays_of, message_app, model, numpy_app, record
+from apps import arrays_of, explored, message_app, model, numpy_app, record
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
@@ -19,8 +19,9 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
-from autoflip_flwr.core.statistics import combine
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.server.grid import OrderedGrid
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import (
     EPOCHS_KEY,
@@ -183,7 +184,7 @@ def test_a_node_that_lost_its_state_gets_the_mask_in_the_same_round():
 
 def test_other_mods_work_behind_ours():
     dp = DifferentialPrivacyClientSideFixedClipping(inner(), 0.0, clipping_norm=0.5, num_sampled_clients=NODES)
-    strategy = AutoFlip(dp, sparsity=0.5, exploration_public=True)
+    strategy = AutoFlip(dp, sparsity=0.5, method=LossExploration(public=True))
     result = start(strategy, LocalGrid(message_app(mods=[autoflip_mod, fixedclipping_mod]), NODES))
     assert strategy.ledger.failure_counts()["errors"] == 0
     assert np.count_nonzero(result.arrays["hidden.weight"].numpy()) == strategy.mask.kept_by_name["hidden.weight"]
@@ -287,7 +288,7 @@ def test_a_model_that_does_not_fit_is_refused_by_the_client_in_words():
 
 @pytest.mark.parametrize(("values", "tolerance"), [("float32", 2.0**-23), ("log8", 0.05)])
 def test_exploration_is_all_from_w0_and_the_mask_follows_from_it(values: str, tolerance: float):
-    strategy = AutoFlip(inner(), sparsity=0.5, exploration_values=values)
+    strategy = AutoFlip(inner(), sparsity=0.5, values=Values(deltas=values))
     start(strategy, LocalGrid(message_app(), NODES), rounds=1)
     start_ = model()
     moves = []
@@ -310,7 +311,7 @@ def test_exploration_is_all_from_w0_and_the_mask_follows_from_it(values: str, to
 def test_exploration_in_batches_finds_the_same():
     masks = []
     for rounds in (1, 3):
-        strategy = AutoFlip(inner(), sparsity=0.5, exploration_rounds=rounds)
+        strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration(batches=rounds))
         start(strategy, LocalGrid(message_app(), NODES), rounds=1)
         masks.append(strategy.mask.digest)
     assert masks[0] == masks[1]
@@ -321,7 +322,7 @@ def test_exploration_goes_on_without_explorers_that_fail_but_not_below_the_minim
         if PHASE_KEY in message.content["config"] and context.node_id != 100:
             raise RuntimeError("no battery")
 
-    strategy = AutoFlip(inner(), sparsity=0.5, min_explorers=1)
+    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration(min_explorers=1))
     start(strategy, LocalGrid(message_app(failing), NODES), rounds=1)
     assert strategy.exploration.explorers == 1
     with pytest.raises(RuntimeError, match=r"1 of 4 explorers answered, but min_explorers = 2; .*no battery"):
@@ -340,13 +341,13 @@ def test_the_exploration_does_not_disturb_the_sampling_of_the_wrapped_strategy()
 
 def test_a_share_of_the_nodes_explores():
     grid = LocalGrid(message_app(), 10)
-    start(AutoFlip(inner(), sparsity=0.5, explorers=0.3, seed=5), grid, rounds=1)
+    start(AutoFlip(inner(), sparsity=0.5, seed=5, method=LossExploration(explorers=0.3)), grid, rounds=1)
     assert sum(m.content[HEADER]["phase"] == EXPLORE for m in grid.sent) == 3
 
 
 def test_scouts_start_from_the_explorers_average():
     seen = {}
-    strategy = AutoFlip(inner(), sparsity=0.5, initial="scouts")
+    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration(initial="explorers"))
     start(
         strategy, LocalGrid(message_app(), NODES), rounds=1, evaluate_fn=lambda r, a: seen.setdefault(r, arrays_of(a))
     )
@@ -403,11 +404,6 @@ def test_a_scheduled_mask_takes_effect_and_what_grows_resumes_from_its_last_valu
     ("options", "text"),
     [
         ({"sparsity": 1.0}, r"sparsity = 1.0: must be a number in \[0, 1\)"),
-        ({"gamma": -1}, "gamma = -1: must be a number >= 0"),
-        ({"scope": "row"}, "scope = 'row': must be one of global, layer"),
-        ({"initial": "best"}, "initial = 'best': must be one of scratch, scouts"),
-        ({"explorers": 0}, r"explorers = 0: must be a share in \(0, 1\]"),
-        ({"exploration_rounds": 0}, "rounds = 0: must be at least 1"),
         ({"coordinates": "flat"}, "coordinates = 'flat': must be one of auto, packed, dense"),
         ({"strategy": AutoFlip()}, r"must be outermost, and once: AutoFlip\(DP\(strategy\)\)"),
     ],
@@ -415,6 +411,23 @@ def test_a_scheduled_mask_takes_effect_and_what_grows_resumes_from_its_last_valu
 def test_bad_parameters_are_named(options, text):
     with pytest.raises(ValueError, match=text):
         AutoFlip(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"gamma": -1}, "gamma = -1: must be a number >= 0"),
+        ({"scope": "row"}, "scope = 'row': must be one of global, layer, erk"),
+        ({"initial": "best"}, "initial = 'best': must be one of scratch, explorers"),
+        ({"explorers": 0}, r"explorers = 0: must be a share in \(0, 1\]"),
+        ({"batches": 0}, "batches = 0: must be at least 1"),
+        ({"timeout": -1.0}, "timeout = -1.0: must be a number of seconds > 0"),
+        ({"weighting": "best"}, "weighting = 'best': must be one of uniform, examples"),
+    ],
+)
+def test_bad_parameters_of_the_method_are_named(options, text):
+    with pytest.raises(ValueError, match=f"LossExploration: {text}"):
+        LossExploration(**options)
 
 
 def test_autoflip_inside_another_wrapper_names_the_right_nesting():
@@ -434,7 +447,7 @@ def test_what_cannot_be_pruned_is_refused_before_any_client_works():
 
 def test_a_mask_or_exploration_of_another_model_is_refused_before_any_client_works():
     other = Layout.of({"hidden.weight": np.zeros((2, 2), np.float32), "out.weight": np.zeros((2, 2), np.float32)})
-    found = combine(other, [(1.0, {spec.name: np.ones((2, 2)) for spec in other.specs})])
+    found = explored(other, [(1.0, {spec.name: np.ones((2, 2)) for spec in other.specs})])
     grid = LocalGrid(message_app(), NODES)
     with pytest.raises(ValueError, match="mask: its arrays are not those of the initial model"):
         start(AutoFlip(inner(), mask=Mask.full(other)), grid)

@@ -29,7 +29,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip
-from autoflip_flwr.server.plans import MaskPlan
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints
 from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.testing import LocalGrid
@@ -61,7 +61,7 @@ def run(folder, make=inner, *, resume=False, dies_in=None, rounds=ROUNDS, app=me
         return evaluate(round_, arrays)
 
     checkpoints = None if folder is None else Checkpoints(folder, resume=resume)
-    options = {"exploration_epochs": 1, "exploration_public": True, **options}
+    options = {"method": LossExploration(epochs=1, public=True), **options}
     strategy = AutoFlip(make(), seed=3, checkpoints=checkpoints, **options)
     grid = LocalGrid(app(), NODES)
     result = strategy.start(grid, record(model()), num_rounds=rounds, evaluate_fn=evaluate_or_die)
@@ -232,7 +232,9 @@ def test_so_do_those_whose_nodes_are_gone(tmp_path, monkeypatch):
         came = only_first(patch, 4)
         with pytest.raises(Killed):
             run(tmp_path)
-    strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, checkpoints=Checkpoints(tmp_path, resume=True))
+    strategy = AutoFlip(
+        inner(), seed=3, checkpoints=Checkpoints(tmp_path, resume=True), method=LossExploration(epochs=1)
+    )
     grid = Fewer(message_app(), NODES)
     strategy.start(grid, record(model()), num_rounds=1, timeout=1.0)
     everybody = len({*came, *range(2, NODES)})
@@ -244,7 +246,7 @@ def test_so_do_those_whose_nodes_are_gone(tmp_path, monkeypatch):
 def test_and_those_that_another_draw_would_not_have_asked(tmp_path, monkeypatch):
     def start(resume):
         kept = Checkpoints(tmp_path, resume=resume)
-        strategy = AutoFlip(FedAvg(), exploration_epochs=1, explorers=0.2, checkpoints=kept)  # no seed
+        strategy = AutoFlip(FedAvg(), checkpoints=kept, method=LossExploration(epochs=1, explorers=0.2))  # no seed
         grid = LocalGrid(message_app(), 20)
         strategy.start(grid, record(model()), num_rounds=1)
         return strategy, grid
@@ -262,7 +264,9 @@ def test_and_those_that_another_draw_would_not_have_asked(tmp_path, monkeypatch)
 
 def test_nodes_that_claim_one_partition_keep_an_answer_each(tmp_path, monkeypatch, caplog):
     def start(resume):
-        strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, checkpoints=Checkpoints(tmp_path, resume=resume))
+        strategy = AutoFlip(
+            inner(), seed=3, checkpoints=Checkpoints(tmp_path, resume=resume), method=LossExploration(epochs=1)
+        )
         grid = LocalGrid(message_app(), NODES)
         grid.contexts[101].node_config["partition-id"] = 0
         strategy.start(grid, record(model()), num_rounds=1)
@@ -281,7 +285,7 @@ def test_nodes_that_claim_one_partition_keep_an_answer_each(tmp_path, monkeypatc
 def test_a_finished_exploration_keeps_what_it_has_cost(tmp_path, monkeypatch):
     whole, first, _ = run(None)
     with monkeypatch.context() as patch:
-        patch.setattr(MaskPlan, "choose", raise_killed)
+        patch.setattr("autoflip_flwr.server.beginning.choose_first", raise_killed)
         with pytest.raises(Killed):
             run(tmp_path)
     resumed, second, grid = run(tmp_path, resume=True)
@@ -317,7 +321,7 @@ def test_nodes_that_have_not_come_back_are_told(tmp_path, caplog):
     with pytest.raises(Killed):
         run(tmp_path, dies_in=3)
     kept = Checkpoints(tmp_path, resume=True)
-    strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, exploration_public=True, checkpoints=kept)
+    strategy = AutoFlip(inner(), seed=3, checkpoints=kept, method=LossExploration(epochs=1, public=True))
     strategy.start(LocalGrid(message_app(), NODES - 2), record(model()), num_rounds=ROUNDS, timeout=1.0)
     assert "partitions [4, 5] were there before and are not now" in caplog.text
 
@@ -328,7 +332,7 @@ def test_one_object_may_start_again(tmp_path):
     random.seed(1)
     np.random.seed(1)
     kept = Checkpoints(tmp_path, resume=True)
-    strategy = AutoFlip(inner(), seed=3, exploration_epochs=1, checkpoints=kept)
+    strategy = AutoFlip(inner(), seed=3, checkpoints=kept, method=LossExploration(epochs=1))
 
     def dies(round_, arrays):
         if round_ == 3:
@@ -446,7 +450,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, 
             full["left"] = 0
             super().write_exploration(state, arrays)
 
-    strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), exploration_epochs=1)
+    strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), method=LossExploration(epochs=1))
     random.seed(1)
     np.random.seed(1)
     result = strategy.start(LocalGrid(message_app(), NODES), record(model()), num_rounds=ROUNDS, evaluate_fn=evaluate)

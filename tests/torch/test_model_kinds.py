@@ -20,6 +20,7 @@ from torch import nn
 
 from autoflip_flwr import AutoFlip, Mask, autoflip_mod, current_mask
 from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import masked_training
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, HELLO, LOG8, PHASE_KEY
@@ -166,7 +167,11 @@ KINDS = {
     "embedding and LSTM": Kind(Reader, tokens, ["embedding.weight", *LSTM, "head.weight"]),
     "tied weights": Kind(Tied, tokens, ["embedding.weight", "body.weight", "decoder.weight"], aliases=72),
     "tied weights, by layer": Kind(
-        Tied, tokens, ["embedding.weight", "body.weight", "decoder.weight"], {"scope": "layer"}, aliases=72
+        Tied,
+        tokens,
+        ["embedding.weight", "body.weight", "decoder.weight"],
+        {"method": LossExploration(scope="layer")},
+        aliases=72,
     ),
     "equal at the start, not tied": Kind(Alike, vectors(8), ["one.weight", "two.weight"]),
     "float16": Kind(lambda: perceptron(torch.float16), vectors(8, dtype=torch.float16), ["0.weight", "3.weight"]),
@@ -180,7 +185,10 @@ KINDS = {
     "1,000 tensors": Kind(Wide, vectors(4), [f"layers.{i}.weight" for i in range(500)]),
     "a table excluded by a pattern": Kind(Table, tokens, ["embedding.weight", "head.weight"], TABLE),
     "layers excluded by patterns": Kind(
-        Reader, tokens, LSTM, {"exclude": ["embedding.*", "head.*"], "output": None, "scope": "layer"}
+        Reader,
+        tokens,
+        LSTM,
+        {"exclude": ["embedding.*", "head.*"], "output": None, "method": LossExploration(scope="layer")},
     ),
     "layers excluded by name and shape": Kind(
         Reader,

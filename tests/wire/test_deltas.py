@@ -5,13 +5,12 @@ import zlib
 
 import numpy as np
 import pytest
+from apps import choose, explored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr.core.layout import Arrays, ArraySpec, Layout
 from autoflip_flwr.core.scores import scores
-from autoflip_flwr.core.selection import choose_mask
-from autoflip_flwr.core.statistics import combine
 from autoflip_flwr.wire.deltas import LARGEST, decode_deltas, encode_deltas
 
 quick = settings(deadline=None, max_examples=150)
@@ -188,8 +187,8 @@ LAYOUT = Layout.of(
 
 
 def chosen(answers: list[Arrays]) -> np.ndarray:
-    found = combine(LAYOUT, [(1.0, moves) for moves in answers])
-    mask = choose_mask(LAYOUT, scores(found, "none", 1.0), 0.7)
+    found = explored(LAYOUT, [(1.0, moves) for moves in answers])
+    mask = choose(LAYOUT, scores(found, "none", 1.0), 0.7)
     return np.concatenate([keep.ravel() for keep in mask.keep.values()])
 
 

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import HEADER, MASK_RECORD, PHASE_KEY, TRAIN
 
@@ -229,7 +230,7 @@ def test_a_second_start_goes_on_from_the_first_ones_result():
 
 
 def test_scouts_move_the_start_once():
-    strategy = AutoFlip(fedavg(), sparsity=0.5, initial="scouts")
+    strategy = AutoFlip(fedavg(), sparsity=0.5, method=LossExploration(initial="explorers"))
     first = start(strategy, LocalGrid(message_app(), NODES))
     seen = {}
     start(strategy, LocalGrid(message_app(), NODES), first.arrays, evaluate_fn=lambda r, a: seen.setdefault(r, a))
@@ -295,6 +296,8 @@ def test_a_strategy_that_asks_its_nodes_between_rounds_does_not_cost_them_the_ma
         return Message(RecordDict(), reply_to=message)
 
     grid = LocalGrid(client, NODES)
-    start(AutoFlip(Polling(fraction_evaluate=0.0), sparsity=0.5, min_explorers=1), grid, rounds=3)
+    start(
+        AutoFlip(Polling(fraction_evaluate=0.0), sparsity=0.5, method=LossExploration(min_explorers=1)), grid, rounds=3
+    )
     rounds = [m for m in grid.sent if HEADER in m.content and m.content[HEADER]["phase"] == TRAIN]
     assert [MASK_RECORD in m.content for m in rounds] == [True] * NODES + [False] * 2 * NODES

@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import pytest
-from apps import arrays_of, examples, message_app, model, record
+from apps import arrays_of, choose, examples, message_app, model, record
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
@@ -26,13 +26,14 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, PrivacySpent, SamplingMethod
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
-from autoflip_flwr.core.selection import choose_mask
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.replies.quarantine import ReplyRules
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, MASK_RECORD
 from autoflip_flwr.wire.messages import split_vectors, unpack_deltas
 from autoflip_flwr.wire.values import KINDS
-from autoflip_flwr.wrapped.privacy import RELATIONS, Budget
+from autoflip_flwr.wrapped.privacy import RELATIONS, PrivacyBudget
 
 NODES, NOISE, CLIP, COUNT_NOISE = 4, 0.5, 0.25, 2.0
 SHORT = 0.2
@@ -41,7 +42,7 @@ SHORT = 0.2
 COORDINATES = ["packed", "dense"]
 MODEL = {name: array for name, array in model().items() if array.dtype.kind == "f"}
 LAYOUT = Layout.of(MODEL)
-MASK = choose_mask(LAYOUT, {s.name: np.random.default_rng(1).random(s.shape) for s in LAYOUT.prunable}, 0.5, "global")
+MASK = choose(LAYOUT, {s.name: np.random.default_rng(1).random(s.shape) for s in LAYOUT.prunable}, 0.5, "global")
 
 
 def inner(kind=FedAvg, **options):
@@ -97,20 +98,18 @@ def same(left, right):
 
 
 @each_wrapper
-@pytest.mark.parametrize("options", [{}, {"initial": "scouts"}, {"seed": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"method": LossExploration(initial="explorers")}, {"seed": 1}], ids=str)
 def test_an_exploration_under_a_wrapper_is_refused_before_any_client_works(name, options):
     wrapper, _ = WRAPPERS[name]
     grid = grid_of(name)
-    with pytest.raises(
-        ValueError, match=rf"outside the noise .* {type(wrapper()).__name__}: .*exploration_public=True"
-    ):
+    with pytest.raises(ValueError, match=rf"outside the noise .* {type(wrapper()).__name__}: .*public=True"):
         start(AutoFlip(wrapper(), sparsity=0.5, **options), grid)
     assert grid.sent == []
 
 
 @each_wrapper
 def test_a_declared_exploration_runs_and_is_no_release(name):
-    strategy = AutoFlip(WRAPPERS[name][0](), sparsity=0.5, exploration_public=True)
+    strategy = AutoFlip(WRAPPERS[name][0](), sparsity=0.5, method=LossExploration(public=True))
     start(strategy, grid_of(name), rounds=2)
     assert strategy.exploration.explorers == NODES
     assert strategy.privacy.releases == 2
@@ -128,7 +127,7 @@ def test_what_does_not_explore_needs_no_declaration():
 
 
 def test_a_second_start_with_the_mask_of_the_first_does_not_explore():
-    strategy = AutoFlip(WRAPPERS["server-side fixed"][0](), sparsity=0.5, exploration_public=True)
+    strategy = AutoFlip(WRAPPERS["server-side fixed"][0](), sparsity=0.5, method=LossExploration(public=True))
     start(strategy, grid_of("server-side fixed"))
     strategy.exploration_public = False
     start(strategy, grid_of("server-side fixed"))
@@ -195,7 +194,7 @@ def test_without_any_reply_in_the_first_round_nothing_is_spent(name):
     strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK)
     with pytest.raises(RuntimeError, match="round 1: no reply of 4 nodes counts: no reply in time"):
         start(strategy, grid_of(name, arrange=lambda replies: []), rounds=2, timeout=SHORT)
-    assert strategy.privacy == Budget()
+    assert strategy.privacy == PrivacyBudget()
 
 
 @each_wrapper
@@ -258,12 +257,12 @@ def test_rounds_that_the_rules_refuse_leave_no_event_behind(name):
 
 
 def test_epsilon_by_its_closed_form():
-    budget = Budget(releases=10, rho=10 / (2 * 2.0**2))  # ten rounds at a noise multiplier of 2
+    budget = PrivacyBudget(releases=10, rho=10 / (2 * 2.0**2))  # ten rounds at a noise multiplier of 2
     assert budget.rho == 1.25
     assert budget.epsilon(1e-5, "add-or-remove-one") == 1.25 + 2 * math.sqrt(1.25 * math.log(1e5))
     assert budget.epsilon() == pytest.approx(5 + 2 * math.sqrt(5 * math.log(1e5)), rel=1e-15)
     assert budget.epsilon() == pytest.approx(20.174271293851465, rel=1e-12)
-    assert Budget().epsilon() == 0
+    assert PrivacyBudget().epsilon() == 0
     for delta in (0, 1, -1, math.nan):
         with pytest.raises(ValueError, match="delta = "):
             budget.epsilon(delta)
@@ -276,7 +275,7 @@ def test_the_budget_is_plain_state():
     start(strategy, grid_of("server-side fixed"), rounds=2)
     saved = json.loads(json.dumps(dataclasses.asdict(strategy.privacy)))
     later = AutoFlip(WRAPPERS["server-side fixed"][0](), mask=MASK)
-    later.privacy = Budget(**saved)
+    later.privacy = PrivacyBudget(**saved)
     start(later, grid_of("server-side fixed"), rounds=1)
     assert later.privacy.releases == 3
     assert later.privacy.rho == pytest.approx(1.5 * strategy.privacy.rho)
@@ -366,7 +365,7 @@ def test_an_adaptive_norm_costs_by_how_it_moved_between_clipping_and_noise(name)
 def test_a_release_without_a_bound_is_told(strategy, noise, reason, caplog):
     wrapped = AutoFlip(WRAPPERS["server-side fixed"][0](strategy(), noise), mask=MASK)
     start(wrapped, grid_of("server-side fixed"))
-    assert wrapped.privacy == Budget(releases=1, rho=math.inf)
+    assert wrapped.privacy == PrivacyBudget(releases=1, rho=math.inf)
     assert wrapped.privacy.epsilon() == math.inf
     assert "round 1: the privacy spent has no bound: " in caplog.text
     assert reason in caplog.text
@@ -425,7 +424,7 @@ def local_app(place, returned):
 def test_an_explorer_behind_local_privacy_sends_noised_moves_alone(place, coding):
     returned, replies = [], []
     grid = LocalGrid(local_app(place, returned), NODES, tamper=lambda reply: replies.append(reply.content) or reply)
-    strategy = AutoFlip(inner(), sparsity=0.5, exploration_values=coding)  # the server knows of no privacy
+    strategy = AutoFlip(inner(), sparsity=0.5, values=Values(deltas=coding))  # the server knows of no privacy
     start(strategy, grid, arrays=WIDE)
     assert strategy.privacy is None
     layout = Layout.of(WIDE)

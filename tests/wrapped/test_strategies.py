@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from apps import choose
 from flwr.serverapp.strategy import (
     Bulyan,
     DifferentialPrivacyServerSideFixedClipping,
@@ -21,7 +22,7 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.core.selection import choose_mask
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
@@ -74,7 +75,7 @@ def scheduled(counter) -> tuple[Mask, Mask]:
     layout = Layout.of(digits.model(counter=counter))
     draws = [np.random.default_rng(seed) for seed in (1, 2)]
     return tuple(
-        choose_mask(layout, {spec.name: draw.random(spec.shape) for spec in layout.prunable}, SPARSITY, "global")
+        choose(layout, {spec.name: draw.random(spec.shape) for spec in layout.prunable}, SPARSITY, "global")
         for draw in draws
     )
 
@@ -85,7 +86,7 @@ def pruned(name, coordinates, changing, noise) -> Run:
     inner = digits.STRATEGIES[name](NODES)
     if not noise:
         inner.noise_multiplier = inner.clipped_count_stddev = 0.0
-    options = {"sparsity": SPARSITY, "exploration_public": True}
+    options = {"sparsity": SPARSITY, "method": LossExploration(public=True)}
     if changing:
         first, other = scheduled(counter)
         options = {"mask": first, "mask_schedule": {3: other, 5: first}.get}
@@ -171,7 +172,7 @@ def test_packed_and_dense_coordinates_agree(name, changing):
 
 @pytest.mark.parametrize("name", CLIPPED)
 def test_an_integer_counter_passes_flowers_clipping_mods_unharmed(name):
-    strategy = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=SPARSITY, exploration_public=True)
+    strategy = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=SPARSITY, method=LossExploration(public=True))
     result, _ = start(strategy, [autoflip_mod, *digits.mods_for(name)], 3)
     arrays = to_arrays(result.arrays)
     assert arrays["steps"].dtype == np.int64
@@ -233,7 +234,7 @@ OWN = {
 @pytest.mark.parametrize("kind", OWN)
 def test_code_of_the_users_own_sees_full_arrays_by_name(kind):
     seen = []
-    strategy = AutoFlip(OWN[kind](seen), sparsity=SPARSITY, exploration_public=True)
+    strategy = AutoFlip(OWN[kind](seen), sparsity=SPARSITY, method=LossExploration(public=True))
     result, models = start(strategy, [autoflip_mod], 2)
     assert len(seen) >= 2 * NODES
     assert all(found == SHAPES for found in seen), seen

@@ -1,0 +1,247 @@
+"""Pruning methods: AutoFLIP's loss exploration, and the rivals that need nothing but a score."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoflip_flwr.core import evidence
+from autoflip_flwr.core.budget import SCOPES
+from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.method import Method, check_method
+from autoflip_flwr.core.request import DELTA, Request
+from autoflip_flwr.core.scores import NORMALISATIONS, magnitude, random_scores, scores
+from autoflip_flwr.core.selection import select
+from autoflip_flwr.core.statistics import Exploration, Floats, Statistics, minmax, start_arrays
+
+INITIALS = ("scratch", "explorers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Method):
+    """A method that keeps the highest scores; the base of those here.
+
+    Parameters
+    ----------
+    scope : str
+        Which entries are ranked together, and how many are kept: ``"global"``: one quantile over all (the authors'
+        code); ``"layer"``: one per array; ``"erk"``: per array, by its dimensions
+        (:meth:`Budget.erk <autoflip_flwr.core.budget.Budget.erk>`).
+    """
+
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "scope", SCOPES)
+
+    def __repr__(self) -> str:
+        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
+        """Return the score of each prunable entry, finite; low = unimportant."""
+        raise NotImplementedError
+
+    def first(self, sparsity: float, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mask:
+        """Keep the highest scores within the budget of the scope."""
+        return select(layout, self.score(layout, initial, seen), SCOPES[self.scope](layout, sparsity))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Random(Scored):
+    """Keep entries by chance.
+
+    Parameters
+    ----------
+    seed : int
+        Of the choice.
+    scope : str
+        See :class:`Scored`.
+    """
+
+    seed: int = 0
+
+    def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
+        """Return random scores."""
+        return random_scores(layout, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Magnitude(Scored):
+    """Keep the entries of W0 that are largest in size.
+
+    Parameters
+    ----------
+    scope : str
+        See :class:`Scored`.
+    """
+
+    def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
+        """Return ``|W0|``."""
+        return magnitude(layout, initial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asks(Scored):
+    """A method that asks clients before training; its parameters are :class:`Method`'s attributes."""
+
+    explorers: float = 1.0
+    min_explorers: int = 2
+    batches: int = 1
+    weighting: str = "uniform"
+    timeout: float | None = None
+    public: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_method(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Snip(_Asks):
+    """Keep the entries on which the clients' losses depend most: the mean of ``|gradient x weight|`` at W0.
+
+    SNIP (Lee et al. 2019) on federated data, as SSFL (Flower's baseline ``ssfl``) has it. Each client reports the
+    statistic ``saliency``, averaged over as many minibatches as it likes
+    (:func:`autoflip_flwr.torch.gradients` does it for PyTorch).
+
+    Parameters
+    ----------
+    explorers, min_explorers, batches, weighting, timeout, public
+        See :class:`~autoflip_flwr.core.method.Method`.
+    scope : str
+        See :class:`Scored`.
+    """
+
+    def request(self, round_: int) -> tuple[Request, ...]:
+        """Ask for the saliency before training."""
+        return (Request("saliency", over="all"),) if round_ == 0 else ()
+
+    def inspect(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Iterable[str]:
+        """Raise ``RuntimeError`` if the saliency is zero everywhere."""
+        assert seen is not None
+        if not any(values.any() for values in seen.mean["saliency"].values()):
+            raise RuntimeError("the clients report a saliency of zero everywhere, and a mask would say nothing")
+        return ()
+
+    def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
+        """Return the mean saliency."""
+        assert seen is not None
+        return seen.mean["saliency"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossExploration(_Asks):
+    """Keep what the explorers moved far and alike: AutoFLIP (arXiv 2405.10271), FedLEx (arXiv 2506.18640).
+
+    Before round 1, explorers train from the same W0. How far each parameter moved, and whether they agree on it, is its
+    score (:func:`~autoflip_flwr.core.scores.scores`).
+
+    Parameters
+    ----------
+    explorers, min_explorers, batches, weighting, timeout, public
+        See :class:`~autoflip_flwr.core.method.Method`.
+    epochs, patience : int
+        Sent to the explorers: at most so many epochs, stopping after ``patience`` epochs without a better mean
+        training loss; both >= 1.
+    scope : str
+        See :class:`Scored`.
+    normalisation : str
+        Of the deviations: ``"none"``, ``"layer"`` (the authors' code) or ``"per-client"`` (FedLEx).
+    gamma : float
+        Power of the client agreement, >= 0 (our reading); 0 ignores it.
+    initial : str
+        Training begins at ``"scratch"`` (W0), or from the ``"explorers"``' average.
+    prune_unmoved : bool
+        Prune what no explorer moved (first of all) instead of keeping it whole.
+    """
+
+    epochs: int = 5
+    patience: int = 2
+    normalisation: str = "none"
+    gamma: float = 1.0
+    initial: str = "scratch"
+    prune_unmoved: bool = False
+
+    squares: ClassVar[Collection[str]] = (DELTA,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "patience"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"LossExploration: {name} = {value!r}: must be a whole number")
+            if value < 1:
+                raise ValueError(f"LossExploration: {name} = {value}: must be at least 1")
+        _check_choice(self, "normalisation", NORMALISATIONS)
+        _check_choice(self, "initial", INITIALS)
+        if not isinstance(self.gamma, int | float | np.number):
+            raise TypeError(f"LossExploration: gamma = {self.gamma!r}: must be a number")
+        if not 0 <= self.gamma < np.inf:
+            raise ValueError(f"LossExploration: gamma = {self.gamma}: must be a number >= 0")
+
+    def request(self, round_: int) -> tuple[Request, ...]:
+        """Ask for the deltas of an exploration before training."""
+        return (Request(DELTA, over="all"),) if round_ == 0 else ()
+
+    def config(self) -> dict[str, bool | int | float | str]:
+        """Tell explorers how long to train; weight decay would move all of them alike."""
+        return {"epochs": self.epochs, "patience": self.patience, "weight-decay": 0.0}
+
+    def look(self, layout: Layout, found: dict[str, Arrays]) -> Mapping[str, Mapping[str, NDArray[Any]]]:
+        """Add each explorer's own normalised deviation where it is asked for."""
+        if self.normalisation != "per-client":
+            return found
+        own = {name: minmax(np.asarray(found[DELTA][name], np.float64) ** 2) for name in layout.prunable_names}
+        return {**found, "normalised": own}
+
+    def exploring(self) -> object:
+        """Return what the explorers' deltas depend on."""
+        how = (self.explorers, self.min_explorers, self.batches, self.weighting, self.epochs, self.patience)
+        return type(self), how, self.normalisation == "per-client"
+
+    def spared(self, layout: Layout, seen: Statistics | None) -> Collection[str]:
+        """Return what no explorer moved, unless it is to be pruned."""
+        return [] if seen is None or self.prune_unmoved else evidence.unmoved(Exploration.of(seen))
+
+    def inspect(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Iterable[str]:
+        """Warn of what no explorer moved, and of what weight decay alone seems to have moved."""
+        assert seen is not None
+        exploration = Exploration.of(seen)
+        evidence.check_moved(exploration)
+        if still := evidence.unmoved(exploration):
+            what = (
+                "pruned first (prune_unmoved=True)"
+                if self.prune_unmoved
+                else "not pruned, and does not count in the sparsity (prune_unmoved=True prunes it first)"
+            )
+            names = ", ".join(evidence.shortest(still, layout.prunable_names))
+            yield f"no explorer moved {names}: what is frozen, or a buffer, is {what}"
+        if decayed := evidence.decayed(layout, initial, exploration):
+            names = ", ".join(evidence.shortest(decayed, layout.prunable_names))
+            yield (
+                f"the explorers moved {names} by a constant share of the initial values, as weight decay alone does, "
+                "and the mask follows the size of those: explore without it (the config says autoflip-weight-decay = "
+                "0.0)"
+            )
+
+    def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
+        """Return guidance times agreement."""
+        assert seen is not None
+        return scores(Exploration.of(seen), self.normalisation, self.gamma)
+
+    def begin(self, initial: Arrays, seen: Statistics | None) -> Arrays:
+        """Return W0, or the explorers' average."""
+        return initial if self.initial == "scratch" or seen is None else start_arrays(initial, Exploration.of(seen))
+
+
+def _check_choice(method: Method, name: str, allowed: Iterable[str]) -> None:
+    if getattr(method, name) not in list(allowed):
+        raise ValueError(
+            f"{type(method).__name__}: {name} = {getattr(method, name)!r}: must be one of {', '.join(allowed)}"
+        )

@@ -1,0 +1,191 @@
+"""All that comes before the rounds: nodes, exploration, the first mask, what goes on after an interruption."""
+
+from __future__ import annotations
+
+import math
+from logging import INFO
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.method import check_requests
+from autoflip_flwr.core.statistics import Exploration, Statistics, named, statistics_of
+from autoflip_flwr.replies.batch import Judge
+from autoflip_flwr.replies.quarantine import Quarantine
+from autoflip_flwr.server.exploration import explore
+from autoflip_flwr.server.first_mask import choose_first, model_of, rehearse, warn_of_problems
+from autoflip_flwr.server.grid import OrderedGrid
+from autoflip_flwr.server.progress import Parts, Progress
+from autoflip_flwr.server.rounds import Rounds
+from autoflip_flwr.server.schedule import last_values, same_arrays
+from autoflip_flwr.server.translator import Translator
+from autoflip_flwr.wire.records import to_record
+from autoflip_flwr.wrapped import optimizer_state, traits
+from autoflip_flwr.wrapped.privacy import check_exploration
+from autoflip_flwr.wrapped.template import template_of
+
+if TYPE_CHECKING:
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+
+
+class Beginning(Rounds):
+    """What :meth:`Pruned.start <autoflip_flwr.server.strategy.Pruned.start>` does before Flower's loop begins."""
+
+    sparsity: float
+    coordinates: str
+    seed: int | None
+    checkpoints: Checkpoints | None
+    _integers: bool
+    _made_from: tuple[dict[str, Any], object, Exploration | Statistics | None]
+    """What the mask and the exploration at hand were made from."""
+    _moved_by: Exploration | Statistics | None
+    """The exploration from whose average training has begun."""
+
+    def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
+        """All that comes before the rounds; puts what their loop is to get into ``given``."""
+        previous, initial = self._translator, model_of(given["initial_arrays"])
+        if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
+            initial = previous.mask.layout.cast(initial)
+        packed, self._packed = self._packed, traits.resolve(self.coordinates, self.strategy) == "packed"
+        self._integers = not self._packed and traits.shows_integers(self.strategy)
+        layout = self._layout(initial)
+        self._let_go(layout)
+        rehearse(self.method, self.sparsity, layout, initial, self.mask, statistics_of(self.exploration))
+        self._quarantine = Quarantine(self.rules, self.ledger)
+        asked = [bool(check_requests(self.method, round_)) for round_ in range(1, given["num_rounds"] + 1)]
+        if (self._explores or any(asked)) and not self.method.public:
+            check_exploration(self.strategy)
+        progress = self._progress = Progress(self.checkpoints)
+        resumed = progress.open(self._decisive(layout, initial, packed=self._packed))
+        timeout = math.inf if given["timeout"] is None else given["timeout"]
+        facade = self._connect(given["grid"], timeout)
+        everything = Mask.full(layout)
+        own = vars(self)  # what is chosen here is not of the user's setting
+        if self._explores:
+            found = progress.exploration(self.ledger)
+            own["exploration"] = None if found is None else named(found)
+        if self._explores and not resumed:
+            config = given["train_config"] or ConfigRecord()
+            seen = self._explore(facade, everything, initial, config, timeout)
+            own["exploration"] = named(seen)
+            progress.explored(seen, self.ledger)
+        if resumed:
+            own["mask"] = progress.mask(layout)
+        elif self.mask is None and self.sparsity > 0:
+            own["mask"] = choose_first(self.method, self.sparsity, layout, initial, statistics_of(self.exploration))
+        own["mask"] = mask = everything if self.mask is None else self.mask
+        self._made_from = (self._choosing(), self.method.exploring(), self.exploration)
+        log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
+        warn_of_problems(mask)
+        full = initial if previous is None else last_values(previous.mask, self._shadow, initial)
+        if self.exploration is not self._moved_by:
+            full, self._moved_by = self.method.begin(full, statistics_of(self.exploration)), self.exploration
+        self._shadow = full
+        if previous is not None and not resumed and same_arrays(previous.mask.layout, full):
+            moved = previous.shown, previous.mask, mask, full
+            optimizer_state.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
+        self._translator = translator = self._translate(mask, full)
+        facade.repeat = translator.repeat
+        first = to_record(mask.apply(full))
+        parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade, self.method)
+        if resumed:
+            first, shadow, translator.integers = progress.model(mask)
+            self._shadow = initial if shadow is None else shadow
+            own["mask"], translator.seen = progress.next_mask(layout) or mask, progress.seen()
+            progress.restore(parts)
+            if self._values.up == "int8":
+                log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
+
+        def keep(round_: int, arrays: ArrayRecord) -> None:
+            shadow = None if self._shadow is initial else self._shadow
+            next_mask = None if self.mask is translator.mask else self.mask
+            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
+
+        self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
+        given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
+        if self.checkpoints is not None:
+            given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
+        return progress, first
+
+    def _let_go(self, layout: Layout) -> None:
+        """Let go of a mask and an exploration that were made under other settings than those of now."""
+        choosing, exploring, exploration = self._made_from
+        seen = statistics_of(self.exploration)
+        if self._brought["exploration"] is None and seen is not None:
+            known = [*seen.mean_square.values(), *(seen.mean.values() if not seen.mean_square else ())]
+            lacks = any(each.keys() != set(layout.prunable_names) for each in known)
+            if lacks or exploring != self.method.exploring():
+                vars(self)["exploration"] = None
+        if self._brought["mask"] is None and (choosing != self._choosing() or exploration is not self.exploration):
+            vars(self)["mask"] = None
+
+    def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
+        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
+        facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
+        facade.ledger = self.ledger
+        needed = traits.nodes_needed(self.strategy)
+        facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
+        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
+            try:
+                facade.roll_call(
+                    minimum=traits.nodes_waited_for(self.strategy),
+                    expected=self._nodes.expected or 0,
+                    fewest=max(needed, self.method.min_explorers) if self._explores else needed,
+                    timeout=min(self._nodes.timeout or timeout, timeout),
+                    longest=timeout,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}: start more nodes, or lower min_available_nodes and min_train_nodes of the strategy"
+                ) from error
+        return facade
+
+    def _explore(
+        self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord, timeout: float
+    ) -> Statistics:
+        seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
+        return explore(
+            self.method,
+            facade,
+            initial,
+            template_of(self.strategy, seen, config, facade),
+            mask=everything,
+            weight_key=traits.weight_key_of(self.strategy),
+            kind=self._values.down,
+            deltas=self._values.deltas,
+            seed=self.seed,
+            timeout=self.method.timeout or timeout,
+            judge=self._judge(),
+            checkpoints=self.checkpoints,
+        )
+
+    @property
+    def _explores(self) -> bool:
+        chooses = self.mask is None and self.exploration is None and self.sparsity > 0
+        return chooses and bool(self.method.request(0))
+
+    def _translate(self, mask: Mask, initial: Arrays) -> Translator:
+        return Translator(
+            mask,
+            initial,
+            packed=self._packed,
+            integers=self._integers,
+            weight_key=traits.weight_key_of(self.strategy),
+            judge=self._judge(),
+            method=self.method,
+            nudges=traits.divides_by_norm(self.strategy),
+            down=self._values.down,
+            up=self._values.up,
+        )
+
+    def _judge(self) -> Judge:
+        return Judge(
+            self._quarantine,
+            weight_key=traits.weight_key_of(self.strategy),
+            needed=traits.metrics_needed(self.strategy),
+            averaged=traits.metrics_averaged(self.strategy),
+        )

@@ -1,0 +1,161 @@
+"""Statistics that the server asks of clients: the header's entry, and the record of the reply.
+
+The header's ``ask`` is a list of texts ``"<name> <over> <code>"``. The reply's record ``autoflip.statistics`` has one
+array per statistic, under its name. It holds the entries that were asked for, of each prunable array in the
+layout's order, in C order: with ``log8`` quantised as deltas are, unquantised with ``float32``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord
+from numpy.typing import NDArray
+
+from autoflip_flwr.core.layout import Arrays, ArraySpec
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.request import CODES, DELTA, OVER, Request
+from autoflip_flwr.wire.deltas import LARGEST, decode_deltas, encode_deltas
+from autoflip_flwr.wire.keys import ASK
+from autoflip_flwr.wire.records import WireError, make_array, view_of
+
+MAX_REQUESTS = 16
+MAX_NAME = 64
+
+
+def ask_entry(requests: Iterable[Request]) -> dict[str, list[str]]:
+    """Return what a message's header says of the statistics that are asked for; nothing where there are none."""
+    asked = [" ".join(each) for each in requests]
+    return {ASK: asked} if asked else {}
+
+
+def read_ask(head: Mapping[str, Any] | ConfigRecord) -> tuple[Request, ...]:
+    """Return the requests of a header.
+
+    Raises
+    ------
+    WireError
+        If the entry is not what the format says.
+    """
+    asked = head.get(ASK, [])
+    if not isinstance(asked, list) or len(asked) > MAX_REQUESTS or not all(isinstance(text, str) for text in asked):
+        raise WireError(f"{ASK} must be a list of at most {MAX_REQUESTS} texts")
+    found = [Request(*parts) for parts in (str(text).split(" ") for text in asked) if len(parts) == 3]
+    known = all(0 < len(each.name) <= MAX_NAME and each.over in OVER and each.code in CODES for each in found)
+    if len(found) < len(asked) or not known or len({each.name for each in found}) < len(found):
+        raise WireError(
+            f"{ASK} {asked!r}: must be texts of a name, one of {', '.join(OVER)}, one of {', '.join(CODES)}"
+        )
+    return tuple(found)
+
+
+def to_report(requests: Iterable[Request]) -> tuple[Request, ...]:
+    """Return the requests that a client has to report; deltas are in its result already."""
+    return tuple(each for each in requests if each.name != DELTA)
+
+
+def pack_statistics(
+    mask: Mask, requests: Iterable[Request], found: Mapping[str, Mapping[str, NDArray[Any]]]
+) -> ArrayRecord:
+    """Pack what a client reports.
+
+    Parameters
+    ----------
+    mask : Mask
+        The mask in force; one that keeps everything before training.
+    requests : Iterable[Request]
+        What was asked for.
+    found : Mapping[str, Mapping[str, ndarray]]
+        Name of a statistic -> full arrays of all prunable arrays by name.
+
+    Raises
+    ------
+    WireError
+        If a value that was asked for is not finite, or too large.
+    """
+    record = {}
+    for each in to_report(requests):
+        specs = _specs(mask, each.over)
+        values = {spec.name: _entries(mask, each.over, spec.name, found[each.name][spec.name]) for spec in specs}
+        try:
+            if each.code == "log8":
+                record[each.name] = make_array([encode_deltas(specs, values)])
+            else:
+                record[each.name] = make_array([_whole(values)])
+        except ValueError as error:
+            raise WireError(f"statistic {each.name!r}: {error}") from error
+    return ArrayRecord(record)
+
+
+def unpack_statistics(mask: Mask, requests: Iterable[Request], record: object) -> dict[str, Arrays]:
+    """Return statistics as full float32 arrays, 0 where they were not asked for.
+
+    Raises
+    ------
+    WireError
+        If the record does not hold just what was asked for, finite and in the lengths that the mask says.
+    """
+    asked = to_report(requests)
+    if not isinstance(record, ArrayRecord) or set(record) != {each.name for each in asked}:
+        raise WireError(f"the statistics must be an ArrayRecord of {', '.join(each.name for each in asked)}")
+    found: dict[str, Arrays] = {}
+    for each in asked:
+        specs = _specs(mask, each.over)
+        if each.code == "log8":
+            try:
+                values = decode_deltas(specs, bytes(view_of(record[each.name], "uint8").data))
+            except ValueError as error:
+                raise WireError(f"statistic {each.name!r}: {error}") from error
+        else:
+            values = _split(specs, view_of(record[each.name], "float32", sum(spec.size for spec in specs)), each.name)
+        found[each.name] = {
+            spec.name: _full(mask, each.over, spec, values.get(spec.name)) for spec in mask.layout.prunable
+        }
+    return found
+
+
+def _specs(mask: Mask, over: str) -> list[ArraySpec]:
+    """The entries that are asked for, as 1-D arrays; those without any are left out."""
+    counts = {
+        spec.name: {
+            "all": spec.size,
+            "kept": mask.kept_by_name[spec.name],
+            "pruned": spec.size - mask.kept_by_name[spec.name],
+        }[over]
+        for spec in mask.layout.prunable
+    }
+    return [ArraySpec(name, (count,), "float32", True) for name, count in counts.items() if count]
+
+
+def _entries(mask: Mask, over: str, name: str, array: NDArray[Any]) -> NDArray[np.float32]:
+    flat = np.asarray(array, np.float32).reshape(-1)
+    if over == "all":
+        return flat
+    keep = mask.keep[name].reshape(-1)
+    return flat[mask.indices[name]] if over == "kept" else flat[~keep]
+
+
+def _full(mask: Mask, over: str, spec: ArraySpec, values: NDArray[Any] | None) -> NDArray[np.float32]:
+    if over == "all" and values is not None:
+        return values.reshape(spec.shape)
+    full = np.zeros(spec.size, np.float32)
+    if values is not None:
+        keep = mask.keep[spec.name].reshape(-1)
+        full[keep if over == "kept" else ~keep] = values
+    return full.reshape(spec.shape)
+
+
+def _whole(values: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    whole = np.concatenate([*values.values(), np.empty(0, np.float32)])
+    if not (np.abs(whole) <= LARGEST).all():
+        raise ValueError(f"it holds NaN, infinity or more than {LARGEST:g}")
+    return whole
+
+
+def _split(specs: list[ArraySpec], whole: NDArray[Any], name: str) -> Arrays:
+    if not (np.abs(whole) <= LARGEST).all():
+        raise WireError(f"statistic {name!r} holds NaN, infinity or more than {LARGEST:g}")
+    ends = np.cumsum([spec.size for spec in specs])[:-1]
+    return {spec.name: part for spec, part in zip(specs, np.split(whole, ends), strict=True)} if specs else {}
