@@ -21,7 +21,7 @@ from autoflip_flwr.coordinates import setting
 from autoflip_flwr.grid import OrderedGrid
 from autoflip_flwr.guidance import Exploration, combine
 from autoflip_flwr.layout import Arrays
-from autoflip_flwr.ledger import Ledger, examples_processed
+from autoflip_flwr.ledger import Ledger, examples_processed, why_absent
 from autoflip_flwr.mask import Mask
 from autoflip_flwr.mod import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 from autoflip_flwr.norms import Update, joint_norm
@@ -228,14 +228,14 @@ def explore(
     try:
         found = combine(mask.layout, answers(), per_client=per_client)
     except ValueError as error:
-        reasons = _first(problems)
+        reasons = _first(problems, grid.ledger)
         told = firewall.FIRST in reasons or grid.calls.with_mod
         hint = "" if told else f" (if the clients run without it: {firewall.FIRST})"
         raise RuntimeError(f"the exploration failed: {error}{hint}; {reasons}") from error
     if found.explorers < plan.min_explorers:
         raise RuntimeError(
             f"{found.explorers} of {count} explorers answered, but min_explorers = {plan.min_explorers}; "
-            f"{_first(problems)}"
+            f"{_first(problems, grid.ledger)}"
         )
     log(INFO, "exploration: %d of %d explorers answered", found.explorers, count)
     evidence.check_moved(found)
@@ -314,6 +314,8 @@ def _sample(nodes: list[int], count: int, seed: int | None, sure: Collection[int
     return [node for node in nodes if node in sure or node in others]
 
 
-def _first(problems: dict[str, list[int]]) -> str:
+def _first(problems: dict[str, list[int]], ledger: Ledger) -> str:
     told = [f"node {nodes[0]} and {len(nodes) - 1} more: {reason}" for reason, nodes in problems.items()]
-    return "; ".join(told[:3]).replace(" and 0 more", "") or "no reply in time"
+    return "; ".join(told[:3]).replace(" and 0 more", "") or why_absent(
+        each for each in ledger.incidents if each["phase"] == "exploration"
+    )

@@ -14,6 +14,9 @@ from autoflip_flwr.ledger import Ledger, phase_of
 from autoflip_flwr.roll_call import RollCall, pause
 from autoflip_flwr.waiting import Waiting
 
+REFUSED = "the SuperLink refused the message: the node has left"
+UNSENT = "the message was not sent: Flower's log says why"
+
 
 class OrderedGrid(Grid):
     """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
@@ -47,8 +50,9 @@ class OrderedGrid(Grid):
         """Called after each exchange with its phase (see :mod:`autoflip_flwr.ledger`) and its replies."""
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
+        self._unanswered: dict[str, None] = {}  # ids of what push_messages has sent
         self.calls = RollCall(
-            self.push_messages, self.pull_messages, lambda message, reply: self.ledger.received(message, reply)
+            self._push, self.pull_messages, lambda message, reply: self.ledger.received(message, reply)
         )
 
     @property
@@ -90,19 +94,36 @@ class OrderedGrid(Grid):
         return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages; returns their ids."""
-        batch = list(messages)
+        """Send messages; returns their ids in order, ``""`` for one that the SuperLink refuses."""
+        ids = self._push(list(messages))
+        self._unanswered |= dict.fromkeys(filter(None, ids))
+        return ids
+
+    def _push(self, batch: list[Message]) -> list[str]:
         ids = list(self._grid.push_messages(batch))
-        pushed = set(ids)
+        pushed = set(filter(None, ids))
         self.ledger.partitions |= self.partitions  # here, since AutoFlip.start puts its own ledger in place
         for message in batch:
             if message.metadata.message_id in pushed:
                 self.ledger.sent(message)
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Fetch the replies that have come to these messages."""
-        return list(self._grid.pull_messages(message_ids))
+    def pull_messages(  # type: ignore[override]  # Flower 1.43's parameters
+        self, reply_to_message_ids: Iterable[str] | None = None, *, message_ids: Iterable[str] | None = None
+    ) -> list[Message]:
+        """Fetch the replies that have come to these messages; ``message_ids`` is the same, by the older name.
+
+        ``None``: to all that :meth:`push_messages` has sent and whose replies have not been fetched.
+        """
+        if message_ids is not None:
+            if reply_to_message_ids is not None:
+                raise TypeError("pull_messages was given reply_to_message_ids and message_ids: give it one of them")
+            reply_to_message_ids = message_ids
+        ids = list(self._unanswered if reply_to_message_ids is None else reply_to_message_ids)
+        replies = list(self._grid.pull_messages(ids)) if ids else []
+        for reply in replies:
+            self._unanswered.pop(reply.metadata.reply_to_message_id, None)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and wait for their replies, at most ``timeout`` seconds; replies come in message order."""
@@ -146,8 +167,10 @@ class OrderedGrid(Grid):
                 message.metadata.ttl = min(message.metadata.ttl, timeout)
         started, phase = time.monotonic(), phase_of(messages[0])
         deadline = None if timeout is None else started + timeout
-        waiting = set(self.push_messages(messages))
+        ids = self._push(messages)
         order = {message.metadata.message_id: index for index, message in enumerate(messages)}
+        sent = set(filter(None, ids)) & order.keys()
+        waiting = set(sent)
         replies: list[Message] = []
         progress = Waiting(messages[0], len(waiting))
         while waiting:
@@ -166,8 +189,11 @@ class OrderedGrid(Grid):
         for reply in replies:
             self.ledger.received(messages[order[reply.metadata.reply_to_message_id]], reply)
         answered = {reply.metadata.reply_to_message_id for reply in replies}
+        unsent = REFUSED if len(ids) == len(messages) else UNSENT
         for message in messages:
-            if message.metadata.message_id not in answered:
+            if message.metadata.message_id not in sent:
+                self.ledger.absent(message, unsent)
+            elif message.metadata.message_id not in answered:
                 self.ledger.absent(message)
         if self.observe is not None:
             self.observe(phase, replies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.common.logger import log
 
 from autoflip_flwr import firewall, norms, wire
-from autoflip_flwr.ledger import Ledger
+from autoflip_flwr.ledger import Ledger, why_absent
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class ReplyRules:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
-def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object]]) -> str:
+def why_none(replies: Iterable[Message], incidents: Sequence[Mapping[str, object]]) -> str:
     """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
     reasons = Counter(firewall.explain(reply.error) for reply in replies if reply.has_error())
     reasons.update(
         str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == wire.TRAIN
     )
     told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
-    return "; ".join(told[:3]) or "no reply in time"
+    return "; ".join(told[:3]) or why_absent(incidents)
 
 
 class Quarantine:

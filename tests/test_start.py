@@ -158,6 +158,41 @@ def test_nodes_without_the_mod_are_told_at_once(monkeypatch):
     assert time.monotonic() - began < SOON
 
 
+class Left(LocalGrid):
+    """Its nodes in ``gone`` are refused by the SuperLink, though it lists them, from the phase ``since`` on."""
+
+    gone, since = (101,), "hello"
+
+    def push_messages(self, messages):
+        self.began = getattr(self, "began", False) or messages[0].content["autoflip"]["phase"] == self.since
+        gone = self.gone if self.began else ()
+        ids = iter(super().push_messages([each for each in messages if each.metadata.dst_node_id not in gone]))
+        return ["" if each.metadata.dst_node_id in gone else next(ids) for each in messages]
+
+
+REFUSED = "the SuperLink refused the message: the node has left"
+
+
+@pytest.mark.parametrize(("since", "explorers", "rounds"), [("hello", 2, [0, 1, 2]), ("train", 3, [1, 2])])
+def test_a_node_that_has_left_holds_no_part_of_a_run(since, explorers, rounds):
+    grid, began = Left(message_app(), 3), time.monotonic()
+    grid.since = since
+    strategy = started(grid, rounds=2, timeout=3600)
+    assert time.monotonic() - began < SOON
+    assert strategy.exploration.explorers == explorers
+    assert [(each["round"], each["reason"]) for each in strategy.ledger.incidents] == [(r, REFUSED) for r in rounds]
+    assert strategy.ledger.replies["train"] == strategy.ledger.messages["train"] == 4
+
+
+@pytest.mark.parametrize("since", ["hello", "train"])
+def test_where_all_have_left_the_run_ends_at_once_and_says_so(since):
+    grid, began = Left(message_app(), 3), time.monotonic()
+    grid.gone, grid.since = (100, 101, 102), since
+    with pytest.raises(RuntimeError, match=f"; {REFUSED}$" if since == "hello" else f"counts: {REFUSED}$"):
+        started(grid, timeout=3600)
+    assert time.monotonic() - began < SOON
+
+
 @pytest.mark.parametrize("settings", [{"sparsity": 0}, {"mask": "ready"}, {"exploration": "ready"}])
 def test_without_an_exploration_nobody_is_asked(settings):
     first = started(LocalGrid(message_app(), 2))
