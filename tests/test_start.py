@@ -7,7 +7,7 @@ import time
 import pytest
 from apps import message_app, model, record
 from flwr.app import Context, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr import AutoFlip, roll_call
 from autoflip_flwr.testing import LocalGrid
@@ -191,6 +191,64 @@ def test_where_all_have_left_the_run_ends_at_once_and_says_so(since):
     with pytest.raises(RuntimeError, match=f"; {REFUSED}$" if since == "hello" else f"counts: {REFUSED}$"):
         started(grid, timeout=3600)
     assert time.monotonic() - began < SOON
+
+
+# --- the end that should_stop makes ----------------------------------------------------------------------------------
+
+
+def stopped(grid, stop, strategy=None, rounds=5):
+    strategy = AutoFlip(strategy or FedAvg(fraction_evaluate=0.5), mask=None, sparsity=0.5)
+    return strategy.start(grid, record(model()), num_rounds=rounds, should_stop=stop), strategy
+
+
+def test_should_stop_ends_a_run_and_sees_its_rounds(flower_1_43):
+    seen = []
+
+    def stop(round_, result):
+        seen.append((round_, sorted(result.train_metrics_clientapp), sorted(result.evaluate_metrics_clientapp)))
+        assert result.arrays["out.weight"].numpy().shape == (3, 6)
+        return round_ == 3
+
+    result, strategy = stopped(LocalGrid(message_app(), 3), stop)
+    assert seen == [(1, [1], [1]), (2, [1, 2], [1, 2]), (3, [1, 2, 3], [1, 2, 3])]
+    assert strategy.ledger.replies["train"] == 9
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
+
+
+def test_a_start_of_its_own_gets_should_stop_if_it_takes_it(flower_1_43):
+    class Own(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds=3, should_stop=None):
+            self.told = should_stop
+            return super().start(grid, initial_arrays, num_rounds, should_stop=should_stop)
+
+    class Without(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds=3):
+            return super().start(grid, initial_arrays, num_rounds)
+
+    def stop(round_, result):
+        return round_ == 2
+
+    result, strategy = stopped(LocalGrid(message_app(), 3), stop, Own(fraction_evaluate=0.0))
+    assert strategy.strategy.told is stop
+    assert sorted(result.train_metrics_clientapp) == [1, 2]
+    grid = LocalGrid(message_app(), 3)
+    with pytest.raises(TypeError, match=r"Without\.start takes no should_stop, which AutoFlip\.start was given$"):
+        stopped(grid, stop, Without())
+    stopped(grid, None, Without(fraction_evaluate=0.0), rounds=1)
+
+
+def test_a_flower_that_cannot_stop_early_is_named_before_any_client_works(monkeypatch):
+    def start(self, grid, initial_arrays, num_rounds=3, timeout=3600, train_config=None, evaluate_config=None,
+              evaluate_fn=None):  # fmt: skip
+        raise AssertionError
+
+    grid = LocalGrid(message_app(), 3)
+    with pytest.raises(TypeError, match=r"should_stop = 3: must be a function of the round and the result, or None"):
+        stopped(grid, 3)
+    monkeypatch.setattr(Strategy, "start", start)
+    with pytest.raises(TypeError, match=r"takes no should_stop, .*: it needs Flower 1\.43 or later, and this is 1\."):
+        stopped(grid, lambda round_, result: True)
+    assert grid.sent == []
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0}, {"mask": "ready"}, {"exploration": "ready"}])
