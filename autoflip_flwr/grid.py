@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from autoflip_flwr.ledger import Ledger, phase_of
+from autoflip_flwr.ledger import LATE, Ledger, phase_of
 from autoflip_flwr.roll_call import RollCall, pause
 from autoflip_flwr.waiting import Waiting
 
 REFUSED = "the SuperLink refused the message: the node has left"
 UNSENT = "the message was not sent: Flower's log says why"
+GONE = "no reply: the node has left"
+
+LOOK = 10.0
+"""Seconds after which it is looked again whether the nodes whose replies are awaited are still connected."""
 
 
 class OrderedGrid(Grid):
@@ -172,6 +176,8 @@ class OrderedGrid(Grid):
         sent = set(filter(None, ids)) & order.keys()
         waiting = set(sent)
         replies: list[Message] = []
+        missed: set[str] = set()  # ids of the messages whose nodes were not there at the last look
+        looked = started
         progress = Waiting(messages[0], len(waiting))
         while waiting:
             new = [reply for reply in self.pull_messages(waiting) if reply.metadata.reply_to_message_id in order]
@@ -180,6 +186,12 @@ class OrderedGrid(Grid):
                 for reply in new:
                     arrived(messages[order[reply.metadata.reply_to_message_id]], reply)
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
+            if waiting and time.monotonic() - looked > LOOK:
+                # Flower 1.42 answers for a node that has left; 1.43 does not, and takes messages to it. Twice, since a
+                # reply may have come right before the node left.
+                there, looked = set(self._grid.get_node_ids()), time.monotonic()
+                gone = {key for key in waiting if messages[order[key]].metadata.dst_node_id not in there}
+                waiting, missed = waiting - (gone & missed), gone
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
             progress.tell(len(replies))
@@ -191,10 +203,11 @@ class OrderedGrid(Grid):
         answered = {reply.metadata.reply_to_message_id for reply in replies}
         unsent = REFUSED if len(ids) == len(messages) else UNSENT
         for message in messages:
-            if message.metadata.message_id not in sent:
+            key = message.metadata.message_id
+            if key not in sent:
                 self.ledger.absent(message, unsent)
-            elif message.metadata.message_id not in answered:
-                self.ledger.absent(message)
+            elif key not in answered:
+                self.ledger.absent(message, LATE if key in waiting else GONE)
         if self.observe is not None:
             self.observe(phase, replies)
         return replies

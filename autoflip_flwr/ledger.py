@@ -81,8 +81,8 @@ class Ledger:
     partitions : dict[int, int]
         Partition ids of the nodes, as far as they are known.
     failures : Counter[str]
-        ``errors`` (error replies), ``absent`` (no reply in time, or the SuperLink refused the message), ``quarantined``
-        (replies left out by the firewall), and the other kinds of incidents.
+        ``errors`` (error replies), ``absent`` (no reply in time, or the node has left), ``quarantined`` (replies left
+        out by the firewall), and the other kinds of incidents.
     examples : Counter[str]
         Examples that clients said they processed, by phase.
     messages, replies : Counter[str]

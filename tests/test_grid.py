@@ -161,6 +161,36 @@ def test_a_message_that_is_refused_is_absent_at_once_and_costs_nothing(gone, tim
     assert grid.ledger.by_node.keys() == set(there)
 
 
+class Leaving(LocalGrid):
+    """As Flower 1.43: nodes in ``gone`` are no longer listed, but messages to them are taken."""
+
+    gone, looks, late = frozenset(), 0, None
+
+    def get_node_ids(self):
+        self.looks += 1
+        return [node for node in super().get_node_ids() if node not in self.gone]
+
+    def pull_messages(self, message_ids):
+        ids = [key for key in message_ids if self._replies[key].metadata.src_node_id not in self.gone]
+        if self.looks and self.late:
+            ids += [key for key in message_ids if self._replies[key].metadata.src_node_id == self.late]
+        return super().pull_messages(ids)
+
+
+@pytest.mark.parametrize("late", [None, 102])
+def test_a_node_that_leaves_without_a_word_does_not_hold_the_others_until_the_timeout(late, monkeypatch):
+    monkeypatch.setattr("autoflip_flwr.grid.LOOK", 0.05)
+    inside, began = Leaving(message_app(), 4), time.monotonic()
+    grid, inside.gone, inside.late = OrderedGrid(inside), {101, 102}, late
+    replies = grid.send_and_receive(messages(grid, [103, 102, 101, 100]), timeout=3600)
+    assert time.monotonic() - began < SOON
+    assert inside.looks == 2  # what came before a node left is there at the second look
+    assert [reply.metadata.src_node_id for reply in replies] == [103, *([102] if late else []), 100]
+    reasons = {each["node"]: each["reason"] for each in grid.ledger.incidents}
+    assert reasons == dict.fromkeys({101, 102} - {late}, "no reply: the node has left")
+    assert grid.ledger.messages["train"] == 4
+
+
 def test_messages_that_the_grid_has_no_ids_for_are_absent_too():
     class TooLarge(LocalGrid):
         """As Flower's, where the SuperLink takes no request of that size."""
