@@ -124,9 +124,16 @@ class LocalGrid(Grid):
         except Exception as error:  # as Flower does: whatever a client raises becomes an error reply
             return Message(Error(CLIENT_APP_RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages."""
-        replies = [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+    def pull_messages(  # type: ignore[override]  # Flower 1.43's parameters
+        self, reply_to_message_ids: Iterable[str] | None = None, *, message_ids: Iterable[str] | None = None
+    ) -> list[Message]:
+        """The replies to these messages, all by default; ``message_ids`` is the same, by the older name."""
+        if message_ids is not None:
+            if reply_to_message_ids is not None:
+                raise TypeError("pull_messages was given reply_to_message_ids and message_ids: give it one of them")
+            reply_to_message_ids = message_ids
+        wanted = list(self._replies if reply_to_message_ids is None else reply_to_message_ids)
+        replies = [self._replies.pop(i) for i in wanted if i in self._replies]
         return replies if self._arrange is None else self._arrange(replies)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:

@@ -1,14 +1,20 @@
 """Fixtures shared by the tests: where the real data lie, and a cache folder of the session's own."""
 
 import gc
+import inspect
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import Result, Strategy
 
-torch.set_num_threads(1)  # the tests are many small steps: threads only wait for each other
+with suppress(ModuleNotFoundError):  # the library's own tests need none
+    import torch
+
+    torch.set_num_threads(1)  # the tests are many small steps: threads only wait for each other
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -27,6 +33,48 @@ def data_dir() -> str:
     if not folder.is_dir():
         pytest.fail(f"no data sets in {folder}: set AUTOFLIP_DATA to the folder with MNIST/raw and cifar10", False)
     return str(folder)
+
+
+def _start_of_flower_1_43(
+    self,
+    grid,
+    initial_arrays,
+    num_rounds=3,
+    timeout=3600,
+    train_config=None,
+    evaluate_config=None,
+    evaluate_fn=None,
+    should_stop=None,
+):
+    arrays, result = initial_arrays, Result(arrays=initial_arrays)
+    train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+
+    def note(history, metrics):
+        if metrics is not None:
+            history[round_] = metrics
+
+    for round_ in range(num_rounds + 1):
+        if round_:
+            messages = self.configure_train(round_, arrays, train_config, grid)
+            found, metrics = self.aggregate_train(round_, grid.send_and_receive(messages, timeout=timeout))
+            note(result.train_metrics_clientapp, metrics)
+            if found is not None:
+                result.arrays = arrays = found
+            messages = self.configure_evaluate(round_, arrays, evaluate_config, grid)
+            metrics = self.aggregate_evaluate(round_, grid.send_and_receive(messages, timeout=timeout))
+            note(result.evaluate_metrics_clientapp, metrics)
+        if evaluate_fn:
+            note(result.evaluate_metrics_serverapp, evaluate_fn(round_, arrays))
+        if round_ and should_stop is not None and should_stop(round_, result):
+            break
+    return result
+
+
+@pytest.fixture
+def flower_1_43(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of Flower 1.43, which can stop early, also where an earlier one is installed."""
+    if "should_stop" not in inspect.signature(Strategy.start).parameters:
+        monkeypatch.setattr(Strategy, "start", _start_of_flower_1_43)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from autoflip_flwr.costs.reason import last_words
 from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
 
 PHASES = ("exploration", "train", "evaluate", "other")
+
+LATE = "no reply in time"
 
 MAX_REASON = 300
 """Characters of a node's own words that are noted."""
@@ -34,6 +36,11 @@ def examples_processed(content: RecordDict) -> int | None:
     """Examples that a reply says it has processed, ``None`` if it does not say; it need not have been judged."""
     counts = [record.get(EXAMPLES_PROCESSED) for record in content.metric_records.values()]
     return next((int(count) for count in counts if isinstance(count, int | float) and 0 <= count < 2**63), None)
+
+
+def why_absent(incidents: Iterable[Mapping[str, object]]) -> str:
+    """Why messages have no reply, by the ledger's incidents: each reason once."""
+    return "; ".join(dict.fromkeys(str(each["reason"]) for each in incidents if each["kind"] == "absent")) or LATE
 
 
 def _short(reason: str) -> str:
@@ -71,8 +78,8 @@ class Ledger:
     partitions : dict[int, int]
         Partition ids of the nodes, as far as they are known.
     failures : Counter[str]
-        ``errors`` (error replies), ``absent`` (no reply in time), ``quarantined`` (replies left out by the firewall),
-        and the other kinds of incidents.
+        ``errors`` (error replies), ``absent`` (no reply in time, or the node has left), ``quarantined`` (replies left
+        out by the firewall), and the other kinds of incidents.
     examples : Counter[str]
         Examples that clients said they processed, by phase.
     messages, replies : Counter[str]
@@ -114,9 +121,9 @@ class Ledger:
             }
         )
 
-    def absent(self, message: Message) -> None:
-        """Note that no reply to a message came in time."""
-        self.note("absent", message.metadata.dst_node_id, phase_of(message), round_of(message), "no reply in time")
+    def absent(self, message: Message, reason: str = LATE) -> None:
+        """Note that a message has no reply."""
+        self.note("absent", message.metadata.dst_node_id, phase_of(message), round_of(message), reason)
 
     def sent(self, message: Message) -> None:
         """Charge a message to a node, whether or not the node will fetch it."""

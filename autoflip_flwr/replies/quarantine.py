@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.common.logger import log
 
-from autoflip_flwr.costs.ledger import Ledger
+from autoflip_flwr.costs.ledger import Ledger, why_absent
 from autoflip_flwr.replies.check import explain_error
 from autoflip_flwr.replies.norms import FAR, Update, find_outliers, low_median
 from autoflip_flwr.wire.keys import TRAIN
@@ -56,14 +56,14 @@ class ReplyRules:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
-def why_none(replies: Iterable[Message], incidents: Iterable[Mapping[str, object]]) -> str:
+def why_none(replies: Iterable[Message], incidents: Sequence[Mapping[str, object]]) -> str:
     """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
     reasons = Counter(explain_error(reply.error) for reply in replies if reply.has_error())
     reasons.update(
         str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == TRAIN
     )
     told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
-    return "; ".join(told[:3]) or "no reply in time"
+    return "; ".join(told[:3]) or why_absent(incidents)
 
 
 class Quarantine:

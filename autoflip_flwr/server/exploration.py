@@ -18,7 +18,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_requests
 from autoflip_flwr.core.request import DELTA
 from autoflip_flwr.core.statistics import Accumulator, Exploration, Statistics
-from autoflip_flwr.costs.ledger import Ledger
+from autoflip_flwr.costs.ledger import Ledger, why_absent
 from autoflip_flwr.replies.batch import Answer, Judge
 from autoflip_flwr.replies.check import MOD_FIRST, explain_error, read_answer
 from autoflip_flwr.replies.norms import Update, joint_norm
@@ -187,13 +187,14 @@ def explore(
         statistics.add(weight, method.look(mask.layout, found))
         number += 1
     if not number:
-        reasons = _first(problems)
+        reasons = _first(problems, grid.ledger)
         told = MOD_FIRST in reasons or grid.calls.with_mod
         hint = "" if told else f" (if the clients run without it: {MOD_FIRST})"
         raise RuntimeError(f"the exploration failed: no explorer answered{hint}; {reasons}")
     if number < method.min_explorers:
         raise RuntimeError(
-            f"{number} of {count} explorers answered, but min_explorers = {method.min_explorers}; {_first(problems)}"
+            f"{number} of {count} explorers answered, but min_explorers = {method.min_explorers}; "
+            f"{_first(problems, grid.ledger)}"
         )
     log(INFO, "exploration: %d of %d explorers answered", number, count)
     seen = statistics.result()
@@ -232,6 +233,8 @@ def _sample(nodes: list[int], count: int, seed: int | None, sure: Collection[int
     return [node for node in nodes if node in sure or node in others]
 
 
-def _first(problems: dict[str, list[int]]) -> str:
+def _first(problems: dict[str, list[int]], ledger: Ledger) -> str:
     told = [f"node {nodes[0]} and {len(nodes) - 1} more: {reason}" for reason, nodes in problems.items()]
-    return "; ".join(told[:3]).replace(" and 0 more", "") or "no reply in time"
+    return "; ".join(told[:3]).replace(" and 0 more", "") or why_absent(
+        each for each in ledger.incidents if each["phase"] == "exploration"
+    )

@@ -10,9 +10,16 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from autoflip_flwr.costs.ledger import Ledger, phase_of
+from autoflip_flwr.costs.ledger import LATE, Ledger, phase_of
 from autoflip_flwr.server.roll_call import RollCall, pause
 from autoflip_flwr.server.waiting import Waiting
+
+REFUSED = "the SuperLink refused the message: the node has left"
+UNSENT = "the message was not sent: Flower's log says why"
+GONE = "no reply: the node has left"
+
+LOOK = 10.0
+"""Seconds after which it is looked again whether the nodes whose replies are awaited are still connected."""
 
 
 class OrderedGrid(Grid):
@@ -47,8 +54,9 @@ class OrderedGrid(Grid):
         """Called after each exchange with its phase (see :mod:`autoflip_flwr.costs.ledger`) and its replies."""
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
+        self._unanswered: dict[str, None] = {}  # ids of what push_messages has sent
         self.calls = RollCall(
-            self.push_messages, self.pull_messages, lambda message, reply: self.ledger.received(message, reply)
+            self._push, self.pull_messages, lambda message, reply: self.ledger.received(message, reply)
         )
 
     @property
@@ -90,19 +98,36 @@ class OrderedGrid(Grid):
         return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages; returns their ids."""
-        batch = list(messages)
+        """Send messages; returns their ids in order, ``""`` for one that the SuperLink refuses."""
+        ids = self._push(list(messages))
+        self._unanswered |= dict.fromkeys(filter(None, ids))
+        return ids
+
+    def _push(self, batch: list[Message]) -> list[str]:
         ids = list(self._grid.push_messages(batch))
-        pushed = set(ids)
+        pushed = set(filter(None, ids))
         self.ledger.partitions |= self.partitions  # here, since AutoFlip.start puts its own ledger in place
         for message in batch:
             if message.metadata.message_id in pushed:
                 self.ledger.sent(message)
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Fetch the replies that have come to these messages."""
-        return list(self._grid.pull_messages(message_ids))
+    def pull_messages(  # type: ignore[override]  # Flower 1.43's parameters
+        self, reply_to_message_ids: Iterable[str] | None = None, *, message_ids: Iterable[str] | None = None
+    ) -> list[Message]:
+        """Fetch the replies that have come to these messages; ``message_ids`` is the same, by the older name.
+
+        ``None``: to all that :meth:`push_messages` has sent and whose replies have not been fetched.
+        """
+        if message_ids is not None:
+            if reply_to_message_ids is not None:
+                raise TypeError("pull_messages was given reply_to_message_ids and message_ids: give it one of them")
+            reply_to_message_ids = message_ids
+        ids = list(self._unanswered if reply_to_message_ids is None else reply_to_message_ids)
+        replies = list(self._grid.pull_messages(ids)) if ids else []
+        for reply in replies:
+            self._unanswered.pop(reply.metadata.reply_to_message_id, None)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and wait for their replies, at most ``timeout`` seconds; replies come in message order."""
@@ -146,9 +171,13 @@ class OrderedGrid(Grid):
                 message.metadata.ttl = min(message.metadata.ttl, timeout)
         started, phase = time.monotonic(), phase_of(messages[0])
         deadline = None if timeout is None else started + timeout
-        waiting = set(self.push_messages(messages))
+        ids = self._push(messages)
         order = {message.metadata.message_id: index for index, message in enumerate(messages)}
+        sent = set(filter(None, ids)) & order.keys()
+        waiting = set(sent)
         replies: list[Message] = []
+        missed: set[str] = set()  # ids of the messages whose nodes were not there at the last look
+        looked = started
         progress = Waiting(messages[0], len(waiting))
         while waiting:
             new = [reply for reply in self.pull_messages(waiting) if reply.metadata.reply_to_message_id in order]
@@ -157,6 +186,12 @@ class OrderedGrid(Grid):
                 for reply in new:
                     arrived(messages[order[reply.metadata.reply_to_message_id]], reply)
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
+            if waiting and time.monotonic() - looked > LOOK:
+                # Flower 1.42 answers for a node that has left; 1.43 does not, and takes messages to it. Twice, since a
+                # reply may have come right before the node left.
+                there, looked = set(self._grid.get_node_ids()), time.monotonic()
+                gone = {key for key in waiting if messages[order[key]].metadata.dst_node_id not in there}
+                waiting, missed = waiting - (gone & missed), gone
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
             progress.tell(len(replies))
@@ -166,9 +201,13 @@ class OrderedGrid(Grid):
         for reply in replies:
             self.ledger.received(messages[order[reply.metadata.reply_to_message_id]], reply)
         answered = {reply.metadata.reply_to_message_id for reply in replies}
+        unsent = REFUSED if len(ids) == len(messages) else UNSENT
         for message in messages:
-            if message.metadata.message_id not in answered:
-                self.ledger.absent(message)
+            key = message.metadata.message_id
+            if key not in sent:
+                self.ledger.absent(message, unsent)
+            elif key not in answered:
+                self.ledger.absent(message, LATE if key in waiting else GONE)
         if self.observe is not None:
             self.observe(phase, replies)
         return replies

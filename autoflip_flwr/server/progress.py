@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+ShouldStop = Callable[[int, Result], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +206,24 @@ class Progress:
 
         return evaluate
 
+    def stopping(self, should_stop: ShouldStop, model: ArrayRecord) -> ShouldStop:
+        """What Flower's loop calls at each round's end: ``should_stop``, of the run's rounds, those before included.
+
+        The loop begins with ``model``.
+        """
+
+        def stop(flowers_round: int, result: Result) -> bool:
+            return should_stop(flowers_round + self.before, self.complete(result, model))
+
+        return stop
+
     def complete(self, result: Result, model: ArrayRecord) -> Result:
-        """Flower's result of the rounds that this process has run, with those before; ``model`` if there was none."""
+        """Flower's result of the rounds that this process has run, with those before; ``model`` if none gave arrays."""
+        result = dataclasses.replace(result, arrays=result.arrays or model)  # Flower 1.43 does so itself
         if self.before:
             result.train_metrics_clientapp = self.train
             result.evaluate_metrics_clientapp = self.evaluate
             result.evaluate_metrics_serverapp = self.central
-            if not result.arrays:
-                result.arrays = model
         return result
 
     def _read(self, name: str) -> Any:

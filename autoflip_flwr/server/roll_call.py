@@ -31,8 +31,8 @@ class RollCall:
 
     Parameters
     ----------
-    push : Callable[[list[Message]], object]
-        Sends messages.
+    push : Callable[[list[Message]], Iterable[str]]
+        Sends messages; returns the ids of those that were taken.
     pull : Callable[[list[str]], list[Message]]
         Fetches the replies that have come to the messages of these ids.
     received : Callable[[Message, Message], None]
@@ -48,7 +48,7 @@ class RollCall:
 
     def __init__(
         self,
-        push: Callable[[list[Message]], object],
+        push: Callable[[list[Message]], Iterable[str]],
         pull: Callable[[list[str]], list[Message]],
         received: Callable[[Message, Message], None],
     ) -> None:
@@ -57,12 +57,13 @@ class RollCall:
         self.with_mod: set[int] = set()
         self._told: Counter[int] = Counter()
         self._greeted: set[int] = set()
+        self._refused: dict[int, float] = {}  # when a node's hello was
         self._asked: dict[str, Message] = {}  # what they were asked, by message id, until they answer
 
     @property
     def begun(self) -> bool:
         """Whether any node has been asked."""
-        return bool(self._greeted)
+        return bool(self._greeted or self._refused)
 
     @property
     def num_partitions(self) -> int:
@@ -75,13 +76,20 @@ class RollCall:
         return {message.metadata.dst_node_id for message in self._asked.values()}
 
     def greet(self, nodes: Iterable[int]) -> int:
-        """Ask those that have not been asked, without waiting; returns how many answers have come since before."""
-        if new := sorted(set(nodes) - self._greeted):
-            self._greeted |= set(new)
+        """Ask those that have not been asked, without waiting; returns how many answers have come since before.
+
+        A node whose message the SuperLink refuses is asked again, :data:`EVERY` seconds later at the earliest.
+        """
+        now = time.monotonic()
+        recent = {node for node, when in self._refused.items() if now - when < EVERY}
+        if new := sorted(set(nodes) - self._greeted - recent):
             head = {HEADER: make_header(HELLO, 0)}
             hellos = [Message(RecordDict({**head, "config": ConfigRecord()}), node, MessageType.TRAIN) for node in new]
-            self._push(hellos)
-            self._asked |= {hello.metadata.message_id: hello for hello in hellos}
+            taken = set(filter(None, self._push(hellos)))
+            asked = {hello.metadata.message_id: hello for hello in hellos if hello.metadata.message_id in taken}
+            self._asked |= asked
+            self._greeted |= {hello.metadata.dst_node_id for hello in asked.values()}
+            self._refused |= dict.fromkeys(set(new) - self._greeted, now)
         replies = self._pull(list(self._asked)) if self._asked else []
         for reply in replies:
             message = self._asked.pop(reply.metadata.reply_to_message_id, None)

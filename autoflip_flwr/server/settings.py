@@ -260,12 +260,9 @@ def told(value: object) -> str:
 
 def _method_key(method: Method) -> dict[str, object]:
     """What a method's results depend on, by name."""
-    own = (
-        {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-        if dataclasses.is_dataclass(method)
-        else {}
-    )
-    return {"method": type(method).__name__} | {k: v for k, v in own.items() if k not in ("public", "timeout")}
+    names: list[str] = [f.name for f in dataclasses.fields(method)] if dataclasses.is_dataclass(method) else []
+    own = {name: getattr(method, name) for name in names if name not in ("public", "timeout")}
+    return {"method": type(method).__name__, **own}
 
 
 def check(settings: Mapping[str, Any]) -> None:

@@ -180,13 +180,15 @@ class Pruned(Beginning):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        should_stop: Callable[[int, Result], bool] | None = None,
         **own: Any,
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
         ``timeout`` (seconds) holds for each round, and for each batch of explorers where the method's own does not.
-        ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of its own
-        gets those of these parameters that it has, by name, and ``own``.
+        ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. ``should_stop(round, result)`` (from Flower
+        1.43 on) is called at each round's end; a run that goes on from a checkpoint asks it of the last round first. A
+        wrapped strategy with a ``start`` of its own gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -209,14 +211,21 @@ class Pruned(Beginning):
             "evaluate_config": evaluate_config,
             "evaluate_fn": evaluate_fn,
         }
-        loop.check(grid, initial_arrays, given)
         # a strategy with a loop of its own keeps it
         own_loop = type(self.strategy).start is not Strategy.start
+        loop.check(grid, initial_arrays, given if own_loop else {**given, "should_stop": should_stop})
+        if should_stop is not None:  # a start that does not know it is not to see its default
+            own["should_stop"] = should_stop
         start = loop.twin(self.strategy, methods_of=self).start if own_loop else super().start
         loop.bind(start, given, own)
         self._running = True
         try:
             progress, first = self._prepare(given)
+            if should_stop is not None and progress.before:
+                own["should_stop"] = stop = progress.stopping(should_stop, first)
+                if given["num_rounds"] and stop(0, Result()):
+                    log(INFO, "should_stop ends the run after round %d", progress.before)
+                    given["num_rounds"] = 0
             args, named = loop.bind(start, given, own)
             result = start(*args, **named)
         finally:

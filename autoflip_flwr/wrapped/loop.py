@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
+import flwr
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import Strategy
 
@@ -56,10 +57,9 @@ def check(grid: object, initial_arrays: object, arguments: Mapping[str, Any]) ->
     for name in ("train_config", "evaluate_config"):
         if not isinstance(arguments[name], ConfigRecord | None):
             raise TypeError(f"{name} is of type {type(arguments[name]).__name__}: must be a ConfigRecord, or None")
-    if not (arguments["evaluate_fn"] is None or callable(arguments["evaluate_fn"])):
-        raise TypeError(
-            f"evaluate_fn = {arguments['evaluate_fn']!r}: must be a function of the round and the arrays, or None"
-        )
+    for name, of in (("evaluate_fn", "arrays"), ("should_stop", "result")):
+        if not (arguments.get(name) is None or callable(arguments[name])):
+            raise TypeError(f"{name} = {arguments[name]!r}: must be a function of the round and the {of}, or None")
 
 
 def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
@@ -116,6 +116,10 @@ def bind(
         args += [rest.pop(name) for name in (_FIRST if only else given) if name in rest]
     takes_any = inspect.Parameter.VAR_KEYWORD in kinds
     for name in (name for name in own if name in rest):
+        if name == "should_stop" and not takes_any:
+            flowers = getattr(start, "__func__", None) is Strategy.start
+            since = f": it needs Flower 1.43 or later, and this is {flwr.__version__}" if flowers else ""
+            raise TypeError(f"{start.__qualname__} takes no should_stop, which AutoFlip.start was given{since}")
         near = difflib.get_close_matches(name, [*given, *signature.parameters], 1, _ALIKE if takes_any else 0.6)
         if near or not takes_any:
             hint = f": did you mean {near[0]!r}?" if near else f", and neither has {start.__qualname__}"

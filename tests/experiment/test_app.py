@@ -147,7 +147,7 @@ def test_fedavg_starts_from_the_same_model_and_samples_the_same_nodes(tmp_path):
     [
         {"server_momentum": 0.9, "server_learning_rate": 0.1, "initial": "explorers"},
         {"scope": "layer", "normalisation": "per-client", "gamma": 0.0, "prune_biases": True},
-        {"normalisation": "layer", "exploration_weighting": "examples", "exploration_rounds": 2, "explorers": 0.5},
+        {"normalisation": "layer", "exploration_weighting": "examples", "exploration_batches": 2, "explorers": 0.5},
         {"split": "pathological", "fraction_train": 0.5, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
         {"split": "iid", "model": "twocnn", "num_server_rounds": 1},
     ],

@@ -601,7 +601,7 @@ def test_a_start_that_cannot_be_served_is_refused_before_anyone_works(kind, own,
 
 
 def test_what_flowers_own_start_takes_passes(monkeypatch):
-    """As its next release does: ``should_stop``."""
+    """As Flower 1.43 does: ``should_stop``."""
     plain, asked = Strategy.start, []
 
     def start_(self, grid, initial_arrays, num_rounds=3, *args, should_stop=None, **kwargs) -> Result:

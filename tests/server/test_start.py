@@ -7,7 +7,7 @@ import time
 import pytest
 from apps import message_app, model, record
 from flwr.app import Context, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from autoflip_flwr import AutoFlip
 from autoflip_flwr.core.methods import LossExploration
@@ -164,6 +164,99 @@ def test_nodes_without_the_mod_are_told_at_once(monkeypatch):
     with pytest.raises(RuntimeError, match="autoflip_mod must be the first"):
         started(LocalGrid(message_app(mods=[]), 2))
     assert time.monotonic() - began < SOON
+
+
+class Left(LocalGrid):
+    """Its nodes in ``gone`` are refused by the SuperLink, though it lists them, from the phase ``since`` on."""
+
+    gone, since = (101,), "hello"
+
+    def push_messages(self, messages):
+        self.began = getattr(self, "began", False) or messages[0].content["autoflip"]["phase"] == self.since
+        gone = self.gone if self.began else ()
+        ids = iter(super().push_messages([each for each in messages if each.metadata.dst_node_id not in gone]))
+        return ["" if each.metadata.dst_node_id in gone else next(ids) for each in messages]
+
+
+REFUSED = "the SuperLink refused the message: the node has left"
+
+
+@pytest.mark.parametrize(("since", "explorers", "rounds"), [("hello", 2, [0, 1, 2]), ("train", 3, [1, 2])])
+def test_a_node_that_has_left_holds_no_part_of_a_run(since, explorers, rounds):
+    grid, began = Left(message_app(), 3), time.monotonic()
+    grid.since = since
+    strategy = started(grid, rounds=2, timeout=3600)
+    assert time.monotonic() - began < SOON
+    assert strategy.exploration.explorers == explorers
+    assert [(each["round"], each["reason"]) for each in strategy.ledger.incidents] == [(r, REFUSED) for r in rounds]
+    assert strategy.ledger.replies["train"] == strategy.ledger.messages["train"] == 4
+
+
+@pytest.mark.parametrize("since", ["hello", "train"])
+def test_where_all_have_left_the_run_ends_at_once_and_says_so(since):
+    grid, began = Left(message_app(), 3), time.monotonic()
+    grid.gone, grid.since = (100, 101, 102), since
+    with pytest.raises(RuntimeError, match=f"; {REFUSED}$" if since == "hello" else f"counts: {REFUSED}$"):
+        started(grid, timeout=3600)
+    assert time.monotonic() - began < SOON
+
+
+# --- the end that should_stop makes ----------------------------------------------------------------------------------
+
+
+def stopped(grid, stop, strategy=None, rounds=5):
+    strategy = AutoFlip(strategy or FedAvg(fraction_evaluate=0.5), mask=None, sparsity=0.5)
+    return strategy.start(grid, record(model()), num_rounds=rounds, should_stop=stop), strategy
+
+
+def test_should_stop_ends_a_run_and_sees_its_rounds(flower_1_43):
+    seen = []
+
+    def stop(round_, result):
+        seen.append((round_, sorted(result.train_metrics_clientapp), sorted(result.evaluate_metrics_clientapp)))
+        assert result.arrays["out.weight"].numpy().shape == (3, 6)
+        return round_ == 3
+
+    result, strategy = stopped(LocalGrid(message_app(), 3), stop)
+    assert seen == [(1, [1], [1]), (2, [1, 2], [1, 2]), (3, [1, 2, 3], [1, 2, 3])]
+    assert strategy.ledger.replies["train"] == 9
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
+
+
+def test_a_start_of_its_own_gets_should_stop_if_it_takes_it(flower_1_43):
+    class Own(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds=3, should_stop=None):
+            self.told = should_stop
+            return super().start(grid, initial_arrays, num_rounds, should_stop=should_stop)
+
+    class Without(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds=3):
+            return super().start(grid, initial_arrays, num_rounds)
+
+    def stop(round_, result):
+        return round_ == 2
+
+    result, strategy = stopped(LocalGrid(message_app(), 3), stop, Own(fraction_evaluate=0.0))
+    assert strategy.strategy.told is stop
+    assert sorted(result.train_metrics_clientapp) == [1, 2]
+    grid = LocalGrid(message_app(), 3)
+    with pytest.raises(TypeError, match=r"Without\.start takes no should_stop, which AutoFlip\.start was given$"):
+        stopped(grid, stop, Without())
+    stopped(grid, None, Without(fraction_evaluate=0.0), rounds=1)
+
+
+def test_a_flower_that_cannot_stop_early_is_named_before_any_client_works(monkeypatch):
+    def start(self, grid, initial_arrays, num_rounds=3, timeout=3600, train_config=None, evaluate_config=None,
+              evaluate_fn=None):  # fmt: skip
+        raise AssertionError
+
+    grid = LocalGrid(message_app(), 3)
+    with pytest.raises(TypeError, match=r"should_stop = 3: must be a function of the round and the result, or None"):
+        stopped(grid, 3)
+    monkeypatch.setattr(Strategy, "start", start)
+    with pytest.raises(TypeError, match=r"takes no should_stop, .*: it needs Flower 1\.43 or later, and this is 1\."):
+        stopped(grid, lambda round_, result: True)
+    assert grid.sent == []
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0}, {"mask": "ready"}, {"exploration": "ready"}])

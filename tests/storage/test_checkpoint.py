@@ -50,7 +50,7 @@ def evaluate(round_, arrays):
     return MetricRecord({"sum": float(sum(np.abs(array.numpy()).sum() for array in arrays.values()))})
 
 
-def run(folder, make=inner, *, resume=False, dies_in=None, rounds=ROUNDS, app=message_app, **options):
+def run(folder, make=inner, *, resume=False, dies_in=None, rounds=ROUNDS, app=message_app, should_stop=None, **options):
     """Start a new process, as it were: everything is made anew. It dies in the evaluation of round ``dies_in``."""
     random.seed(1)
     np.random.seed(1)
@@ -64,7 +64,9 @@ def run(folder, make=inner, *, resume=False, dies_in=None, rounds=ROUNDS, app=me
     options = {"method": LossExploration(epochs=1, public=True), **options}
     strategy = AutoFlip(make(), seed=3, checkpoints=checkpoints, **options)
     grid = LocalGrid(app(), NODES)
-    result = strategy.start(grid, record(model()), num_rounds=rounds, evaluate_fn=evaluate_or_die)
+    result = strategy.start(
+        grid, record(model()), num_rounds=rounds, evaluate_fn=evaluate_or_die, should_stop=should_stop
+    )
     return result, strategy, grid
 
 
@@ -138,6 +140,33 @@ def test_a_finished_run_that_is_resumed_returns_what_it_had(tmp_path):
     resumed, _, grid = run(tmp_path, resume=True)
     same(resumed, whole)
     assert all(message.metadata.message_type != "evaluate" for message in grid.sent)
+
+
+def test_should_stop_sees_the_rounds_before_the_interruption(tmp_path, flower_1_43):
+    def going(end, seen, **options):
+        def stop(round_, result):
+            told = (result.train_metrics_clientapp, result.evaluate_metrics_clientapp)
+            central = {round_ for round_ in result.evaluate_metrics_serverapp if round_}
+            seen.append((round_, *(sorted(history) for history in (*told, central))))
+            assert set(result.arrays) == set(model())
+            return round_ == end
+
+        return run(tmp_path, should_stop=stop, **options)
+
+    seen: list[tuple] = []
+    with pytest.raises(Killed):
+        going(4, seen, dies_in=3)
+    result, _, _ = going(4, seen, resume=True)
+    rounds = [1, 2, 3, 4]
+    assert seen == [(r, *[rounds[:r]] * 3) for r in (1, 2, 2, 3, 4)]  # the new process asks of the last one again
+    assert sorted(result.train_metrics_clientapp) == rounds
+    # a run that has been stopped stays so, unless another end is asked for
+    again, _, grid = going(4, seen, resume=True)
+    same(again, result)
+    assert not any(message.content["config"].get("server-round") for message in grid.sent)
+    whole, _, _ = going(None, seen, resume=True)
+    assert seen[-2:] == [(r, *[[*rounds, 5][:r]] * 3) for r in (4, 5)]
+    same(whole, run(None)[0])
 
 
 def test_nothing_to_resume_begins(tmp_path):
