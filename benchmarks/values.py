@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoflip_flwr.experiment.config import VALUES, Value
+from autoflip_flwr.core.choices import VALUES
+from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import ImageData, load
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from benchmarks.sparsity import ROOT, run

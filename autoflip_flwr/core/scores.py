@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from autoflip_flwr.core.choices import NORMALISATIONS
 from autoflip_flwr.core.statistics import Exploration, Floats, minmax
-
-NORMALISATIONS = ("none", "layer", "per-client")
 
 
 def agreement(deviation: Floats, signed_mean: Floats) -> Floats:

@@ -10,11 +10,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import SCOPES
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, Floats
-
-SCOPES = ("global", "layer")
 
 
 def pruned_count(sparsity: float, size: int) -> int:

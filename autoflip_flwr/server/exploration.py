@@ -73,7 +73,7 @@ def explore(
     weight_key : str
         Metric that holds an explorer's number of examples.
     kind : str
-        How W0 is coded on its way to the explorers, one of :data:`~autoflip_flwr.wire.values.KINDS`.
+        How W0 is coded on its way to the explorers, one of :data:`~autoflip_flwr.core.choices.VALUES`.
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None

@@ -10,10 +10,11 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 
 from autoflip_flwr.core import evidence, health
+from autoflip_flwr.core.choices import DELTAS, NORMALISATIONS, SCOPES, WEIGHTINGS
 from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.scores import NORMALISATIONS, scores
-from autoflip_flwr.core.selection import SCOPES, choose_mask, narrowed, protected_outputs, tied_weights
+from autoflip_flwr.core.scores import scores
+from autoflip_flwr.core.selection import choose_mask, narrowed, protected_outputs, tied_weights
 from autoflip_flwr.core.statistics import Exploration, Floats
 from autoflip_flwr.wire.records import to_arrays
 
@@ -125,10 +126,6 @@ def warn_of_problems(mask: Mask) -> None:
         )
 
 
-WEIGHTINGS = ("uniform", "examples")
-VALUES = ("log8", "float32")
-
-
 @dataclass(frozen=True)
 class ExplorationPlan:
     """Who explores, and how.
@@ -165,7 +162,7 @@ class ExplorationPlan:
         for name in ("min_explorers", "rounds", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name, allowed in (("weighting", WEIGHTINGS), ("values", VALUES)):
+        for name, allowed in (("weighting", WEIGHTINGS), ("values", DELTAS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
+from autoflip_flwr.core.choices import INITIALS, VALUES
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
@@ -18,12 +19,9 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.plans import ExplorationPlan, MaskPlan
 from autoflip_flwr.server.schedule import arguments_of
-from autoflip_flwr.wire.values import KINDS
 from autoflip_flwr.wrapped import traits
 from autoflip_flwr.wrapped.privacy import budget_of
 from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
-
-INITIALS = ("scratch", "scouts")
 
 _MADE: dict[str, Callable[[], object]] = {"strategy": FedAvg, "ledger": Ledger, "rules": ReplyRules}
 """What None stands for."""
@@ -185,10 +183,11 @@ def check(settings: Mapping[str, Any]) -> None:
         for name in sorted(names & settings.keys()):
             if not isinstance(settings[name], number) and (settings[name] is not None or name not in _OPTIONAL):
                 raise TypeError(f"{name} = {_short(settings[name])}: must be {told}")
-    kept = settings["checkpoints"]
-    if kept is not None and not hasattr(kept, "read_exploration"):  # its class needs safetensors
+    checkpoints = settings["checkpoints"]
+    if checkpoints is not None and not hasattr(checkpoints, "read_exploration"):  # its class needs safetensors
         raise TypeError(
-            f"checkpoints = {_short(kept)}: must be Checkpoints(folder) of autoflip_flwr.storage.checkpoint, or None"
+            f"checkpoints = {_short(checkpoints)}: must be Checkpoints(folder) of autoflip_flwr.storage.checkpoint, "
+            "or None"
         )
     if settings["initial"] not in INITIALS:
         raise ValueError(f"initial = {settings['initial']!r}: must be one of {', '.join(INITIALS)}")
@@ -202,8 +201,8 @@ def check(settings: Mapping[str, Any]) -> None:
     if settings["mask_schedule"] is not None:
         arguments_of(settings["mask_schedule"])
     for name in ("values", "values_up", "values_down"):
-        if settings[name] not in (*KINDS, *([] if name == "values" else [None])):
-            raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(KINDS)}")
+        if settings[name] not in (*VALUES, *([] if name == "values" else [None])):
+            raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(VALUES)}")
     traits.resolve(settings["coordinates"], settings["strategy"])
     if values_up(settings) != "float32" and traits.clips_at_clients(settings["strategy"]):
         raise ValueError(

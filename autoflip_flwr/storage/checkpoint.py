@@ -28,7 +28,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 EXPLORATION = "exploration.safetensors"
 EXPLORERS = "explorers"
 LOCK = "lock"
@@ -179,7 +179,7 @@ class Checkpoints:
             _write(path, {**whole, "shadows": self._needed}, arrays, self._settings)
             for old in self._rounds()[: -self.keep]:
                 old.unlink()
-            rounds = {kept.name for kept in self._rounds()}
+            rounds = {left.name for left in self._rounds()}
             self._needed = {name: its for name, its in self._needed.items() if name in rounds}
             for left in self._folder.glob("shadow-*.safetensors"):
                 if left.name not in self._needed.values():
@@ -282,7 +282,7 @@ def _write(
     path: Path, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]
 ) -> None:
     tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    text = json.dumps({"format": FORMAT, "settings": settings, "state": state})
+    text = json.dumps({"format": CHECKPOINT_FORMAT, "settings": settings, "state": state})
     write_atomic(path, save(tensors, metadata={"autoflip": text, "digest": _digest(text, tensors)}))
 
 
@@ -298,10 +298,10 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Arra
         raise DamagedError(f"{path} is damaged ({error}): remove it") from error
     if not whole:
         raise DamagedError(f"{path} is damaged (its digest is another): remove it")
-    if found["format"] != FORMAT:
+    if found["format"] != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path} has format {found['format']}, this version reads {FORMAT}: finish the run with the version that "
-            "wrote it, or begin it anew in another folder"
+            f"{path} has format {found['format']}, this version reads {CHECKPOINT_FORMAT}: finish the run with the "
+            "version that wrote it, or begin it anew in another folder"
         )
     if found["settings"] != settings:
         raise CheckpointError(f"{path} belongs to another run: {_difference(found['settings'], settings)}")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from autoflip_flwr.core.choices import SCOPES
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.selection import choose_mask, protected_outputs
@@ -116,7 +117,7 @@ def test_a_layer_that_feeds_what_is_excluded_is_no_output():
     assert layout_of(shapes, exclude="conv2.weight").output == {"out.weight": 0}
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
     ("shapes", "heads"),
     [

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoflip_flwr.core.choices import NORMALISATIONS, SCOPES
 from autoflip_flwr.core.layout import Layout
-from autoflip_flwr.core.scores import NORMALISATIONS, agreement, scores
-from autoflip_flwr.core.selection import SCOPES, choose_mask, pruned_count, tied_weights
+from autoflip_flwr.core.scores import agreement, scores
+from autoflip_flwr.core.selection import choose_mask, pruned_count, tied_weights
 from autoflip_flwr.core.statistics import Exploration, combine, minmax, start_arrays
 
 Arrays = dict[str, np.ndarray]

@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, Strategy
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.choices import NORMALISATIONS, SCOPES, WEIGHTINGS
 from autoflip_flwr.testing import LocalGrid
 
 FILE = Path(__file__).parents[1] / "golden" / "masks.json"
@@ -50,7 +51,7 @@ MASKS: dict[str, dict[str, Any]] = {
         "exploration_weighting": weighting,
     }
     for scope, normalisation, gamma, sparsity, weighting in itertools.product(
-        ("global", "layer"), ("none", "layer", "per-client"), (0.0, 1.0, 0.5), (0.3, 0.9), ("uniform", "examples")
+        SCOPES, NORMALISATIONS, (0.0, 1.0, 0.5), (0.3, 0.9), WEIGHTINGS
     )
 }
 MODELS: dict[str, dict[str, Any]] = {

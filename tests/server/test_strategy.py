@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.core.statistics import combine
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
@@ -63,7 +64,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(name, coordinates):
     floats = {key: array for key, array in model().items() if array.dtype.kind == "f"}
@@ -85,8 +86,7 @@ def test_the_order_in_which_replies_arrive_changes_nothing():
 
 def test_packed_and_dense_coordinates_agree():
     results = [
-        start(AutoFlip(inner(FedAdam), sparsity=0.5, coordinates=c), LocalGrid(message_app(), NODES))
-        for c in ("packed", "dense")
+        start(AutoFlip(inner(FedAdam), sparsity=0.5, coordinates=c), LocalGrid(message_app(), NODES)) for c in PACKINGS
     ]
     same_bytes(arrays_of(results[0].arrays), arrays_of(results[1].arrays))
 
@@ -364,7 +364,7 @@ def _masks():
     return Mask.from_bool(layout, keep), Mask.from_bool(layout, {name: ~value for name, value in keep.items()})
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("kind", [FedAvg, FedAvgM, FedAdam])
 def test_a_scheduled_mask_takes_effect_and_what_grows_resumes_from_its_last_value(kind, coordinates):
     even, odd = _masks()

@@ -29,6 +29,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.server.plans import MaskPlan
 from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints
 from autoflip_flwr.storage.codec import decode, encode
@@ -97,7 +98,7 @@ STRATEGIES = {
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_end_is_bit_identical(name, coordinates, tmp_path):
     make = STRATEGIES[name]

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import autoflip_flwr.storage.checkpoint as checkpoint
 from autoflip_flwr import AutoFlip, Layout, Mask
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints, DamagedError
 from autoflip_flwr.testing import LocalGrid
 
@@ -66,7 +67,7 @@ def names(folder, kind):
     return sorted(path.name for path in folder.glob(f"{kind}-*.safetensors"))
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("inner", [FedAvg, FedAvgM, FedAdam])
 def test_masks_that_change_go_on_bit_for_bit(inner, coordinates, tmp_path):
     whole, first = run(None, inner=inner, coordinates=coordinates)
@@ -221,7 +222,7 @@ def test_a_second_start_with_checkpoints_keeps_the_values_of_the_first(tmp_path)
 
 def test_an_older_format_is_refused_in_words(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 1)
+        patch.setattr(checkpoint, "CHECKPOINT_FORMAT", 1)
         with pytest.raises(Killed):
             run(tmp_path, dies_in=2)
     with pytest.raises(

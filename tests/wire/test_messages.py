@@ -9,6 +9,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoflip_flwr.core.choices import CODED, VALUES
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire.keys import HEADER, HELLO, TRAIN
@@ -293,7 +294,6 @@ def test_damaged_values_give_a_wire_error_or_values_of_the_right_shape_and_dtype
 # Coded values
 
 
-KINDS = ("bfloat16", "float16", "int8")
 # 3 kept and 2 other values: halves; or one scale, two halves and three codes
 CODED_SIZES = {"bfloat16": 10, "float16": 10, "int8": 4 + 4 + 3}
 
@@ -302,7 +302,7 @@ def coded(kind: str, mask: Mask = MASK, packed: Arrays = PACKED) -> ArrayRecord:
     return pack_values(mask, packed, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
     record = coded(kind)
     assert {key: (array.dtype, array.shape) for key, array in record.items()} == {
@@ -318,7 +318,7 @@ def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
     np.testing.assert_allclose(unpacked["w"], PACKED["w"], rtol=0, atol=3 / 254)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
     record = coded(kind, MIXED_MASK, MIXED_PACKED)
     assert record["float16"].dtype == ("uint8" if kind == "int8" else "float16")
@@ -328,13 +328,13 @@ def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
 
 
 @quick
-@given(message=messages(), kind=st.sampled_from(KINDS))
+@given(message=messages(), kind=st.sampled_from(CODED))
 def test_any_coded_model_arrives(message: tuple[Mask, Arrays], kind: str):
     mask, packed = message  # of zeros and ones, which every coding has
     same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed, kind)}))["x"], kind), packed)
 
 
-@pytest.mark.parametrize("kind", ["float32", *KINDS])
+@pytest.mark.parametrize("kind", VALUES)
 def test_vectors_add_what_the_values_are_added_to_and_leave_integers(kind: str):
     base = {"float32": np.array([100, 200, 300, 400, 500], np.float32)}
     found = read_vectors(MASK, coded(kind), kind, base)
@@ -359,7 +359,7 @@ def forged_coding(data: np.ndarray) -> ArrayRecord:
     return ArrayRecord({"float32": Array(data), "int64": Array(np.array([7, 8]))})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize(
     "change",
     [
@@ -376,7 +376,7 @@ def test_coded_values_of_another_size_or_dtype_give_a_wire_error(kind: str, chan
         unpack_values(MASK, forged_coding(change(coded(kind)["float32"].numpy())), kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_coded_values_that_are_not_finite_give_a_wire_error_that_names_the_dtype(kind: str):
     data = coded(kind)["float32"].numpy()
     data[:4] = 0xFF
@@ -384,7 +384,7 @@ def test_coded_values_that_are_not_finite_give_a_wire_error_that_names_the_dtype
         unpack_values(MASK, forged_coding(data), kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: str):
     with pytest.raises(WireError, match="expected"):
         unpack_values(MASK, coded(kind))
@@ -393,7 +393,7 @@ def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: s
 
 
 @settings(deadline=None, max_examples=200)
-@given(data=st.data(), kind=st.sampled_from(KINDS))
+@given(data=st.data(), kind=st.sampled_from(CODED))
 def test_damaged_coded_values_give_a_wire_error_or_finite_values_of_the_right_shape(data: st.DataObject, kind: str):
     damaged = data.draw(mutations(coded(kind)["float32"].data))
     try:
