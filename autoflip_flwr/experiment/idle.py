@@ -1,49 +1,21 @@
 """Settings that do nothing beside others, which a user who has typed them should know."""
 
 from collections.abc import Collection
+from dataclasses import fields
 
-from autoflip_flwr.experiment.config import Config, Value, shown
-
-_OF_AUTOFLIP = (
-    "sparsity",
-    "scope",
-    "normalisation",
-    "gamma",
-    "prune-biases",
-    "initial",
-    "explorers",
-    "exploration-rounds",
-    "exploration-epochs",
-    "exploration-patience",
-    "exploration-weighting",
-    "exploration-values",
-    "exploration-timeout",
-    "min-explorers",
-    "values",
-    "values-up",
-    "values-down",
-    "exploration",
-    "min-replies",
-    "norm-factor",
-    "max-examples",
-    "checkpoints",
-)
-_ONLY_WITH: tuple[tuple[str, Value, tuple[str, ...]], ...] = (
-    ("method", "autoflip", _OF_AUTOFLIP),
-    ("split", "dirichlet", ("alpha",)),
-    ("split", "pathological", ("classes-per-client",)),
-    ("optimizer", "sgd", ("momentum",)),
-)
-"""Settings that do nothing unless another one has a certain value."""
+from autoflip_flwr.experiment.config import Config, Value, key_of, shown
 
 
 def idle(config: Config, given: Collection[str]) -> list[str]:
     """Name those of the ``given`` settings (kebab-case keys) that do nothing: a line for each reason."""
-    settings, lines = config.as_dict(), []
-    for key, value, names in _ONLY_WITH:
-        without = [name for name in names if name in given]
-        if without and settings[key] != value:
-            verb = "does" if len(without) == 1 else "do"
-            now, needed = shown(settings[key]), shown(value)
-            lines.append(f"{', '.join(without)} {verb} nothing with {key} = {now}, only with {needed}")
-    return lines
+    settings = config.as_dict()
+    reasons: dict[tuple[str, Value], list[str]] = {}
+    for each in fields(Config):
+        needed = each.metadata["only_with"]
+        if needed and key_of(each) in given and settings[needed[0]] != needed[1]:
+            reasons.setdefault(needed, []).append(key_of(each))
+    return [
+        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with {key} = {shown(settings[key])}, only "
+        f"with {shown(value)}"
+        for (key, value), names in reasons.items()
+    ]

@@ -164,9 +164,9 @@ def test_settings_that_do_nothing_are_named():
     config = Config(method="fedavg", split="iid", optimizer="adam")
     given = ["sparsity", "scope", "alpha", "momentum", "lr"]
     assert idle(config, given) == [
-        "sparsity, scope do nothing with method = 'fedavg', only with 'autoflip'",
         "alpha does nothing with split = 'iid', only with 'dirichlet'",
         "momentum does nothing with optimizer = 'adam', only with 'sgd'",
+        "sparsity, scope do nothing with method = 'fedavg', only with 'autoflip'",
     ]
     assert idle(Config(), ["sparsity", "alpha"]) == []
     assert idle(config, []) == []
