@@ -20,15 +20,14 @@ import numpy as np
 import torch
 
 from autoflip_flwr import Layout, Mask
-from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.explored import read_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
+from autoflip_flwr.storage.exploration_file import read_exploration
 from benchmarks.sparsity import ROOT, run
 from benchmarks.values import cut
 
@@ -51,7 +50,7 @@ def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
         for values in ("float32", "log8"):
             settings = {**base, "dataset": dataset, "exploration-values": values, "output-dir": output}
             folder, _, told = run({**settings, "num-server-rounds": 1}, int(base["nodes"]))
-            found[values] = read_exploration(folder / "exploration.safetensors", digest_of(initial))[0]
+            found[values] = read_exploration(folder / "exploration.safetensors", initial).exploration
             uploads[values] = told["bytes"]["exploration_up"]
     agreements = {}
     for gamma in (1.0, 0.0):

@@ -13,20 +13,19 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from autoflip_flwr import AutoFlip, Ledger
-from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.explored import read_exploration, write_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
-from autoflip_flwr.experiment.preflight import resumable
+from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.storage.checkpoint import Checkpoints
+from autoflip_flwr.storage.exploration_file import write_exploration
 from autoflip_flwr.wire.records import to_record
 
 app = ServerApp()
@@ -62,15 +61,14 @@ def run(grid: Grid, config: Config) -> Path:
     if ordered.num_partitions:  # else each node has data of its own
         # refuses an impossible split now, and leaves the split in the cache for the clients
         partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
-    start = digest_of(initial)
-    exploration, cost, explored_seconds = _earlier_exploration(config, start)
+    earlier = earlier_exploration(config, initial) if config.exploration else None
     if config.resume:
         record = resumable(config)
     else:
         name = config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict())
     log(INFO, "run record: %s", record.path)
-    strategy = _strategy(config, ledger, exploration, record.path / "checkpoint")
+    strategy = _strategy(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
     tracker = Tracker(
         record,
         config,
@@ -79,23 +77,24 @@ def run(grid: Grid, config: Config) -> Path:
         torch.tensor(data.y_test),
         ledger,
         lambda: strategy.mask if isinstance(strategy, AutoFlip) else None,
-        explored_seconds,
+        earlier.seconds if earlier else 0.0,
     )
     ordered.observe = tracker.observe
     if isinstance(strategy, AutoFlip) and strategy.checkpoints is not None:
         strategy.checkpoints.extra, strategy.checkpoints.restore = tracker.state, tracker.restore
 
     def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
-        if server_round == 0 and cost:
-            ledger.charge_exploration(cost)
+        if server_round == 0 and earlier is not None:
+            if earlier.cost:
+                ledger.charge_exploration(earlier.cost)
         elif server_round == 0 and isinstance(strategy, AutoFlip) and strategy.exploration:
             write_exploration(
                 record.path / "exploration.safetensors",
                 strategy.exploration,
-                start,
-                config.of_start(),
-                ledger.exploration_only(),
-                tracker.exploration_seconds,
+                initial,
+                settings=config.of_start(),
+                cost=ledger.exploration_only(),
+                seconds=tracker.exploration_seconds,
             )
         return tracker.evaluate(server_round, arrays)
 
@@ -134,11 +133,6 @@ def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
 def _least_nodes(config: Config) -> int:
     """2, unless the settings say that one is enough."""
     return 1 if config.nodes == 1 or (config.method == "autoflip" and config.min_explorers == 1) else 2
-
-
-def _earlier_exploration(config: Config, start: str) -> tuple[Exploration | None, dict[str, float], float]:
-    """The exploration of an earlier run that is to be used, what it cost and its seconds."""
-    return read_exploration(Path(config.exploration), start) if config.exploration else (None, {}, 0.0)
 
 
 def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, checkpoints: Path) -> Strategy:

@@ -41,7 +41,8 @@ class Setting(NamedTuple):
 
 def settings() -> list[Setting]:
     """All settings, in the order of their declaration."""
-    return [Setting(key_of(each), each.default, **each.metadata) for each in fields(Config)]
+    defaults = Config().as_dict()
+    return [Setting(key_of(each), defaults[key_of(each)], **each.metadata) for each in fields(Config)]
 
 
 def table() -> str:

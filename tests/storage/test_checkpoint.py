@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import (
 from autoflip_flwr import AutoFlip
 from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.server.plans import MaskPlan
+from autoflip_flwr.storage import sealed
 from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints
 from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.testing import LocalGrid
@@ -404,6 +405,7 @@ def test_what_was_being_written_is_not_read(tmp_path):
 
 HOLDS = """
 import sys
+from autoflip_flwr.storage import sealed
 from autoflip_flwr.storage.checkpoint import Checkpoints
 kept = Checkpoints(sys.argv[1])
 kept.open({})
@@ -427,11 +429,9 @@ def test_one_process_at_a_time_works_on_a_run(tmp_path):
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, caplog):
     whole, *_ = run(None)
-    import autoflip_flwr.storage.checkpoint as checkpoint
-
-    save = checkpoint.save
+    save = sealed.save
     monkeypatch.setattr(
-        checkpoint, "save", lambda *a, **k: save(*a, **k) if full["left"] > 0 else raise_(OSError(28, "No space left"))
+        sealed, "save", lambda *a, **k: save(*a, **k) if full["left"] > 0 else raise_(OSError(28, "No space left"))
     )
     full = {"left": 1}
 
@@ -443,9 +443,9 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, 
             full["left"] = 0 if round_ == 2 else 1
             super().write(round_, state, arrays)
 
-        def write_exploration(self, state, arrays):
+        def write_exploration(self, found):
             full["left"] = 0
-            super().write_exploration(state, arrays)
+            super().write_exploration(found)
 
     strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), exploration_epochs=1)
     random.seed(1)
