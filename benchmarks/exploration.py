@@ -23,7 +23,7 @@ from autoflip_flwr import Layout, Mask
 from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import choose_mask
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for dataset in options.datasets:
-        base = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+        base = Config().as_dict()
         base |= flatten(read_toml(ROOT / "configs" / f"{dataset}.toml"))
         base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, **parse_pairs(options.pairs)}
         with tempfile.TemporaryDirectory() as folder:

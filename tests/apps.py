@@ -13,6 +13,12 @@ from autoflip_flwr import autoflip_mod, current_mask
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.wire.keys import PHASE_KEY
 
+NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
+
+
+class Killed(BaseException):
+    """As if the process had been killed."""
+
 
 def model(seed: int = 0) -> Arrays:
     random = np.random.default_rng(seed)
@@ -30,6 +36,14 @@ def record(arrays: Arrays) -> ArrayRecord:
 
 def arrays_of(record_: ArrayRecord) -> Arrays:
     return {name: array.numpy() for name, array in record_.items()}
+
+
+def same_bytes(left: Arrays, right: Arrays) -> None:
+    """Two models have the same arrays in the same order, bit for bit."""
+    assert list(left) == list(right)
+    for name in left:
+        assert (left[name].dtype, left[name].shape) == (right[name].dtype, right[name].shape), name
+        assert left[name].tobytes() == right[name].tobytes(), name
 
 
 def step(arrays: Arrays, context: Context, round_: int, exploring: bool) -> Arrays:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from apps import arrays_of, message_app, model, record
+from apps import NO_FAILURES, arrays_of, message_app, model, record, same_bytes
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import (
@@ -44,7 +44,6 @@ WAYS = {
     "down": lambda kind: {"values_down": kind},
     "both": lambda kind: {"values": kind},
 }
-NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 def inner(kind: type[FedAvg] = FedAvg, **options) -> FedAvg:
@@ -136,13 +135,6 @@ def client(work: Callable[[str, np.ndarray, Context, int], np.ndarray]) -> Clien
         return Message(RecordDict({"arrays": record(new), "metrics": metrics}), reply_to=message)
 
     return app
-
-
-def same_bytes(left: Arrays, right: Arrays) -> None:
-    assert list(left) == list(right)
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert left[name].tobytes() == right[name].tobytes(), name
 
 
 def distance(left: Arrays, right: Arrays) -> float:

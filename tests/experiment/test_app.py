@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from apps import NO_FAILURES
 from flwr.app import Context, RecordDict
 from replay import write_data
 from safetensors.numpy import load_file
@@ -53,7 +54,7 @@ def test_the_record_tells_what_happened(tmp_path):
     assert all(value > 0 for value in told["bytes"].values())
     assert told["train_up_per_client_round"] == pytest.approx(told["bytes"]["train_up"] / 8)
     assert told["bytes"]["train_up"] < 0.31 * told["dense_bytes"] / 2
-    assert told["failures"] == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert told["failures"] == NO_FAILURES
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["round"]) for line in lines] == [("exploration", 0)] + [("train", r) for r in range(3)]
     model, mask = load_file(path / "model.safetensors"), load_file(path / "mask.safetensors")
@@ -257,7 +258,7 @@ def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
     told = summary(only(tmp_path))
     assert told["rounds"] == 8
     assert told["final_accuracy"] > 0.6
-    assert told["failures"] == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert told["failures"] == NO_FAILURES
     assert "Saving" in done.stdout
     assert "[round 8/8] accuracy" in done.stdout
 

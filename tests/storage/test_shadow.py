@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from apps import arrays_of, message_app, model, record
+from apps import Killed, arrays_of, message_app, model, record, same_bytes
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from safetensors.numpy import load_file
@@ -23,10 +23,6 @@ from autoflip_flwr.testing import LocalGrid
 NODES = 2
 ROUNDS = 6
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
-
-
-class Killed(BaseException):
-    """As if the process had been killed."""
 
 
 def schedule(round_, mask):
@@ -59,9 +55,7 @@ def run(folder, *, inner=FedAvg, dies_in=None, resume=False, rounds=ROUNDS, keep
 
 
 def same(left, right):
-    left, right = arrays_of(left.arrays), arrays_of(right.arrays)
-    assert list(left) == list(right)
-    assert all(left[name].tobytes() == right[name].tobytes() for name in left)
+    same_bytes(arrays_of(left.arrays), arrays_of(right.arrays))
 
 
 def names(folder, kind):

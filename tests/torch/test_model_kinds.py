@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from apps import arrays_of
+from apps import NO_FAILURES, arrays_of, same_bytes
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -26,7 +26,6 @@ from autoflip_flwr.torch import masked_training
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, HELLO, PHASE_KEY
 
 NODES, ROUNDS, STEPS = 3, 2, 3
-NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
@@ -281,12 +280,6 @@ def run_of(name: str) -> Run:
 each_kind = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.runs] if name == "1,000 tensors" else []) for name in KINDS]
 )
-
-
-def same_bytes(left: Arrays, right: Arrays) -> None:
-    assert list(left) == list(right)
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], name, strict=True)
 
 
 # --- what holds for every kind ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from apps import same_bytes
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
@@ -52,12 +53,6 @@ LAYOUT = Layout.of(
 )
 MASK = Mask.from_bool(LAYOUT, {"w": np.array([[True, False], [True, True]])}, version=5)
 PACKED = {"w": np.array([1, 2, 3], np.float32), "n": np.array([7, 8]), "b": np.array([4, 5], np.float32)}
-
-
-def same(one: Arrays, two: Arrays) -> None:
-    assert list(one) == list(two)
-    for name, array in one.items():
-        np.testing.assert_array_equal(array, two[name], err_msg=name, strict=True)
 
 
 def sent(content: RecordDict) -> RecordDict:
@@ -134,7 +129,7 @@ def test_kept_values_of_pruned_arrays_come_first_then_the_other_arrays_each_in_t
         "float16": [50, 5],
         "int64": [9],
     }
-    same(unpack_values(MIXED_MASK, record), MIXED_PACKED)
+    same_bytes(unpack_values(MIXED_MASK, record), MIXED_PACKED)
     counted = {dtype: kept_and_size(MIXED_MASK, specs) for dtype, specs in MIXED_MASK.layout.by_dtype.items()}
     assert counted == {"float32": (3, 7), "float16": (1, 2), "int64": (0, 1)}
 
@@ -143,7 +138,7 @@ def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
     flat = flatten(MIXED_MASK, MIXED_PACKED)
     assert flat["float32"].tolist() == [10, 20, 30, 1, 2, 3, 4]
     parts = split_vectors(MIXED_MASK, flat)
-    same(parts, MIXED_PACKED)
+    same_bytes(parts, MIXED_PACKED)
     assert all(np.shares_memory(array, flat[MIXED[name].dtype]) for name, array in parts.items())
 
 
@@ -152,8 +147,8 @@ def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
 def test_any_flat_vectors_are_those_of_the_record(message: tuple[Mask, Arrays]):
     mask, packed = message
     flat = flatten(mask, packed)
-    same(flat, {dtype: vector.whole() for dtype, vector in read_vectors(mask, pack_values(mask, packed)).items()})
-    same(split_vectors(mask, flat), packed)
+    same_bytes(flat, {dtype: vector.whole() for dtype, vector in read_vectors(mask, pack_values(mask, packed)).items()})
+    same_bytes(split_vectors(mask, flat), packed)
 
 
 @pytest.mark.parametrize("shape", [None, (5,), (5, 1)])
@@ -166,7 +161,7 @@ def test_parts_become_the_array_that_flower_makes_of_them_together(shape: tuple[
 @given(message=messages())
 def test_any_packed_model_arrives_as_it_was_sent(message: tuple[Mask, Arrays]):
     mask, packed = message
-    same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed)}))["x"]), packed)
+    same_bytes(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed)}))["x"]), packed)
 
 
 def test_unpacked_values_are_read_only_views_of_the_message():
@@ -180,7 +175,7 @@ def test_unpacked_values_are_read_only_views_of_the_message():
 
 def test_values_are_cast_to_the_dtypes_of_the_model_whatever_their_byte_order():
     record = pack_values(MASK, {name: array.astype(">f8") for name, array in PACKED.items()})
-    same(unpack_values(MASK, record), PACKED)
+    same_bytes(unpack_values(MASK, record), PACKED)
 
 
 def test_pack_refuses_an_array_of_another_shape_by_name():
@@ -331,7 +326,7 @@ def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
 @given(message=messages(), kind=st.sampled_from(CODED))
 def test_any_coded_model_arrives(message: tuple[Mask, Arrays], kind: str):
     mask, packed = message  # of zeros and ones, which every coding has
-    same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed, kind)}))["x"], kind), packed)
+    same_bytes(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed, kind)}))["x"], kind), packed)
 
 
 @pytest.mark.parametrize("kind", VALUES)

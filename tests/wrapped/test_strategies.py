@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from apps import NO_FAILURES, same_bytes
 from flwr.serverapp.strategy import (
     Bulyan,
     DifferentialPrivacyServerSideFixedClipping,
@@ -94,13 +95,6 @@ def pruned(name, coordinates, changing, noise) -> Run:
     return Run(strategy, *start(strategy, [autoflip_mod, *digits.mods_for(name)], ROUNDS, counter=counter))
 
 
-def same_bytes(left, right):
-    assert list(left) == list(right)
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert left[name].tobytes() == right[name].tobytes(), name
-
-
 def respects(arrays, mask):
     return all(not arrays[name][~keep].any() and arrays[name][keep].any() for name, keep in mask.keep.items())
 
@@ -111,7 +105,7 @@ def counted(rounds):
 
 
 def check_end(run, least_accuracy, least_of_selections):
-    assert run.strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert run.strategy.ledger.failure_counts() == NO_FAILURES
     assert list(run.arrays) == list(run.seen[0])
     if "steps" in run.seen[0]:
         assert run.arrays["steps"].dtype == np.int64
