@@ -25,7 +25,7 @@ from autoflip_flwr.experiment.record.tracker import Tracker
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.storage.checkpoint import Checkpoints
-from autoflip_flwr.storage.exploration_file import write_exploration
+from autoflip_flwr.storage.exploration_file import FILE_NAME, write_exploration
 from autoflip_flwr.wire.records import to_record
 
 app = ServerApp()
@@ -89,7 +89,7 @@ def run(grid: Grid, config: Config) -> Path:
                 ledger.charge_exploration(earlier.cost)
         elif server_round == 0 and isinstance(strategy, AutoFlip) and strategy.exploration:
             write_exploration(
-                record.path / "exploration.safetensors",
+                record.path / FILE_NAME,
                 strategy.exploration,
                 initial,
                 settings=config.of_start(),

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from autoflip_flwr.storage.exploration_file import ExplorationFileError, StoredExploration
+from autoflip_flwr.storage.exploration_file import FILE_NAME, ExplorationFileError, StoredExploration
 from autoflip_flwr.storage.sealed import SealError, difference, read_sealed, seal, write_sealed
 from autoflip_flwr.wire.records import to_arrays, to_record
 
@@ -26,7 +26,6 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 CHECKPOINT_FORMAT = 2
-EXPLORATION = "exploration.safetensors"
 EXPLORERS = "explorers"
 LOCK = "lock"
 
@@ -109,7 +108,7 @@ class Checkpoints:
         self._settings = json.loads(json.dumps({**settings, "own": dict(self.settings)}, default=_name))
         rounds = self._rounds()
         if not self.resume:
-            if rounds or (folder / EXPLORATION).exists() or any((folder / EXPLORERS).glob("*.safetensors")):
+            if rounds or (folder / FILE_NAME).exists() or any((folder / EXPLORERS).glob("*.safetensors")):
                 raise CheckpointError(
                     f"{folder} holds checkpoints of an earlier run: resume it, or choose another folder"
                 )
@@ -199,7 +198,7 @@ class Checkpoints:
         """
         on_top = {"settings": self._settings, "state": found.checkpoint, "extra": self._extra()}
         try:
-            replace(found, settings=self._settings["own"], checkpoint=on_top).write(self._folder / EXPLORATION)
+            replace(found, settings=self._settings["own"], checkpoint=on_top).write(self._folder / FILE_NAME)
         except OSError as error:
             log(ERROR, "the exploration could not be written: %s; its explorers' answers stay", error)
             return
@@ -212,7 +211,7 @@ class Checkpoints:
         Its ``checkpoint["state"]`` is what :meth:`write_exploration` was given.
         One that is damaged is only warned of where a round is there: that has the mask.
         """
-        path = self._folder / EXPLORATION
+        path = self._folder / FILE_NAME
         try:
             return _read_exploration(path, self._settings) if path.exists() else None
         except DamagedError as error:

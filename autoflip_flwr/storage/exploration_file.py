@@ -19,6 +19,9 @@ from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.storage.sealed import SealError, difference, read_sealed, write_sealed
 from autoflip_flwr.wire.records import to_arrays
 
+FILE_NAME = "exploration.safetensors"
+"""What the app and checkpoints call it, in a run's folder."""
+
 EXPLORATION_FORMAT = 1
 
 _FIELDS = ("deviation", "signed_mean", "normalised")
@@ -94,7 +97,7 @@ class StoredExploration:
             reason = f"damaged, or not an exploration ({error}): remove it and explore again, or give another file"
             raise ExplorationFileError(path, reason, damaged=True) from error
         if not isinstance(about, dict) or about.get("kind") != "exploration":
-            raise ExplorationFileError(path, "not an exploration: give the exploration.safetensors of a run")
+            raise ExplorationFileError(path, f"not an exploration: give the {FILE_NAME} of a run")
         if about.get("format") != EXPLORATION_FORMAT:
             told = f"has format {about.get('format')}, this version reads {EXPLORATION_FORMAT}: explore again"
             raise ExplorationFileError(path, told)
