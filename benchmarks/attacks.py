@@ -31,7 +31,7 @@ from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
-from benchmarks import digits
+from benchmarks import digits, tables
 from benchmarks.strategies import LAST, prepare
 
 ATTACKERS = 2
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, help="skew the labels so, by Dirichlet (default: equal shards)")
     parser.add_argument("--norm-factor", type=float, default=math.inf, help="of ReplyRules (default: judges no norms)")
     options = parser.parse_args()
-    print(f"| strategy | {' | '.join(ATTACKS)} |\n|{'---|' * (len(ATTACKS) + 1)}", flush=True)
+    tables.head(["strategy", *ATTACKS])
     table: dict[str, dict[str, float]] = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=prepare) as pool:
         jobs = {
@@ -118,7 +118,7 @@ def main() -> None:
         }
         for name in STRATEGIES:
             table[name] = {a: float(np.mean([job.result() for job in jobs[name, a]])) for a in ATTACKS}
-            print(f"| {name} | {' | '.join(f'{100 * share:.1f}' for share in table[name].values())} |", flush=True)
+            tables.row([name, *(f"{100 * share:.1f}" for share in table[name].values())])
     print(
         json.dumps(
             {

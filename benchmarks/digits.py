@@ -201,38 +201,51 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
     return app
 
 
-def _fedavg() -> FedAvg:
+def _averaging(kind: Callable[..., Strategy], **tuned: float) -> Callable[..., Strategy]:
     # no federated evaluation anywhere: Flower's clipping mods answer evaluate messages with an error
-    return FedAvg(fraction_evaluate=0.0)
+    return lambda nodes, **options: kind(**{"fraction_evaluate": 0.0, **tuned, **options})
 
 
-STRATEGIES: dict[str, Callable[[int], Strategy]] = {
-    "FedAvg": lambda nodes: _fedavg(),
-    "FedAvgM": lambda nodes: FedAvgM(fraction_evaluate=0.0, server_momentum=0.5),
-    "FedAdam": lambda nodes: FedAdam(fraction_evaluate=0.0, eta=0.05),
-    "FedYogi": lambda nodes: FedYogi(fraction_evaluate=0.0, eta=0.05),
-    "FedAdagrad": lambda nodes: FedAdagrad(fraction_evaluate=0.0, eta=0.1),
-    "FedProx": lambda nodes: FedProx(fraction_evaluate=0.0, proximal_mu=0.1),
-    "QFedAvg": lambda nodes: QFedAvg(client_learning_rate=1.0, fraction_evaluate=0.0),
-    "FedMedian": lambda nodes: FedMedian(fraction_evaluate=0.0),
-    "FedTrimmedAvg": lambda nodes: FedTrimmedAvg(fraction_evaluate=0.0, beta=0.1),
-    "Krum": lambda nodes: Krum(fraction_evaluate=0.0, num_malicious_nodes=1),
-    "MultiKrum": lambda nodes: MultiKrum(fraction_evaluate=0.0, num_malicious_nodes=1, num_nodes_to_select=nodes - 3),
-    "Bulyan": lambda nodes: Bulyan(fraction_evaluate=0.0, num_malicious_nodes=1),
-    "DifferentialPrivacyServerSideFixedClipping": lambda nodes: DifferentialPrivacyServerSideFixedClipping(
-        _fedavg(), noise_multiplier=0.05, clipping_norm=1.5, num_sampled_clients=nodes
+def _private(kind: Callable[..., Strategy], **tuned: float) -> Callable[..., Strategy]:
+    fedavg = _averaging(FedAvg)
+    return lambda nodes, **options: kind(
+        fedavg(nodes, **options), noise_multiplier=0.05, num_sampled_clients=nodes, **tuned
+    )
+
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "FedAvg": _averaging(FedAvg),
+    "FedAvgM": _averaging(FedAvgM, server_momentum=0.5),
+    "FedAdam": _averaging(FedAdam, eta=0.05),
+    "FedYogi": _averaging(FedYogi, eta=0.05),
+    "FedAdagrad": _averaging(FedAdagrad, eta=0.1),
+    "FedProx": _averaging(FedProx, proximal_mu=0.1),
+    "QFedAvg": _averaging(QFedAvg, client_learning_rate=1.0),
+    "FedMedian": _averaging(FedMedian),
+    "FedTrimmedAvg": _averaging(FedTrimmedAvg, beta=0.1),
+    "Krum": _averaging(Krum, num_malicious_nodes=1),
+    "MultiKrum": lambda nodes, **options: _averaging(MultiKrum, num_malicious_nodes=1, num_nodes_to_select=nodes - 3)(
+        nodes, **options
     ),
-    "DifferentialPrivacyServerSideAdaptiveClipping": lambda nodes: DifferentialPrivacyServerSideAdaptiveClipping(
-        _fedavg(), noise_multiplier=0.05, num_sampled_clients=nodes, initial_clipping_norm=1.5, clip_norm_lr=0.05
+    "Bulyan": _averaging(Bulyan, num_malicious_nodes=1),
+    "DifferentialPrivacyServerSideFixedClipping": _private(
+        DifferentialPrivacyServerSideFixedClipping, clipping_norm=1.5
     ),
-    "DifferentialPrivacyClientSideFixedClipping": lambda nodes: DifferentialPrivacyClientSideFixedClipping(
-        _fedavg(), noise_multiplier=0.05, clipping_norm=1.5, num_sampled_clients=nodes
+    "DifferentialPrivacyServerSideAdaptiveClipping": _private(
+        DifferentialPrivacyServerSideAdaptiveClipping, initial_clipping_norm=1.5, clip_norm_lr=0.05
     ),
-    "DifferentialPrivacyClientSideAdaptiveClipping": lambda nodes: DifferentialPrivacyClientSideAdaptiveClipping(
-        _fedavg(), noise_multiplier=0.05, num_sampled_clients=nodes, initial_clipping_norm=1.5, clip_norm_lr=0.05
+    "DifferentialPrivacyClientSideFixedClipping": _private(
+        DifferentialPrivacyClientSideFixedClipping, clipping_norm=1.5
+    ),
+    "DifferentialPrivacyClientSideAdaptiveClipping": _private(
+        DifferentialPrivacyClientSideAdaptiveClipping, initial_clipping_norm=1.5, clip_norm_lr=0.05
     ),
 }
-"""Flower's strategies by name, for a number of nodes (at least 7), with settings under which this problem is learnt."""
+"""All of Flower's strategies by name, with settings under which this problem is learnt.
+
+Each is made for a number of nodes in a round (at least 7). Options by name are FedAvg's, or those of the strategy's own
+class; a privacy wrapper hands them to the FedAvg inside.
+"""
 
 _MODS: dict[str, list[Mod]] = {
     "DifferentialPrivacyClientSideFixedClipping": [fixedclipping_mod],

@@ -21,15 +21,15 @@ import torch
 
 from autoflip_flwr import Layout, Mask
 from autoflip_flwr.core.budget import Budget
-from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import select
+from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.explored import read_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
+from autoflip_flwr.storage.exploration_file import read_exploration
 from benchmarks.sparsity import ROOT, run
 from benchmarks.values import cut
 
@@ -52,7 +52,7 @@ def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
         for values in ("float32", "log8"):
             settings = {**base, "dataset": dataset, "exploration-values": values, "output-dir": output}
             folder, _, told = run({**settings, "num-server-rounds": 1}, int(base["nodes"]))
-            found[values] = read_exploration(folder / "exploration.safetensors", digest_of(initial))[0]
+            found[values] = Exploration.of(read_exploration(folder / "exploration.safetensors", initial).seen)
             uploads[values] = told["bytes"]["exploration_up"]
     agreements = {}
     for gamma in (1.0, 0.0):
@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for dataset in options.datasets:
-        base = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+        base = Config().as_dict()
         base |= flatten(read_toml(ROOT / "configs" / f"{dataset}.toml"))
         base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, **parse_pairs(options.pairs)}
         with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ from autoflip_flwr.experiment import data
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
-from benchmarks import digits
+from benchmarks import digits, tables
 
 HIDDEN, LEARNING_RATE = 32, 0.05
 
@@ -167,15 +167,14 @@ def main() -> None:
     methods: dict[str, Callable[[Strategy], Strategy]] = {"alone": lambda inner: inner}
     for name, rule in rules.items():
         methods[f"norm_factor {name}"] = lambda inner, rule=rule: AutoFlip(inner, sparsity=0.0, rules=rule)  # type: ignore[misc]
-    print(f"| situation | {' | '.join(methods)} |\n|{'---|' * (len(methods) + 1)}", flush=True)
+    tables.head(["situation", *methods])
     table: dict[str, dict[str, dict[str, float]]] = {}
     for situation, (sites, inner) in SITUATIONS.items():
         row = table[situation] = {}
         for name, method in methods.items():
             runs = [accuracy(sites(seed), method(inner()), options.rounds, seed) for seed in range(options.seeds)]
             row[name] = {"accuracy": float(np.mean([run[0] for run in runs])), "left_out": sum(run[1] for run in runs)}
-        cells = [f"{100 * cell['accuracy']:.1f} ({cell['left_out']})" for cell in row.values()]
-        print(f"| {situation} | {' | '.join(cells)} |", flush=True)
+        tables.row([situation, *(f"{100 * cell['accuracy']:.1f} ({cell['left_out']})" for cell in row.values())])
     print(json.dumps({**vars(options), "table": table}))
 
 

@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
+from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, TEST_EXAMPLES = 60, 1_000
@@ -234,11 +235,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it")
     options = parser.parse_args()
     data_dir = options.data_dir or os.environ.get("AUTOFLIP_DATA", "")
-    print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    tables.head(COLUMNS.values())
     rows: list[Row] = []
     for nodes in options.nodes:
         rows.append({key: round(value, 4) for key, value in measure(data_dir, nodes, options.rounds).items()})
-        print("| " + " | ".join(f"{rows[-1][key]:,g}" for key in COLUMNS) + " |", flush=True)
+        tables.row(f"{rows[-1][key]:,g}" for key in COLUMNS)
     if options.plot:
         plot(rows, options.plot)
     pace = {row["nodes"]: row["seconds_per_round"] for row in rows}

@@ -30,6 +30,7 @@ from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER
+from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
 LAST = 5
@@ -100,18 +101,15 @@ def main() -> None:
     parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+    base = Config().as_dict()
     base |= flatten(read_toml(options.config)) if options.config else {}
     base |= parse_pairs(options.pairs)
     sparsities = [float(value) for value in options.sparsities.split(",")]
     rows = measure(base, options.nodes, sparsities, options.seeds)
-    print("| sparsity | under the mask | dense between messages | MB of the rounds | MB of the exploration |")
-    print("|---|---|---|---|---|")
+    tables.head(["sparsity", "under the mask", "dense between messages", "MB of the rounds", "MB of the exploration"])
     for row in rows:
-        print(
-            f"| {row['sparsity']} | {row['masked']} ± {row['masked_sd']} | {row['dense']} ± {row['dense_sd']} "
-            f"| {row['rounds_mb']} | {row['exploration_mb']} |"
-        )
+        masked, dense = (f"{row[kind]} ± {row[f'{kind}_sd']}" for kind in ("masked", "dense"))
+        tables.row([row["sparsity"], masked, dense, row["rounds_mb"], row["exploration_mb"]])
     print(json.dumps({"rows": rows, "settings": {key: value for key, value in base.items() if value != ""}}))
 
 

@@ -30,7 +30,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
-from benchmarks import digits
+from benchmarks import digits, tables
 
 LAST = 5
 Row = dict[str, str | bool | float]
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.7, help="share of the prunable parameters to prune")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... to average over (default: 3)")
     options = parser.parse_args()
-    print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    tables.head(COLUMNS.values())
     rows = []
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=prepare) as pool:
         jobs = {
@@ -158,7 +158,7 @@ def main() -> None:
         }
         for name, seeds in jobs.items():
             rows.append(summarise(name, [job.result() for job in seeds]))
-            print(f"| {' | '.join(cell(rows[-1][key]) for key in COLUMNS)} |", flush=True)
+            tables.row(cell(rows[-1][key]) for key in COLUMNS)
     print(json.dumps({**vars(options), "nodes": digits.NODES, "rows": rows}))
 
 

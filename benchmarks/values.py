@@ -23,12 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoflip_flwr.experiment.config import VALUES, Value
+from autoflip_flwr.core.choices import VALUES
+from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.experiment.data import ImageData, load
 from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
+from benchmarks import tables
 from benchmarks.sparsity import ROOT, run
 
 LIMIT = 0.3
+COLUMNS = {
+    "values": "values",
+    "accuracy": "accuracy %",
+    "loss": "loss against float32",
+    "standard_error": "standard error",
+    "up_times_smaller": "up, times smaller",
+    "down_times_smaller": "down, times smaller",
+}
 
 
 def cut(data: ImageData, examples: int, folder: str) -> None:
@@ -86,20 +96,16 @@ def main() -> None:
     parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+    base = Config().as_dict()
     base |= flatten(read_toml(ROOT / "configs" / f"{options.dataset}.toml"))
     base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, "num-server-rounds": options.rounds}
     base |= {"exploration-epochs": 2, "lr": 0.001, **parse_pairs(options.pairs)}
     with tempfile.TemporaryDirectory() as folder:
         cut(load(options.dataset, options.data_dir or os.environ.get("AUTOFLIP_DATA", "")), options.examples, folder)
         rows = measure({**base, "data-dir": folder}, int(base["nodes"]), options.seeds)
-    print("| values | accuracy % | loss against float32 | standard error | up, times smaller | down, times smaller |")
-    print("|---|---|---|---|---|---|")
+    tables.head(COLUMNS.values())
     for row in rows:
-        print(
-            f"| {row['values']} | {row['accuracy']} | {row['loss']} | {row['standard_error']} "
-            f"| {row['up_times_smaller']} | {row['down_times_smaller']} |"
-        )
+        tables.row(row[key] for key in COLUMNS)
     print(json.dumps({"rows": rows, "settings": {key: value for key, value in base.items() if value != ""}}))
 
 

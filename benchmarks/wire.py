@@ -22,13 +22,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.choices import CODED
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.costs.ledger import phase_of
 from autoflip_flwr.costs.message_size import message_bytes, record_bytes
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import MASK_RECORD
 from autoflip_flwr.wire.records import to_arrays, to_record
-from autoflip_flwr.wire.values import KINDS
 
 
 def twocnn(parameters: int) -> Arrays:
@@ -124,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options.params, options.density)
     found["values"] = {}
-    for kind in KINDS[1:]:
+    for kind in CODED:
         coded = measure(options.params, options.density, kind)
         found["values"][kind] = {
             f"{way}_times_smaller": round(found[f"{way}_bytes"] / coded[f"{way}_bytes"], 3)

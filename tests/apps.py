@@ -11,13 +11,19 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from autoflip_flwr import autoflip_mod, current_mask
-from autoflip_flwr.core.budget import SCOPES
+from autoflip_flwr.core.budget import BUDGETS
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.core.selection import narrowed, select, widened
 from autoflip_flwr.core.statistics import Accumulator, Exploration
 from autoflip_flwr.wire.keys import PHASE_KEY
+
+NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
+
+
+class Killed(BaseException):
+    """As if the process had been killed."""
 
 
 def model(seed: int = 0) -> Arrays:
@@ -36,6 +42,14 @@ def record(arrays: Arrays) -> ArrayRecord:
 
 def arrays_of(record_: ArrayRecord) -> Arrays:
     return {name: array.numpy() for name, array in record_.items()}
+
+
+def same_bytes(left: Arrays, right: Arrays) -> None:
+    """Two models have the same arrays in the same order, bit for bit."""
+    assert list(left) == list(right)
+    for name in left:
+        assert (left[name].dtype, left[name].shape) == (right[name].dtype, right[name].shape), name
+        assert left[name].tobytes() == right[name].tobytes(), name
 
 
 def step(arrays: Arrays, context: Context, round_: int, exploring: bool) -> Arrays:
@@ -119,7 +133,7 @@ def choose(
 ) -> Mask:
     """The mask that keeps the highest scores, in the budget of a sparsity."""
     inner = narrowed(layout, tied or {}, ())
-    return widened(layout, select(inner, score, SCOPES[scope](inner, sparsity), **options), tied or {}, ())
+    return widened(layout, select(inner, score, BUDGETS[scope](inner, sparsity), **options), tied or {}, ())
 
 
 def explored(layout: Layout, answers: Iterable[tuple[float, Arrays]], *, per_client: bool = False) -> Exploration:

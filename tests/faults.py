@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from projects import write_project
+
 from autoflip_flwr.launch import superlink
 from autoflip_flwr.launch.cli import to_toml
 
 REPOSITORY = Path(__file__).parents[1]
 LIMIT = 300.0  # seconds within which whatever is waited for must happen
-NONE = {"quarantined": 0, "errors": 0, "absent": 0}
 SMALL = {"num-server-rounds": 4, "nodes": 4, "local-epochs": 5, "exploration-epochs": 1}
 
 
@@ -26,24 +27,16 @@ def faulty_app(folder: Path, client: str = "", server: str = "") -> Path:
 
     The client's names its mod `fault`.
     """
-    folder.mkdir()
     project = (REPOSITORY / "pyproject.toml").read_text()
-    config = project[project.index("[tool.flwr.app.config]") : project.index("[tool.ruff]")]
-    (folder / "pyproject.toml").write_text(
-        '[project]\nname = "faulty"\nversion = "1.0.0"\ndescription = "A fault"\nlicense = "Apache-2.0"\n'
-        '[tool.flwr.app]\npublisher = "test"\n'
-        f'[tool.flwr.app.components]\nserverapp = "faulty_server:app"\nclientapp = "faulty_client:app"\n{config}'
-    )
+    config = project[project.index("[tool.flwr.app.config]") : project.index("[tool.ruff]")].partition("\n")[2]
     fault = "fault, " if client else ""
-    (folder / "faulty_client.py").write_text(
+    own_client = (
         f"from flwr.clientapp import ClientApp\nfrom autoflip_flwr import autoflip_mod\n"
         f"from autoflip_flwr.experiment.client import client_fn\n{client}\n"
         f"app = ClientApp(client_fn=client_fn, mods=[{fault}autoflip_mod])\n"
     )
-    (folder / "faulty_server.py").write_text(
-        f'{server}\nfrom autoflip_flwr.experiment.server import app\n\n__all__ = ["app"]\n'
-    )
-    return folder
+    own_server = f'{server}\nfrom autoflip_flwr.experiment.server import app\n\n__all__ = ["app"]\n'
+    return write_project(folder, server=own_server, client=own_client, config=config)
 
 
 def told(folder: Path, name: str = "summary.json") -> Any:

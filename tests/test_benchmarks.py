@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from autoflip_flwr.core.choices import CODED
 from benchmarks import startup
 
 
@@ -24,7 +25,7 @@ def test_wire_keeps_to_its_limits(params, density):
     assert found["download_bytes"] <= found["download_limit_bytes"]
     assert found["mask_entropy_bytes"] <= found["mask_bytes"] <= 1.25 * found["mask_entropy_bytes"] + 1024
     assert found["exploration_upload_bytes"] <= found["dense_bytes"] / 4
-    assert found["values"].keys() == {"bfloat16", "float16", "int8"}
+    assert found["values"].keys() == set(CODED)
     assert all(
         ratio > (3 if kind == "int8" else 1.8) for kind, way in found["values"].items() for ratio in way.values()
     )

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from apps import NO_FAILURES
+from projects import write_project
 
 from autoflip_flwr.launch import superlink
 from benchmarks.loopback import Loopback
@@ -48,29 +50,14 @@ def test_the_ledger_is_what_flower_says_its_nodes_received_and_sent(loopback, tm
     assert up == pytest.approx(traffic["inbound-bytes"], rel=TOLERANCE)
     assert down == pytest.approx(traffic["outbound-bytes"], rel=TOLERANCE)
     assert told["bytes"]["total"] == up + down == sum(own["total"] for own in nodes.values())
-    assert told["failures"] == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert told["failures"] == NO_FAILURES
     phases = {"exploration", "train"} if method == "autoflip" else {"train"}
     for key in ("flops", "exchange_seconds"):
         assert told[key].keys() == phases
         assert all(value > 0 for value in told[key].values())
 
 
-APP = {
-    "pyproject.toml": """\
-[project]
-name = "forgetful"
-version = "1.0.0"
-description = "A model whose nodes lose their state"
-license = "Apache-2.0"
-[tool.flwr.app]
-publisher = "test"
-[tool.flwr.app.components]
-serverapp = "forgetful_server:app"
-clientapp = "forgetful_client:app"
-[tool.flwr.app.config]
-out = ""
-""",
-    "forgetful_client.py": """\
+CLIENT = """\
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -91,8 +78,9 @@ def train(message, context):
     moved = {name: Array((a + random.normal(size=a.shape)).astype(a.dtype)) for name, a in arrays.items()}
     content = {"arrays": ArrayRecord(moved), "metrics": MetricRecord({"num-examples": 1})}
     return Message(RecordDict(content), reply_to=message)
-""",
-    "forgetful_server.py": """\
+"""
+
+SERVER = """\
 import json
 import os
 import signal
@@ -126,15 +114,11 @@ def main(grid, context):
             "failures": strategy.ledger.failure_counts(), "mask_down": strategy.ledger.mask_down,
             "outside": int(np.count_nonzero(result.arrays["w"].numpy()[~strategy.mask.keep["w"]]))}
     Path(context.run_config["out"]).write_text(json.dumps(told))
-""",
-}
+"""
 
 
 def test_a_node_that_forgot_and_one_that_is_new_get_the_mask_in_the_same_round(loopback, tmp_path):
-    folder = tmp_path / "forgetful"
-    folder.mkdir()
-    for name, text in APP.items():
-        (folder / name).write_text(text)
+    folder = write_project(tmp_path / "forgetful", server=SERVER, client=CLIENT, config='out = ""')
     replaced = threading.Thread(target=_replace_a_node_in_round_2, args=(loopback,))
     replaced.start()
     loopback.run(folder, {"out": str(tmp_path / "told.json")}, timeout=600)

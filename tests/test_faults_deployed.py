@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import LIMIT, NONE, REPOSITORY, SMALL, checkpoint, faulty_app, kill, record, rounds, told, wait_for
+from apps import NO_FAILURES
+from faults import LIMIT, REPOSITORY, SMALL, checkpoint, faulty_app, kill, record, rounds, told, wait_for
 
 from autoflip_flwr.launch import superlink
 from benchmarks.loopback import Loopback
@@ -123,7 +124,7 @@ def test_a_node_that_joins_late(tmp_path: Path) -> None:
     lines, summary = rounds(folder), told(folder)
     assert lines[1]["nodes"] == 2
     assert lines[6]["nodes"] == 3
-    assert summary["failures"] == NONE
+    assert summary["failures"] == NO_FAILURES
     assert list(summary["bytes_by_node"]) == ["0", "1", "2"]
     masks = [own["mask_down"] for own in summary["bytes_by_node"].values()]
     assert min(masks) > 0.9 * max(masks) > 0  # it was sent the mask as the others were
@@ -182,6 +183,6 @@ def test_the_superlink_killed_and_restarted_with_its_database(tmp_path: Path) ->
     tell(folder)
     whole = record(tmp_path / "whole")
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert told(folder)["failures"] == NONE
+    assert told(folder)["failures"] == NO_FAILURES
     (after,) = told(folder)["resumed_after"]
     assert after >= 2

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apps import NO_FAILURES
 from faults import (
     LIMIT,
-    NONE,
     REPOSITORY,
     SMALL,
     checkpoint,
@@ -183,7 +183,7 @@ def half_fails(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 def test_half_of_the_clients_fail_at_random_for_20_rounds(tmp_path: Path, half_fails: tuple[Path, float]) -> None:
     folder, accuracy = half_fails
     sampled, reference = twenty_rounds(tmp_path / "sampled", **{"fraction-train": 0.5, "explorers": 0.5})
-    assert told(sampled)["failures"] == NONE
+    assert told(sampled)["failures"] == NO_FAILURES
     failing = told(folder)
     assert failing["rounds"] == 20
     assert 80 < failing["failures"]["errors"] < 130  # of 210
@@ -228,7 +228,7 @@ def test_those_who_fail_leave_no_trace_in_the_model(tmp_path: Path, half_fails: 
     folder, _ = half_fails
     app = faulty_app(tmp_path / "app", server=SPARING.format(incidents=(folder / "incidents.json").read_text()))
     spared, _ = twenty_rounds(tmp_path / "spared", app, explorers=0.5)  # which of them, the app says
-    assert told(spared)["failures"] == NONE
+    assert told(spared)["failures"] == NO_FAILURES
     for name in ("model.safetensors", "mask.safetensors"):
         assert (folder / name).read_bytes() == (spared / name).read_bytes(), name
     one, other = rounds(folder), rounds(spared)

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from apps import NO_FAILURES
 
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data import load
 from benchmarks import scale
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def mnist(tmp_path):
     return tmp_path
 
 
-def record(folder: Path, failures=FAILURES) -> Path:
+def record(folder: Path, failures=NO_FAILURES) -> Path:
     lines = [{"phase": "exploration", "nodes": 20, "seconds": 4.0}]
     lines += [{"phase": "train", "nodes": 20, "seconds": seconds} for seconds in (5.0, 7.0, 8.0, 13.0)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -72,7 +71,7 @@ def test_a_row_is_read_from_the_run_record(tmp_path):
 
 def test_a_run_in_which_a_reply_is_missing_is_no_measurement(tmp_path):
     with pytest.raises(RuntimeError, match="'absent': 1"):
-        scale.read(record(tmp_path, FAILURES | {"absent": 1}), 100, 0.0)
+        scale.read(record(tmp_path, NO_FAILURES | {"absent": 1}), 100, 0.0)
 
 
 @linux

@@ -34,7 +34,7 @@ def pack_reply(
     mask : Mask
         The mask under which the reply is packed.
     kind : str
-        How its values are coded, one of :data:`~autoflip_flwr.wire.values.KINDS`.
+        How its values are coded, one of :data:`~autoflip_flwr.core.choices.VALUES`.
     packed : Mapping[str, ndarray]
         The packed arrays that the client returns.
     start : Mapping[str, ndarray]

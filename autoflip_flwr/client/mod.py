@@ -15,6 +15,7 @@ from autoflip_flwr.client import numpy_client
 from autoflip_flwr.client.context import LAYOUT
 from autoflip_flwr.client.error_feedback import pack_reply
 from autoflip_flwr.client.report import add_reported, note_asked
+from autoflip_flwr.core.choices import DELTAS, LOG8, VALUES
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
@@ -23,7 +24,6 @@ from autoflip_flwr.wire.keys import (
     EXPLORE,
     HEADER,
     HELLO,
-    LOG8,
     MASK_MISSING,
     MASK_RECORD,
     MOD_REFUSED,
@@ -41,7 +41,6 @@ from autoflip_flwr.wire.messages import (
 )
 from autoflip_flwr.wire.records import WireError, array_bytes, fingerprint, make_array
 from autoflip_flwr.wire.request import read_ask
-from autoflip_flwr.wire.values import KINDS
 
 EXPLORED = "explored."
 """Records of ``context.state`` whose names begin so outlive the exploration; a client's others are as before it."""
@@ -113,7 +112,7 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if len(keys) != 1:
         raise WireError(f"{len(keys)} ArrayRecords in the message, expected 1")
     kind, wanted = (str(head.get(key, "float32")) for key in ("values", "reply"))
-    if kind not in KINDS or wanted not in (("float32", LOG8, NOTHING) if head["phase"] == EXPLORE else KINDS):
+    if kind not in VALUES or wanted not in ((*DELTAS, NOTHING) if head["phase"] == EXPLORE else VALUES):
         raise WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
     start = {dtype: vector.whole() for dtype, vector in read_vectors(mask, inner[keys[0]], kind).items()}
     given = mask.scatter(split_vectors(mask, start))

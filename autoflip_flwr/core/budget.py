@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
+from autoflip_flwr.core.choices import SCOPES
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
 
@@ -58,8 +59,8 @@ class Budget(dict[tuple[str, ...], int]):
         return cls({(name,): kept for name, kept in mask.kept_by_name.items()})
 
 
-SCOPES = {"global": Budget.whole, "layer": Budget.by_layer, "erk": Budget.erk}
-"""The budgets that are made of a sparsity alone, by name."""
+BUDGETS = dict(zip(SCOPES, (Budget.whole, Budget.by_layer, Budget.erk), strict=True))
+"""The budgets that are made of a sparsity alone, by scope."""
 
 
 def pruned_count(sparsity: float, size: int) -> int:

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import DELTAS, OVER, WEIGHTINGS
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.request import CODES, DELTA, OVER, Request
+from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.core.statistics import Statistics
-
-WEIGHTINGS = ("uniform", "examples")
 
 
 class Method:
@@ -172,8 +171,8 @@ def check_requests(method: Method, round_: int) -> tuple[Request, ...]:
     for each in asked:
         if not each.name or not set(each.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
             raise ValueError(f"{name}: the name {each.name!r} must be of lower-case letters, digits and '-'")
-        if each.over not in OVER or each.code not in CODES:
-            raise ValueError(f"{name}: {each}: over must be one of {', '.join(OVER)}, code of {', '.join(CODES)}")
+        if each.over not in OVER or each.code not in DELTAS:
+            raise ValueError(f"{name}: {each}: over must be one of {', '.join(OVER)}, code of {', '.join(DELTAS)}")
         if each.name == DELTA and each.over != ("all" if round_ == 0 else "kept"):
             raise ValueError(f"{name}: deltas are there of all entries in round 0, and of kept ones in the others")
     if len({each.name for each in asked}) < len(asked):

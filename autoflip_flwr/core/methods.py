@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.core import evidence
-from autoflip_flwr.core.budget import SCOPES
+from autoflip_flwr.core.budget import BUDGETS
+from autoflip_flwr.core.choices import INITIALS, NORMALISATIONS, SCOPES
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
 from autoflip_flwr.core.request import DELTA, Request
-from autoflip_flwr.core.scores import NORMALISATIONS, magnitude, random_scores, scores
+from autoflip_flwr.core.scores import magnitude, random_scores, scores
 from autoflip_flwr.core.selection import select
 from autoflip_flwr.core.statistics import Exploration, Floats, Statistics, minmax, start_arrays
-
-INITIALS = ("scratch", "explorers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Scored(Method):
 
     def first(self, sparsity: float, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mask:
         """Keep the highest scores within the budget of the scope."""
-        return select(layout, self.score(layout, initial, seen), SCOPES[self.scope](layout, sparsity))
+        return select(layout, self.score(layout, initial, seen), BUDGETS[self.scope](layout, sparsity))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

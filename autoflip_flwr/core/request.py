@@ -7,9 +7,6 @@ from typing import NamedTuple
 DELTA = "delta"
 """The statistic that every client's result holds already: what it returns less what it was sent."""
 
-OVER = ("kept", "pruned", "all")
-CODES = ("log8", "float32")
-
 
 class Request(NamedTuple):
     """A statistic that the server asks of clients.

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import NORMALISATIONS
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.statistics import Exploration, Floats, minmax
-
-NORMALISATIONS = ("none", "layer", "per-client")
 
 
 def agreement(deviation: Floats, signed_mean: Floats) -> Floats:

@@ -13,7 +13,7 @@ from autoflip_flwr.costs.message_size import Traffic, dense_traffic, message_tra
 from autoflip_flwr.costs.reason import last_words
 from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
 
-PHASES = ("exploration", "train", "evaluate", "other")
+CHARGED_PHASES = ("exploration", "train", "evaluate", "other")
 
 LATE = "no reply in time"
 
@@ -24,12 +24,12 @@ _PHASE_OF_HEADER = {EXPLORE: "exploration", TRAIN: "train", EVALUATE: "evaluate"
 
 
 def phase_of(message: Message) -> str:
-    """The phase that a message is charged to, one of ``PHASES``."""
+    """The phase that a message is charged to, one of ``CHARGED_PHASES``."""
     head = message.content.get(HEADER) if message.has_content() else None
     if head is not None:
         return _PHASE_OF_HEADER.get(str(head.get("phase")), "other")
     category = message.metadata.message_type.partition(".")[0]
-    return category if category in PHASES else "other"
+    return category if category in CHARGED_PHASES else "other"
 
 
 def examples_processed(content: RecordDict) -> int | None:
@@ -70,7 +70,7 @@ class Ledger:
     Attributes
     ----------
     up, down : Counter[str]
-        Bytes from and to the nodes, by phase (``PHASES``). Masks count in ``mask_down``, not in ``down``.
+        Bytes from and to the nodes, by phase (``CHARGED_PHASES``). Masks count in ``mask_down``, not in ``down``.
     mask_down : int
         Bytes of mask records.
     by_node : dict[int, Counter[str]]
@@ -90,9 +90,9 @@ class Ledger:
         Floating-point operations of one example, forward and backward, through the dense model.
     incidents : list[dict[str, int or str or None]]
         What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``odd``: the reply counts, though
-        its update is longer than anything explains; ``rested``: the node gets no messages for a while; ``kept``: the
-        round leaves the model as it was), ``phase``, ``round``, ``node`` (its
-        partition id where that is known; ``None`` for the round) and ``reason``.
+        its update is longer than anything explains; ``rested``: the node gets no messages for a while; ``unchanged``:
+        the round leaves the model as it was), ``phase``, ``round``, ``node`` (its partition id where that is known;
+        ``None`` for the round) and ``reason``.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -168,7 +168,9 @@ class Ledger:
     def bytes_by_phase(self) -> dict[str, int]:
         """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``."""
         table = {
-            f"{phase}_{way}": count[phase] for phase in PHASES for way, count in (("up", self.up), ("down", self.down))
+            f"{phase}_{way}": count[phase]
+            for phase in CHARGED_PHASES
+            for way, count in (("up", self.up), ("down", self.down))
         }
         other = table.pop("other_up") + table.pop("other_down")
         table |= {"mask_down": self.mask_down, "other": other}
@@ -209,7 +211,9 @@ class Ledger:
 
         They are those of the dense model: an unstructured mask saves bytes, not operations.
         """
-        return {phase: self.examples[phase] * self.flops_per_example for phase in PHASES if self.examples[phase]}
+        return {
+            phase: self.examples[phase] * self.flops_per_example for phase in CHARGED_PHASES if self.examples[phase]
+        }
 
     def exploration_only(self) -> dict[str, float]:
         """What the exploration alone has cost, to be charged again to a run that reuses it."""

@@ -1,7 +1,8 @@
-"""The settings of the shipped app: what each means, its default and what is allowed.
+"""The settings of the shipped app: the one place that says what each means, its default and what is allowed.
 
-`[tool.flwr.app.config]` in pyproject.toml lists the same settings with the same defaults. Flower itself checks neither
-types nor ranges, so both the command line and the server app pass their values through `Config`.
+`autoflip settings` prints them; docs/settings.md and `[tool.flwr.app.config]` in pyproject.toml are held to them.
+Flower itself checks neither types nor ranges, so both the command line and the server app pass their values through
+`Config`.
 """
 
 import difflib
@@ -10,8 +11,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from autoflip_flwr.core import choices
 
 Value = bool | int | float | str
 """What a Flower run config can hold."""
@@ -19,14 +23,10 @@ Value = bool | int | float | str
 PATHS = ("data-dir", "output-dir", "exploration", "resume")
 """The settings that are paths."""
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 _DATA_FILES = (
     "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
     "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
 )
-VALUES = ("float32", "bfloat16", "float16", "int8")
-METHODS = ("autoflip", "fedavg", "snip", "magnitude", "random")
-MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
 
 
 class ConfigError(ValueError):
@@ -34,39 +34,57 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
+    """What is allowed: a type, a range in words and as a test, and the choices where there are some."""
+
     kind: type[Value]
     allowed: str
     accepts: Callable[[Any], bool] = lambda _: True
+    choices: tuple[str, ...] = ()
 
 
-def _choice(*choices: str) -> _Rule:
-    return _Rule(str, f"one of {', '.join(choices)}", choices.__contains__)
+def _choice(allowed: tuple[str, ...]) -> Rule:
+    told = ", ".join(filter(None, allowed))
+    return Rule(str, f"{'empty or ' * ('' in allowed)}one of {told}", allowed.__contains__, allowed)
 
 
-_TEXT = _Rule(str, "a string")
-_FLAG = _Rule(bool, "true or false")
-_COUNT = _Rule(int, "an integer >= 1", lambda v: v >= 1)
-_NOT_BELOW_ZERO = _Rule(int, "an integer >= 0", lambda v: v >= 0)
-_POSITIVE = _Rule(float, "a number > 0", lambda v: v > 0)
-_NOT_NEGATIVE = _Rule(float, "a number >= 0", lambda v: v >= 0)
-_BELOW_ONE = _Rule(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
-_ABOVE_ONE = _Rule(float, "a number > 1", lambda v: v > 1)
-_UP_TO_ONE = _Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
-_UNIT = _Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
-_SEED = _Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
-_CLASSES = _Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
-_NAME = _Rule(
+_TEXT = Rule(str, "a string")
+_FLAG = Rule(bool, "true or false")
+_COUNT = Rule(int, "an integer >= 1", lambda v: v >= 1)
+_NOT_BELOW_ZERO = Rule(int, "an integer >= 0", lambda v: v >= 0)
+_POSITIVE = Rule(float, "a number > 0", lambda v: v > 0)
+_NOT_NEGATIVE = Rule(float, "a number >= 0", lambda v: v >= 0)
+_BELOW_ONE = Rule(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+_ABOVE_ONE = Rule(float, "a number > 1", lambda v: v > 1)
+_UP_TO_ONE = Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
+_UNIT = Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+_SEED = Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
+_CLASSES = Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
+_NAME = Rule(
     str,
     "at most 64 letters, digits, '.', '_' or '-'",
     lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
 )
-_WAY = _Rule(str, f"empty or one of {', '.join(VALUES)}", ("", *VALUES).__contains__)
-_FOLDER_NAME = _Rule(str, "the path of a folder", lambda v: v != "")
+_FOLDER_NAME = Rule(str, "the path of a folder", lambda v: v != "")
+_CODING, _OWN_CODING = _choice(choices.VALUES), _choice(("", *choices.VALUES))
 
 
-def _setting(default: Value, rule: _Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
+def _setting(
+    section: str, default: Value, rule: Rule, meaning: str, *, only_with: tuple[str, tuple[Value, ...]] | None = None
+) -> Any:
+    """A field of `Config`; `only_with` is the setting, and its values, without which this one does nothing."""
+    about = {"section": section, "rule": rule, "meaning": meaning, "only_with": only_with}
+    return field(default=default, metadata=about)
+
+
+_of_run = partial(_setting, "The run")
+_of_data = partial(_setting, "Data and nodes")
+_of_clients = partial(_setting, "Model and training")
+_of_rounds = partial(_setting, "Rounds")
+_of_pruning = partial(_setting, "Pruning", only_with=("method", choices.PRUNING))
+_of_explorers = partial(_setting, "Pruning", only_with=("method", choices.ASKING))
+_of_exploration = partial(_setting, "Pruning", only_with=("method", ("autoflip",)))
+_of_safety = partial(_setting, "Replies and checkpoints", only_with=("method", choices.PRUNING))
 
 
 @dataclass(frozen=True)
@@ -74,171 +92,112 @@ class Config:
     """All settings of one run. A value out of range raises `ConfigError`.
 
     In TOML and on the command line the names are in kebab case: `batch-size` for `batch_size`. Numbers are finite; an
-    integer is accepted where a number is asked for and becomes a float.
-
-    Parameters
-    ----------
-    name : str ("")
-        Name of the run, at most 64 letters, digits, '.', '_' or '-'. Empty: `<method>-<dataset>`.
-    method : str ("autoflip")
-        autoflip (informed pruning), fedavg (dense), or a rival score: snip, magnitude, random.
-    seed : int (1)
-        Of everything random, in [0, 2**32).
-    output_dir : str ("runs")
-        Folder in which the run's own folder is made.
-    dataset : str ("digits")
-        digits, mnist, fashion_mnist or cifar10.
-    data_dir : str ("")
-        Existing folder that holds the data set. Empty: see `resolved_data_dir`.
-    split : str ("dirichlet")
-        How the data are divided among the nodes: iid, dirichlet (label skew) or pathological (few classes a node).
-    alpha : float (0.3)
-        Concentration of the Dirichlet split, > 0; the smaller, the more skewed.
-    classes_per_client : int (2)
-        Of the pathological split, in [1, 10].
-    nodes : int (0)
-        SuperNodes to wait for: 0 (as many as connect, at least 2) or more.
-    node_timeout : float (60.0)
-        Seconds without a new node after which a run no longer waits for more, > 0.
-    model : str ("cnn")
-        cnn, twocnn, resnet18 or resnet18-gn.
-    optimizer : str ("adam")
-        Of the clients: adam or sgd.
-    lr : float (0.003)
-        Learning rate of the clients, > 0.
-    lr_decay : float (1.0)
-        In (0, 1]; `lr` is multiplied by it after every round.
-    momentum : float (0.0)
-        Of sgd, in [0, 1).
-    weight_decay : float (0.0)
-        Of the clients' optimiser, >= 0.
-    batch_size : int (16)
-        Examples a step, >= 1.
-    local_epochs : int (3)
-        Epochs a client trains in a round, >= 1.
-    device : str ("auto")
-        auto, cpu, cuda or mps.
-    num_server_rounds : int (20)
-        Rounds after the exploration, >= 1.
-    fraction_train : float (1.0)
-        Share of the nodes that train in a round, in (0, 1].
-    fraction_evaluate : float (0.0)
-        Share of the nodes that evaluate in a round, in [0, 1]; the server evaluates centrally in any case.
-    round_timeout : float (600.0)
-        Seconds after which a round goes on without the missing replies, > 0.
-    server_momentum : float (0.0)
-        In [0, 1); above 0 the server runs FedAvgM.
-    server_learning_rate : float (1.0)
-        Of FedAvgM, > 0.
-    sparsity : float (0.7)
-        Share of the prunable parameters to prune, in [0, 1).
-    scope : str ("global")
-        Scores are ranked over the whole model (global), or per layer, of equal density (layer) or by ERK (erk).
-    normalisation : str ("none")
-        Of the scores before they are ranked: none, layer or per-client.
-    gamma : float (1.0)
-        Power of the client agreement in the score, >= 0; 0 ignores agreement.
-    prune_biases : bool (False)
-        Whether biases are prunable, too.
-    initial : str ("scratch")
-        Weights of round 1: the initial ones (scratch) or the explorers' average (explorers).
-    explorers : float (1.0)
-        Share of the nodes that explore, in (0, 1].
-    exploration_batches : int (1)
-        Batches in which they explore, >= 1.
-    exploration_epochs : int (5)
-        Most epochs an explorer trains, >= 1.
-    exploration_patience : int (2)
-        Epochs without a better loss after which an explorer stops, >= 1.
-    exploration_timeout : float (0.0)
-        Seconds for each batch of explorers, >= 0. 0: as `round_timeout`.
-    exploration_weighting : str ("uniform")
-        Weights of the explorers: uniform or examples.
-    exploration_values : str ("log8")
-        How explorers' moves travel: log8 (a byte a parameter or less) or float32.
-    min_explorers : int (2)
-        Fewest explorers whose results make a mask, >= 1 and not more than `nodes`.
-    values : str ("float32")
-        How values travel in the rounds: float32, bfloat16, float16 or int8.
-    values_up : str ("")
-        The same for replies alone. Empty: as `values`.
-    values_down : str ("")
-        The same for messages to the nodes alone. Empty: as `values`.
-    exploration : str ("")
-        Existing file with the exploration of an earlier run, to be used instead of exploring.
-
-    min_replies : int (1)
-        A round in which fewer replies count keeps the model (method autoflip), >= 1.
-    norm_factor : float (1000.0)
-        A reply is left out whose update is so many times longer than other replies and its work explain (method
-        autoflip), > 1; from the default on only if earlier rounds do not explain it, and it is longer than the model.
-    max_examples : float (1e9)
-        A reply that says it has more examples is left out (method autoflip), > 0.
-    checkpoints : int (2)
-        Rounds whose whole state is kept in the run's folder (method autoflip), >= 0; 0 keeps none.
-    resume : str ("")
-        Existing folder of an interrupted run's record: go on after its last finished round. All else must be as it
-        was, but for `num_server_rounds`, which may grow, and what changes no result.
+    integer is accepted where a number is asked for and becomes a float. `autoflip settings` prints what each field says
+    of itself.
     """
 
-    name: str = _setting("", _NAME)
-    method: str = _setting("autoflip", _choice(*METHODS))
-    seed: int = _setting(1, _SEED)
-    output_dir: str = _setting("runs", _FOLDER_NAME)
+    name: str = _of_run("", _NAME, "Name of the run's folder. Empty: <method>-<dataset>")
+    method: str = _of_run(
+        "autoflip", _choice(choices.METHODS), "Informed pruning, the dense baseline, or a rival score"
+    )
+    seed: int = _of_run(1, _SEED, "Of everything random")
+    output_dir: str = _of_run("runs", _FOLDER_NAME, "Where the run's own folder is made")
 
-    dataset: str = _setting("digits", _choice(*DATASETS))
-    data_dir: str = _setting("", _TEXT)
-    split: str = _setting("dirichlet", _choice("iid", "dirichlet", "pathological"))
-    alpha: float = _setting(0.3, _POSITIVE)
-    classes_per_client: int = _setting(2, _CLASSES)
-    nodes: int = _setting(0, _NOT_BELOW_ZERO)
-    node_timeout: float = _setting(60.0, _POSITIVE)
+    dataset: str = _of_data("digits", _choice(choices.DATASETS), "The data set")
+    data_dir: str = _of_data(
+        "", _TEXT, "Existing folder that holds it. Empty: $AUTOFLIP_DATA, else torchvision downloads it"
+    )
+    split: str = _of_data(
+        "dirichlet", _choice(choices.SPLITS), "Among the nodes: evenly, by label skew, or few classes for each node"
+    )
+    alpha: float = _of_data(
+        0.3, _POSITIVE, "Of the Dirichlet split: the smaller, the more skewed", only_with=("split", ("dirichlet",))
+    )
+    classes_per_client: int = _of_data(2, _CLASSES, "Of the pathological split", only_with=("split", ("pathological",)))
+    nodes: int = _of_data(0, _NOT_BELOW_ZERO, "SuperNodes to wait for. 0: as many as connect, at least 2")
+    node_timeout: float = _of_data(
+        60.0, _POSITIVE, "Seconds without a new node after which a run no longer waits for more"
+    )
 
-    model: str = _setting("cnn", _choice(*MODELS))
-    optimizer: str = _setting("adam", _choice("adam", "sgd"))
-    lr: float = _setting(0.003, _POSITIVE)
-    lr_decay: float = _setting(1.0, _UP_TO_ONE)
-    momentum: float = _setting(0.0, _BELOW_ONE)
-    weight_decay: float = _setting(0.0, _NOT_NEGATIVE)
-    batch_size: int = _setting(16, _COUNT)
-    local_epochs: int = _setting(3, _COUNT)
-    device: str = _setting("auto", _choice("auto", "cpu", "cuda", "mps"))
+    model: str = _of_clients("cnn", _choice(choices.MODELS), "The model")
+    optimizer: str = _of_clients("adam", _choice(choices.OPTIMIZERS), "Of the clients")
+    lr: float = _of_clients(0.003, _POSITIVE, "Learning rate of the clients")
+    lr_decay: float = _of_clients(1.0, _UP_TO_ONE, "The learning rate is multiplied by it after every round")
+    momentum: float = _of_clients(0.0, _BELOW_ONE, "Of sgd", only_with=("optimizer", ("sgd",)))
+    weight_decay: float = _of_clients(0.0, _NOT_NEGATIVE, "Of the clients' optimiser")
+    batch_size: int = _of_clients(16, _COUNT, "Examples a step")
+    local_epochs: int = _of_clients(3, _COUNT, "Epochs that a client trains in a round")
+    device: str = _of_clients("auto", _choice(choices.DEVICES), "Where clients train. auto: the best that there is")
 
-    num_server_rounds: int = _setting(20, _COUNT)
-    fraction_train: float = _setting(1.0, _UP_TO_ONE)
-    fraction_evaluate: float = _setting(0.0, _UNIT)
-    round_timeout: float = _setting(600.0, _POSITIVE)
-    server_momentum: float = _setting(0.0, _BELOW_ONE)
-    server_learning_rate: float = _setting(1.0, _POSITIVE)
+    num_server_rounds: int = _of_rounds(20, _COUNT, "Rounds after the exploration")
+    fraction_train: float = _of_rounds(1.0, _UP_TO_ONE, "Share of the nodes that train in a round")
+    fraction_evaluate: float = _of_rounds(
+        0.0, _UNIT, "Share of the nodes that evaluate in a round; the server evaluates centrally in any case"
+    )
+    round_timeout: float = _of_rounds(
+        600.0, _POSITIVE, "Seconds after which a round goes on without the missing replies"
+    )
+    server_momentum: float = _of_rounds(0.0, _BELOW_ONE, "Above 0 the server runs FedAvgM")
+    server_learning_rate: float = _of_rounds(1.0, _POSITIVE, "Of FedAvgM, which the server runs where it is not 1")
 
-    sparsity: float = _setting(0.7, _BELOW_ONE)
-    scope: str = _setting("global", _choice("global", "layer", "erk"))
-    normalisation: str = _setting("none", _choice("none", "layer", "per-client"))
-    gamma: float = _setting(1.0, _NOT_NEGATIVE)
-    prune_biases: bool = _setting(False, _FLAG)
-    initial: str = _setting("scratch", _choice("scratch", "explorers"))
-    explorers: float = _setting(1.0, _UP_TO_ONE)
-    exploration_batches: int = _setting(1, _COUNT)
-    exploration_epochs: int = _setting(5, _COUNT)
-    exploration_patience: int = _setting(2, _COUNT)
-    exploration_timeout: float = _setting(0.0, _NOT_NEGATIVE)
-    exploration_weighting: str = _setting("uniform", _choice("uniform", "examples"))
-    exploration_values: str = _setting("log8", _choice("log8", "float32"))
-    min_explorers: int = _setting(2, _COUNT)
-    values: str = _setting("float32", _choice(*VALUES))
-    values_up: str = _setting("", _WAY)
-    values_down: str = _setting("", _WAY)
-    exploration: str = _setting("", _TEXT)
+    sparsity: float = _of_pruning(0.7, _BELOW_ONE, "Share of the prunable parameters to prune")
+    scope: str = _of_pruning(
+        "global",
+        _choice(choices.SCOPES),
+        "Scores are ranked over the whole model, or per layer: of equal density, or by ERK",
+    )
+    normalisation: str = _of_exploration(
+        "none", _choice(choices.NORMALISATIONS), "Of the scores before they are ranked"
+    )
+    gamma: float = _of_exploration(
+        1.0, _NOT_NEGATIVE, "Power of the client agreement in the score; 0 leaves agreement out"
+    )
+    prune_biases: bool = _of_pruning(False, _FLAG, "Whether biases are prunable, too")
+    initial: str = _of_exploration(
+        "scratch", _choice(choices.INITIALS), "Round 1 starts from the initial weights, or the explorers' average"
+    )
+    explorers: float = _of_explorers(1.0, _UP_TO_ONE, "Share of the nodes that explore")
+    exploration_batches: int = _of_explorers(1, _COUNT, "Batches in which they explore")
+    exploration_epochs: int = _of_exploration(5, _COUNT, "Most epochs that an explorer trains")
+    exploration_patience: int = _of_exploration(2, _COUNT, "Epochs without a better loss after which an explorer stops")
+    exploration_timeout: float = _of_explorers(
+        0.0, _NOT_NEGATIVE, "Seconds for each batch of explorers. 0: as round-timeout"
+    )
+    exploration_weighting: str = _of_explorers(
+        "uniform", _choice(choices.WEIGHTINGS), "Explorers count alike, or by their number of examples"
+    )
+    exploration_values: str = _of_explorers(
+        "log8", _choice(choices.DELTAS), "How explorers' deltas travel: a byte a parameter or less, or as they are"
+    )
+    min_explorers: int = _of_explorers(
+        2, _COUNT, "Fewest explorers whose results make a mask; not more than nodes, where that is set"
+    )
+    values: str = _of_pruning("float32", _CODING, "How values travel in the rounds")
+    values_up: str = _of_pruning("", _OWN_CODING, "The same for replies alone. Empty: as values")
+    values_down: str = _of_pruning("", _OWN_CODING, "The same for messages to the nodes alone. Empty: as values")
+    exploration: str = _of_exploration(
+        "", _TEXT, "Existing file with the exploration of an earlier run, to be used instead of exploring"
+    )
 
-    min_replies: int = _setting(1, _COUNT)
-    norm_factor: float = _setting(1000.0, _ABOVE_ONE)
-    max_examples: float = _setting(1e9, _POSITIVE)
-    checkpoints: int = _setting(2, _NOT_BELOW_ZERO)
-    resume: str = _setting("", _TEXT)
+    min_replies: int = _of_safety(1, _COUNT, "A round in which fewer replies count leaves the model as it was")
+    norm_factor: float = _of_safety(
+        1000.0,
+        _ABOVE_ONE,
+        "A reply is left out whose update is so many times longer than other replies and its work explain; from the "
+        "default on only if earlier rounds do not explain it either, and it is longer than the model",
+    )
+    max_examples: float = _of_safety(1e9, _POSITIVE, "A reply that says it has more examples is left out")
+    checkpoints: int = _of_safety(2, _NOT_BELOW_ZERO, "Rounds whose whole state is kept in the run's folder. 0: none")
+    resume: str = _of_safety(
+        "",
+        _TEXT,
+        "Existing folder of an interrupted run's record: go on after its last finished round. All else must be as it "
+        "was, but for num-server-rounds, which may grow, and what changes no result",
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            rule: _Rule = each.metadata["rule"]
+            rule: Rule = each.metadata["rule"]
             value = getattr(self, each.name)
             if rule.kind is float and type(value) is int:
                 # An integer beyond the range of a float is as unusable as infinity.
@@ -246,22 +205,20 @@ class Config:
                 object.__setattr__(self, each.name, value)
             wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
             if wrong or not rule.accepts(value):
-                raise ConfigError(f"{_key(each)} = {shown(value)}: must be {rule.allowed}")
+                raise ConfigError(f"{key_of(each)} = {shown(value)}: must be {rule.allowed}")
         for key, value in self.as_dict().items():
             if key in PATHS and any(ord(character) < 32 for character in str(value)):
                 raise ConfigError(
                     f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
                     "escape: write a Windows path with forward slashes, or in single quotes"
                 )
-        if self.method in ("autoflip", "snip") and 0 < self.nodes < self.min_explorers:
+        if self.method in choices.ASKING and 0 < self.nodes < self.min_explorers:
             raise ConfigError(
                 f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "
                 f"for a mask of {self.nodes} node{'s' * (self.nodes > 1)}, min-explorers={self.nodes}"
             )
         if self.resume and (self.method == "fedavg" or not self.checkpoints):
             raise ConfigError(f"resume = {shown(self.resume)}: needs checkpoints > 0 and a method that is not 'fedavg'")
-        if self.exploration and self.method == "snip":
-            raise ConfigError(f"exploration = {shown(self.exploration)}: not with method = 'snip'")
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":
@@ -280,7 +237,7 @@ class Config:
         ConfigError
             For an unknown key, a wrong type, a value out of range or a path that does not exist.
         """
-        names = {_key(each): each.name for each in fields(cls)}
+        names = {key_of(each): each.name for each in fields(cls)}
         for key, value in values.items():
             if key not in names:
                 close = difflib.get_close_matches(key, names, n=1)
@@ -298,7 +255,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Value]:
         """All settings by their kebab-case keys, in the order of their declaration."""
-        return {_key(each): getattr(self, each.name) for each in fields(self)}
+        return {key_of(each): getattr(self, each.name) for each in fields(self)}
 
     def as_fields(self) -> dict[str, Value]:
         """All settings by their names here."""
@@ -337,5 +294,6 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _key(setting: "Field[Any]") -> str:
+def key_of(setting: "Field[Any]") -> str:
+    """The name of a field of `Config` in TOML and on the command line."""
     return setting.name.replace("_", "-")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import DATASETS
 from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.datafiles import (
     ARRAYS,
@@ -103,7 +104,7 @@ def _load(dataset: str, data_dir: str) -> ImageData:
     if dataset == "digits":
         return _digits()
     if dataset not in KNOWN:
-        raise ConfigError(f"dataset = {dataset!r}: must be one of digits, {', '.join(KNOWN)}")
+        raise ConfigError(f"dataset = {dataset!r}: must be one of {', '.join(DATASETS)}")
     known = KNOWN[dataset]
     if not data_dir:
         return _image_data(dataset, known, _through_cache(dataset, known, {}), f"{cache_dir() / known.folder}: ")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import SPLITS
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.datafiles import cache_dir
 
@@ -104,8 +105,8 @@ def _check(
 ) -> None:
     if labels.ndim != 1:
         raise ConfigError(f"{dataset}: labels must be one-dimensional, not {labels.shape}")
-    if split not in ("iid", "dirichlet", "pathological"):
-        raise ConfigError(f"split = {split!r}: must be one of iid, dirichlet, pathological")
+    if split not in SPLITS:
+        raise ConfigError(f"split = {split!r}: must be one of {', '.join(SPLITS)}")
     if not 1 <= clients <= len(labels):
         raise ConfigError(f"cannot split the {len(labels)} examples of {dataset} between {clients} clients")
     if seed < 0:

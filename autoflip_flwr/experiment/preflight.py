@@ -21,7 +21,9 @@ from autoflip_flwr.experiment.config import Config, ConfigError, shown
 from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
 
 if TYPE_CHECKING:
+    from autoflip_flwr.core.layout import Arrays
     from autoflip_flwr.experiment.record.folder import RunRecord
+    from autoflip_flwr.storage.exploration_file import StoredExploration
 
 CONNECT_LIMIT = 3.0  # seconds within which the source of a download must answer
 SMI_LIMIT = 5.0
@@ -47,9 +49,7 @@ def check(config: Config, gpus: float) -> None:
     check_writable(Path(config.output_dir))
     check_data(config.dataset, config.resolved_data_dir)
     if config.exploration:
-        from autoflip_flwr.experiment.explored import check_exploration
-
-        check_exploration(Path(config.exploration), config.of_start())
+        earlier_exploration(config, None)
     if config.resume:
         resumable(config)
 
@@ -165,6 +165,19 @@ def unreachable(url: str) -> str:
     thread.start()
     thread.join(CONNECT_LIMIT)
     return trouble[0]
+
+
+def earlier_exploration(config: Config, initial: Arrays | None) -> StoredExploration:
+    """The exploration that is to be used again; ``ConfigError`` if the file has none, or of another initial model.
+
+    ``None`` for a model that is not made yet: then the settings that it is made of are compared.
+    """
+    from autoflip_flwr.storage.exploration_file import ExplorationFileError, read_exploration  # slow to load
+
+    try:
+        return read_exploration(config.exploration, initial, settings=config.of_start())
+    except ExplorationFileError as error:
+        raise ConfigError(f"exploration = {shown(config.exploration)}: {error.reason}") from error
 
 
 def resumable(config: Config) -> RunRecord:

@@ -12,20 +12,19 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from autoflip_flwr import Ledger
-from autoflip_flwr.core.digest import digest_of
-from autoflip_flwr.core.statistics import Exploration
+from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
-from autoflip_flwr.experiment.explored import read_exploration, write_exploration
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
-from autoflip_flwr.experiment.preflight import resumable
+from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
-from autoflip_flwr.experiment.strategies import ASKING, least_nodes, strategy_of
+from autoflip_flwr.experiment.strategies import least_nodes, strategy_of
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.strategy import Pruned
+from autoflip_flwr.storage.exploration_file import FILE_NAME, write_exploration
 from autoflip_flwr.wire.records import to_record
 
 app = ServerApp()
@@ -61,15 +60,14 @@ def run(grid: Grid, config: Config) -> Path:
     if ordered.num_partitions:  # else each node has data of its own
         # refuses an impossible split now, and leaves the split in the cache for the clients
         partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
-    start = digest_of(initial)
-    exploration, cost, explored_seconds = _earlier_exploration(config, start)
+    earlier = earlier_exploration(config, initial) if config.exploration else None
     if config.resume:
         record = resumable(config)
     else:
         name = config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict())
     log(INFO, "run record: %s", record.path)
-    strategy = strategy_of(config, ledger, exploration, record.path / "checkpoint")
+    strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
     tracker = Tracker(
         record,
         config,
@@ -78,23 +76,24 @@ def run(grid: Grid, config: Config) -> Path:
         torch.tensor(data.y_test),
         ledger,
         lambda: strategy.mask if isinstance(strategy, Pruned) else None,
-        explored_seconds,
+        earlier.seconds if earlier else 0.0,
     )
     ordered.observe = tracker.observe
     if isinstance(strategy, Pruned) and strategy.checkpoints is not None:
         strategy.checkpoints.extra, strategy.checkpoints.restore = tracker.state, tracker.restore
 
     def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
-        if server_round == 0 and cost:
-            ledger.charge_exploration(cost)
-        elif server_round == 0 and isinstance(strategy, Pruned) and isinstance(strategy.exploration, Exploration):
+        if server_round == 0 and earlier is not None:
+            if earlier.cost:
+                ledger.charge_exploration(earlier.cost)
+        elif server_round == 0 and isinstance(strategy, Pruned) and strategy.exploration:
             write_exploration(
-                record.path / "exploration.safetensors",
+                record.path / FILE_NAME,
                 strategy.exploration,
-                start,
-                config.of_start(),
-                ledger.exploration_only(),
-                tracker.exploration_seconds,
+                initial,
+                settings=config.of_start(),
+                cost=ledger.exploration_only(),
+                seconds=tracker.exploration_seconds,
             )
         return tracker.evaluate(server_round, arrays)
 
@@ -128,8 +127,3 @@ def _wait_for_nodes(ordered: OrderedGrid, config: Config) -> None:
             f"nodes = {config.nodes}: {error}; start more SuperNodes "
             f"(simulation: --federation-config 'num-supernodes={minimum}') or lower nodes or min-explorers"
         ) from error
-
-
-def _earlier_exploration(config: Config, start: str) -> tuple[Exploration | None, dict[str, float], float]:
-    """The exploration of an earlier run that is to be used, what it cost and its seconds."""
-    return read_exploration(Path(config.exploration), start) if config.exploration else (None, {}, 0.0)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
+from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Snip
-from autoflip_flwr.core.statistics import Exploration
+from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.replies.quarantine import ReplyRules
@@ -24,11 +25,11 @@ METHODS: Mapping[str, type[LossExploration | Magnitude | Random | Snip]] = {
     "magnitude": Magnitude,
     "random": Random,
 }
-ASKING = ("autoflip", "snip")
-"""Methods that ask clients before training."""
 
 
-def strategy_of(config: Config, ledger: Ledger, exploration: Exploration | None, checkpoints: Path) -> Strategy:
+def strategy_of(
+    config: Config, ledger: Ledger, exploration: Exploration | Statistics | None, checkpoints: Path
+) -> Strategy:
     """Make the strategy that the settings mean; ``exploration`` is that of an earlier run."""
     common = {
         "fraction_train": config.fraction_train,
@@ -63,7 +64,7 @@ def strategy_of(config: Config, ledger: Ledger, exploration: Exploration | None,
         config.sparsity,
         method=_method(config),  # type: ignore[arg-type]
         biases=config.prune_biases,
-        exploration=exploration,
+        exploration=exploration,  # type: ignore[arg-type]
         values=values,
         rules=rules,
         checkpoints=kept,

@@ -1,4 +1,4 @@
-"""The `autoflip` command: run an experiment on this machine or on a SuperLink, report on finished ones."""
+"""The `autoflip` command: run an experiment here or on a SuperLink, report on finished ones, list the settings."""
 
 import argparse
 import importlib.util
@@ -15,6 +15,7 @@ from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
 from autoflip_flwr.experiment.idle import idle
 from autoflip_flwr.launch.remote import run_app_on
 from autoflip_flwr.launch.screen import Screen
+from autoflip_flwr.launch.settings import markdown, table
 from autoflip_flwr.launch.superlink import TOOLS, Resources, run_app
 from autoflip_flwr.launch.toml import flatten, literal, parse_pairs, read_toml, to_toml
 
@@ -189,9 +190,14 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(options: argparse.Namespace) -> int:
+    print(markdown() if options.markdown else table())
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="autoflip", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,report}")
+    commands = parser.add_subparsers(required=True, metavar="{run,report,settings}")
 
     run = commands.add_parser("run", help="run a Flower app, in simulation or on a SuperLink, and wait for it")
     run.set_defaults(command=_run)
@@ -224,6 +230,10 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     report.add_argument("--compare", type=Path, metavar="OUT.png", help="also draw the runs in one figure")
+
+    settings = commands.add_parser("settings", help="list the settings of the shipped app")
+    settings.set_defaults(command=_settings)
+    settings.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
     return parser
 
 

@@ -11,11 +11,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import LOG8
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.costs.reason import last_words
-from autoflip_flwr.wire.keys import EXPLORE, HEADER, LOG8, MOD_REFUSED, NOTHING, STATISTICS, TRAIN
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, MOD_REFUSED, NOTHING, STATISTICS, TRAIN
 from autoflip_flwr.wire.messages import arrays_of, kept_and_size, read_header, read_vectors, unpack_deltas
 from autoflip_flwr.wire.records import WireError, fingerprint
 from autoflip_flwr.wire.request import to_report, unpack_statistics

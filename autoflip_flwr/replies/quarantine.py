@@ -133,7 +133,7 @@ class Quarantine:
     def keep_model(self, round_: int, reason: str) -> None:
         """Note that a round leaves the model as it was."""
         log(WARNING, "round %d: the model stays as it was: %s", round_, reason)
-        self._ledger.note("kept", None, "train", round_, reason)
+        self._ledger.note("unchanged", None, "train", round_, reason)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: nodes by their partition, since they may come back under another id."""

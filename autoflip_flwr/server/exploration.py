@@ -73,7 +73,7 @@ def explore(
     weight_key : str
         Metric that holds an explorer's number of examples.
     kind : str
-        How W0 is quantised on its way to the explorers, one of :data:`~autoflip_flwr.wire.values.KINDS`.
+        How W0 is quantised on its way to the explorers, one of :data:`~autoflip_flwr.core.choices.VALUES`.
     deltas : str
         ``"log8"``: statistics travel as the method asks; ``"float32"``: unquantised.
     seed : int | None

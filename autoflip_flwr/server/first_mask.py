@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 
 from autoflip_flwr.core import health
-from autoflip_flwr.core.budget import SCOPES
+from autoflip_flwr.core.budget import BUDGETS
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_requests
@@ -35,7 +35,7 @@ def choose_first(method: Method, sparsity: float, layout: Layout, initial: Array
     tied, spared = tied_weights(layout, initial, seen), method.spared(layout, seen)
     inner = narrowed(layout, tied, spared)
     scope = method.scope if isinstance(method, Scored) else "global"
-    if outputs := list(protected_outputs(inner, SCOPES[scope](inner, sparsity))):
+    if outputs := list(protected_outputs(inner, BUDGETS[scope](inner, sparsity))):
         log(INFO, "each unit of %s keeps an incoming weight (output=)", ", ".join(outputs))
     try:
         chosen = _checked(method, method.first(sparsity, inner, initial, seen), inner)

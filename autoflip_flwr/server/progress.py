@@ -68,11 +68,13 @@ class Progress:
     _saved: dict[str, Any] | None = None
     _arrays: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     _shadow: Arrays | None = None
+    _start: str = ""  # digest of the initial model
 
     def open(self, settings: Mapping[str, object]) -> bool:
         """Look for an interrupted run of these settings; whether one of its rounds is finished (0 is the start)."""
         if self.checkpoints is None:
             return False
+        self._start = str(settings["initial"])
         found = self.checkpoints.open(settings)
         if found is not None:
             self._saved, self._arrays, self._shadow = found
@@ -86,20 +88,27 @@ class Progress:
         found = None if self.checkpoints is None else self.checkpoints.read_exploration()
         if found is None:
             return None
-        state, arrays = found
         if self._saved is None:
-            ledger.absorb(decode(state["ledger"], arrays))
-        return Statistics(*decode(state["exploration"], arrays))
+            ledger.absorb(decode(found.checkpoint["state"]["ledger"], found.arrays))
+        return found.seen
 
     def explored(self, seen: Statistics, ledger: Ledger) -> None:
         """Keep a finished exploration, and what it has cost."""
         if self.checkpoints is not None:
-            arrays: dict[str, NDArray[Any]] = {}
-            state = {
-                name: encode(value, arrays, name)
-                for name, value in (("exploration", tuple(seen)), ("ledger", vars(ledger)))
-            }
-            self.checkpoints.write_exploration(state, arrays)
+            from autoflip_flwr.storage.exploration_file import StoredExploration  # needs safetensors
+
+            arrays: Arrays = {}
+            cost = ledger.exploration_only()
+            self.checkpoints.write_exploration(
+                StoredExploration(
+                    seen,
+                    self._start,
+                    cost=cost,
+                    seconds=cost["seconds"],
+                    checkpoint={"ledger": encode(vars(ledger), arrays, "ledger")},
+                    arrays=arrays,
+                )
+            )
 
     def mask(self, layout: Layout) -> Mask:
         """The mask in force when the run was interrupted."""

@@ -12,16 +12,15 @@ from typing import Any, ClassVar
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
+from autoflip_flwr.core.choices import DELTAS, VALUES
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
-from autoflip_flwr.core.request import CODES
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.schedule import arguments_of
-from autoflip_flwr.wire.values import KINDS
 from autoflip_flwr.wrapped import traits
 from autoflip_flwr.wrapped.privacy import budget_of
 from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
@@ -50,7 +49,7 @@ class Values:
     deltas: str = "log8"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("up", KINDS), ("down", KINDS), ("deltas", CODES)):
+        for name, allowed in (("up", VALUES), ("down", VALUES), ("deltas", DELTAS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"values: {name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 
@@ -59,8 +58,8 @@ class Values:
         """Make it of what the constructor takes: these, or one text for both directions."""
         if isinstance(values, Values):
             return values
-        if not isinstance(values, str) or values not in KINDS:
-            raise ValueError(f"values = {values!r}: must be one of {', '.join(KINDS)}, or Values(up=..., down=...)")
+        if not isinstance(values, str) or values not in VALUES:
+            raise ValueError(f"values = {values!r}: must be one of {', '.join(VALUES)}, or Values(up=..., down=...)")
         return cls(values, values)
 
 

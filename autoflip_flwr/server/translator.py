@@ -59,7 +59,7 @@ class Translator:
     nudges : bool
         Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
-        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.wire.values.KINDS`.
+        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.core.choices.VALUES`.
     """
 
     def __init__(

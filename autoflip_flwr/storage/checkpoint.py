@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save
 
-from autoflip_flwr.storage.files import write_atomic
+from autoflip_flwr.storage.exploration_file import FILE_NAME, ExplorationFileError, StoredExploration
+from autoflip_flwr.storage.sealed import SealError, difference, read_sealed, seal, write_sealed
 from autoflip_flwr.wire.records import to_arrays, to_record
 
 try:
@@ -28,8 +25,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 2
-EXPLORATION = "exploration.safetensors"
+CHECKPOINT_FORMAT = 2
 EXPLORERS = "explorers"
 LOCK = "lock"
 
@@ -112,7 +108,7 @@ class Checkpoints:
         self._settings = json.loads(json.dumps({**settings, "own": dict(self.settings)}, default=_name))
         rounds = self._rounds()
         if not self.resume:
-            if rounds or (folder / EXPLORATION).exists() or any((folder / EXPLORERS).glob("*.safetensors")):
+            if rounds or (folder / FILE_NAME).exists() or any((folder / EXPLORERS).glob("*.safetensors")):
                 raise CheckpointError(
                     f"{folder} holds checkpoints of an earlier run: resume it, or choose another folder"
                 )
@@ -122,7 +118,7 @@ class Checkpoints:
         if not rounds:
             found = self.read_exploration()
             self.explorers()  # refuses others' before anything is touched
-            self._restore(None if found is None else found[0].get("extra"))
+            self._restore(None if found is None else found.checkpoint["extra"])
             return None
         try:
             state, arrays, shadow = self._read_round(rounds[-1])
@@ -179,7 +175,7 @@ class Checkpoints:
             _write(path, {**whole, "shadows": self._needed}, arrays, self._settings)
             for old in self._rounds()[: -self.keep]:
                 old.unlink()
-            rounds = {kept.name for kept in self._rounds()}
+            rounds = {left.name for left in self._rounds()}
             self._needed = {name: its for name, its in self._needed.items() if name in rounds}
             for left in self._folder.glob("shadow-*.safetensors"):
                 if left.name not in self._needed.values():
@@ -190,30 +186,34 @@ class Checkpoints:
     def _write_shadow(self, version: int, arrays: Arrays) -> list[str]:
         """Name and digest of the file that holds a shadow; it is written where the last one was another."""
         if self._shadow is None or self._shadow[0] is not arrays:
-            name, digest = _SHADOW.format(version), _digest("", arrays)
+            name, digest = _SHADOW.format(version), seal("", arrays)
             _write(self._folder / name, {"digest": digest}, arrays, self._settings)
             self._shadow = arrays, [name, digest]
         return self._shadow[1]
 
-    def write_exploration(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a finished exploration, in place of its explorers' answers; a failure is logged, and the run goes on."""
-        whole = {**state, "extra": self._extra()}
+    def write_exploration(self, found: StoredExploration) -> None:
+        """Keep a finished exploration, in place of its explorers' answers; a failure is logged, and the run goes on.
+
+        ``found.checkpoint`` is what this run needs on top to go on; other runs may use the file too.
+        """
+        on_top = {"settings": self._settings, "state": found.checkpoint, "extra": self._extra()}
         try:
-            _write(self._folder / EXPLORATION, whole, arrays, self._settings)
+            replace(found, settings=self._settings["own"], checkpoint=on_top).write(self._folder / FILE_NAME)
         except OSError as error:
             log(ERROR, "the exploration could not be written: %s; its explorers' answers stay", error)
             return
         for answer in (self._folder / EXPLORERS).glob("*.safetensors"):
             answer.unlink()
 
-    def read_exploration(self) -> tuple[dict[str, Any], Arrays] | None:
+    def read_exploration(self) -> StoredExploration | None:
         """The finished exploration, or ``None``; raises :class:`CheckpointError` as :meth:`open` does.
 
+        Its ``checkpoint["state"]`` is what :meth:`write_exploration` was given.
         One that is damaged is only warned of where a round is there: that has the mask.
         """
-        path = self._folder / EXPLORATION
+        path = self._folder / FILE_NAME
         try:
-            return _read(path, self._settings) if path.exists() else None
+            return _read_exploration(path, self._settings) if path.exists() else None
         except DamagedError as error:
             if not self._rounds():
                 raise
@@ -281,50 +281,38 @@ def _lock(path: Path) -> None:
 def _write(
     path: Path, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]
 ) -> None:
-    tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    text = json.dumps({"format": FORMAT, "settings": settings, "state": state})
-    write_atomic(path, save(tensors, metadata={"autoflip": text, "digest": _digest(text, tensors)}))
+    write_sealed(path, {"format": CHECKPOINT_FORMAT, "settings": settings, "state": state}, arrays)
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        text = about["autoflip"]
-        whole = _digest(text, tensors) == about["digest"]
-        found = json.loads(text)
-    except Exception as error:  # safetensors raises its own type, json and the metadata others
+        found, tensors = read_sealed(path)
+    except SealError as error:
         raise DamagedError(f"{path} is damaged ({error}): remove it") from error
-    if not whole:
-        raise DamagedError(f"{path} is damaged (its digest is another): remove it")
-    if found["format"] != FORMAT:
+    if found["format"] != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path} has format {found['format']}, this version reads {FORMAT}: finish the run with the version that "
-            "wrote it, or begin it anew in another folder"
+            f"{path} has format {found['format']}, this version reads {CHECKPOINT_FORMAT}: finish the run with the "
+            "version that wrote it, or begin it anew in another folder"
         )
-    if found["settings"] != settings:
-        raise CheckpointError(f"{path} belongs to another run: {_difference(found['settings'], settings)}")
+    _compare(path, found["settings"], settings)
     return found["state"], tensors
 
 
-def _digest(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        array = tensors[name]
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _read_exploration(path: Path, settings: Mapping[str, Any]) -> StoredExploration:
+    try:
+        found = StoredExploration.read(path)
+    except ExplorationFileError as error:
+        raise (DamagedError if error.damaged else CheckpointError)(str(error)) from error
+    if not found.checkpoint:
+        raise CheckpointError(f"{path} is not of a checkpoint: move it elsewhere, and give it as exploration=")
+    _compare(path, found.checkpoint["settings"], settings)
+    return found
+
+
+def _compare(path: Path, before: object, now: object) -> None:
+    if before != now:
+        raise CheckpointError(f"{path} belongs to another run: {difference(before, now)}")
 
 
 def _name(thing: object) -> str:
     return str(getattr(thing, "__qualname__", type(thing).__qualname__))
-
-
-def _difference(before: Any, now: Any, at: str = "") -> str:
-    """The first settings that differ, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if keys:
-            return _difference(before.get(keys[0]), now.get(keys[0]), f"{at}.{keys[0]}".lstrip("."))
-    return f"{at} was {before!r}, and is now {now!r}"

@@ -27,9 +27,6 @@ NOTHING = "none"
 MASK_MISSING = "mask-missing"
 """Status of a reply: the node lacks the mask."""
 
-LOG8 = "log8"
-"""The coding of deltas with a byte per parameter, or less."""
-
 MOD_REFUSED = 6
 """Flower's error code of a mod that refuses a message."""
 

@@ -25,12 +25,13 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import LOG8, VALUES
 from autoflip_flwr.core.layout import Arrays, ArraySpec
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire.deltas import decode_deltas, encode_deltas
-from autoflip_flwr.wire.keys import FORMAT, HEADER, LOG8, NOTHING, PHASES
+from autoflip_flwr.wire.keys import FORMAT, HEADER, NOTHING, PHASES
 from autoflip_flwr.wire.records import WireError, make_array, view_of
-from autoflip_flwr.wire.values import KINDS, Coded, Vector, coded_size, encode, is_coded
+from autoflip_flwr.wire.values import Coded, Vector, coded_size, encode, is_coded
 
 
 def make_header(phase: str, round_: int, mask: Mask | None = None, **extra: int | str | list[str]) -> ConfigRecord:
@@ -68,8 +69,8 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
     if type(record.get("round")) is not int:
         raise WireError("the header lacks the round")
     for key in ("values", "reply"):
-        if record.get(key, "float32") not in (*KINDS, LOG8, NOTHING):
-            raise WireError(f"{key} {record.get(key)!r}: must be one of {', '.join(KINDS)}, {LOG8}, {NOTHING}")
+        if record.get(key, "float32") not in (*VALUES, LOG8, NOTHING):
+            raise WireError(f"{key} {record.get(key)!r}: must be one of {', '.join(VALUES)}, {LOG8}, {NOTHING}")
     return record
 
 

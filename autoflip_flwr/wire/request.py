@@ -14,9 +14,10 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.choices import DELTAS, LOG8, OVER
 from autoflip_flwr.core.layout import Arrays, ArraySpec
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.request import CODES, DELTA, OVER, Request
+from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.wire.deltas import LARGEST, decode_deltas, encode_deltas
 from autoflip_flwr.wire.keys import ASK
 from autoflip_flwr.wire.records import WireError, make_array, view_of
@@ -43,10 +44,10 @@ def read_ask(head: Mapping[str, Any] | ConfigRecord) -> tuple[Request, ...]:
     if not isinstance(asked, list) or len(asked) > MAX_REQUESTS or not all(isinstance(text, str) for text in asked):
         raise WireError(f"{ASK} must be a list of at most {MAX_REQUESTS} texts")
     found = [Request(*parts) for parts in (str(text).split(" ") for text in asked) if len(parts) == 3]
-    known = all(0 < len(each.name) <= MAX_NAME and each.over in OVER and each.code in CODES for each in found)
+    known = all(0 < len(each.name) <= MAX_NAME and each.over in OVER and each.code in DELTAS for each in found)
     if len(found) < len(asked) or not known or len({each.name for each in found}) < len(found):
         raise WireError(
-            f"{ASK} {asked!r}: must be texts of a name, one of {', '.join(OVER)}, one of {', '.join(CODES)}"
+            f"{ASK} {asked!r}: must be texts of a name, one of {', '.join(OVER)}, one of {', '.join(DELTAS)}"
         )
     return tuple(found)
 
@@ -80,7 +81,7 @@ def pack_statistics(
         specs = _specs(mask, each.over)
         values = {spec.name: _entries(mask, each.over, spec.name, found[each.name][spec.name]) for spec in specs}
         try:
-            if each.code == "log8":
+            if each.code == LOG8:
                 record[each.name] = make_array([encode_deltas(specs, values)])
             else:
                 record[each.name] = make_array([_whole(values)])
@@ -103,7 +104,7 @@ def unpack_statistics(mask: Mask, requests: Iterable[Request], record: object) -
     found: dict[str, Arrays] = {}
     for each in asked:
         specs = _specs(mask, each.over)
-        if each.code == "log8":
+        if each.code == LOG8:
             try:
                 values = decode_deltas(specs, bytes(view_of(record[each.name], "uint8").data))
             except ValueError as error:

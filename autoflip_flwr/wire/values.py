@@ -19,9 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-KINDS = ("float32", "bfloat16", "float16", "int8")
-"""``float32`` is the model's own dtype, whatever it is: nothing is coded."""
-
 BLOCK = 256
 CHUNK = 2**18
 """Values worked on at once: few enough to stay in a core's cache."""

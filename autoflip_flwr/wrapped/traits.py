@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-COORDINATES = ("auto", "packed", "dense")
+from autoflip_flwr.core.choices import COORDINATES
 
 NORM_BIT = "norm_bit"
 """The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""

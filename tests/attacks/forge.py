@@ -17,10 +17,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from records import to_json
 
+from autoflip_flwr.core.choices import CODED, LOG8
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
-from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, FORMAT, HEADER, LOG8, MASK_RECORD, TRAIN
+from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, FORMAT, HEADER, MASK_RECORD, TRAIN
 from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, value_entries, weight_entry
 from autoflip_flwr.wire.records import fingerprint
 
@@ -36,7 +37,6 @@ EVERYTHING = Mask.full(LAYOUT)
 MASK = Mask.from_bool(LAYOUT, {"w": np.arange(16).reshape(4, 4) % 3 != 1}, version=1)
 PACKED = MASK.gather(MODEL)
 OTHER = Mask.from_bool(LAYOUT, {"w": np.arange(16).reshape(4, 4) % 3 != 2}, version=2)
-CODED = ("bfloat16", "float16", "int8")
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 

@@ -22,12 +22,13 @@ from flwr.serverapp.strategy import FedAvg
 from records import from_json
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.choices import DELTAS
 from autoflip_flwr.costs.message_size import record_bytes
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_record
-from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, HELLO, LOG8, MASK_RECORD, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, HELLO, MASK_RECORD, MOD_REFUSED, TRAIN
 from autoflip_flwr.wire.messages import make_header
 from autoflip_flwr.wire.records import WireError, to_arrays, to_record
 from benchmarks import attacks
@@ -189,7 +190,7 @@ def test_the_train_replies_that_the_attacks_start_from_count(kind: str):
     assert serve(setup, lambda: forge.reply(kind=kind))[2] == 0
 
 
-@pytest.mark.parametrize("kind", ["float32", LOG8])
+@pytest.mark.parametrize("kind", DELTAS)
 def test_the_moves_that_the_attacks_start_from_count(kind: str):
     strategy, _, left_out = serve({"phase": "explore", "values": kind}, lambda: forge.reply(EXPLORE, kind))
     assert left_out == 0

@@ -24,13 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.choices import DELTAS
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import Request
 from autoflip_flwr.replies.check import MAX_DELTA, MAX_WEIGHT, judge_answer, read_answer
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_bits, mask_record
 from autoflip_flwr.wire.deltas import decode_deltas
-from autoflip_flwr.wire.keys import EXPLORE, FORMAT, HEADER, LOG8, MASK_RECORD, MOD_REFUSED
+from autoflip_flwr.wire.keys import EXPLORE, FORMAT, HEADER, MASK_RECORD, MOD_REFUSED
 from autoflip_flwr.wire.messages import pack_values, read_header, unpack_values
 from autoflip_flwr.wire.records import WireError, to_arrays, to_record
 from autoflip_flwr.wire.values import Coded, coded_size
@@ -215,7 +216,7 @@ def test_a_server_counts_a_reply_or_leaves_it_out(little_memory: None, server: S
 
 @quick(MOVES)
 @given(draw=generators)
-@pytest.mark.parametrize("kind", ["float32", LOG8])
+@pytest.mark.parametrize("kind", DELTAS)
 def test_a_server_takes_an_explorers_moves_or_leaves_them_out(little_memory: None, kind: str, draw: random.Random):
     content = wrong(forge.reply(EXPLORE, kind), draw)
     if isinstance(content.get(HEADER), ConfigRecord):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from apps import arrays_of, message_app, model, record
+from apps import NO_FAILURES, arrays_of, message_app, model, record, same_bytes
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import (
@@ -28,6 +28,7 @@ from flwr.serverapp.strategy import (
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask
 from autoflip_flwr.client.error_feedback import RESIDUAL
+from autoflip_flwr.core.choices import CODED, PACKINGS, VALUES
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.server.mask_delivery import KEPT_MASKS
 from autoflip_flwr.server.settings import Values
@@ -39,13 +40,11 @@ from autoflip_flwr.wire.records import fingerprint
 from autoflip_flwr.wire.values import Coded, coded_size, encode, is_coded
 
 NODES = 4
-KINDS = ("bfloat16", "float16", "int8")
 WAYS = {
     "up": lambda kind: {"values": Values(up=kind)},
     "down": lambda kind: {"values": Values(down=kind)},
     "both": lambda kind: {"values": kind},
 }
-NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 def inner(kind: type[FedAvg] = FedAvg, **options) -> FedAvg:
@@ -139,13 +138,6 @@ def client(work: Callable[[str, np.ndarray, Context, int], np.ndarray]) -> Clien
     return app
 
 
-def same_bytes(left: Arrays, right: Arrays) -> None:
-    assert list(left) == list(right)
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert left[name].tobytes() == right[name].tobytes(), name
-
-
 def distance(left: Arrays, right: Arrays) -> float:
     """The largest difference of two models."""
     return max(float(np.abs(left[name].astype(np.float64) - right[name]).max()) for name in left)
@@ -169,9 +161,9 @@ def uncoded(coordinates: str) -> Arrays:
     return run(AutoFlip(inner(), mask=MASK, coordinates=coordinates)).arrays
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_a_coded_run_ends_near_the_uncoded_one_and_keeps_to_the_mask(kind: str, way: str, coordinates: str):
     expected = uncoded(coordinates)
     coded = run(AutoFlip(inner(), mask=MASK, coordinates=coordinates, **WAYS[way](kind)))
@@ -185,7 +177,7 @@ def test_a_coded_run_ends_near_the_uncoded_one_and_keeps_to_the_mask(kind: str, 
     assert coded.strategy.mask.digest == MASK.digest
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_replies_are_bytes_of_the_size_known_beforehand_and_messages_are_not(kind: str):
     found = run(AutoFlip(inner(), mask=MASK, values=Values(up=kind)))
     assert len(found.replies) == 3 * NODES
@@ -199,7 +191,7 @@ def test_replies_are_bytes_of_the_size_known_beforehand_and_messages_are_not(kin
         assert "values" not in message.content[HEADER]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_messages_are_bytes_of_the_size_known_beforehand_and_replies_are_not(kind: str):
     found = run(AutoFlip(inner(), mask=MASK, values=Values(down=kind)))
     for message in found.grid.sent:
@@ -336,7 +328,7 @@ def uncoded_of_precision(dtype: str) -> Arrays:
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_models_of_other_precisions_are_coded_where_it_makes_them_smaller(kind: str, way: str, dtype: str):
     start = of_precision(dtype)
     mask = halved(start)
@@ -367,7 +359,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 }
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_any_strategy_gives_nearly_what_it_gives_without_coding(name: str, coordinates: str):
     expected = run(AutoFlip(STRATEGIES[name](), mask=MASK, coordinates=coordinates))
@@ -457,7 +449,7 @@ def test_the_state_holds_the_remainder_in_int8():
         assert 0 < np.abs(residual(found.grid, node, MASK)[:KEPT]).max() <= peak / 254 * (1 + 2e-2)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [kind for kind in VALUES if kind != "int8"])
 def test_other_codings_keep_nothing_in_the_state(kind: str):
     found = run(AutoFlip(inner(), mask=MASK, values=kind))
     assert all(RESIDUAL not in context.state for context in found.grid.contexts.values())
@@ -536,8 +528,8 @@ def test_a_remainder_that_does_not_fit_is_left_out(state: dict):
 # --- rounding on the way down -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 def test_rounding_on_the_way_down_does_not_add_up_where_clients_return_what_they_got(kind: str, coordinates: str):
     still = client(lambda name, array, context, round_: array)
     start = MASK.apply(model())
@@ -549,7 +541,7 @@ def test_rounding_on_the_way_down_does_not_add_up_where_clients_return_what_they
     assert np.abs(seen["hidden.weight"] - MASK.gather(start)["hidden.weight"]).max() > 1e-4  # clients saw other values
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_clients_that_return_what_they_got_leave_the_model_as_it_is_to_the_bit_where_updates_are_coded(kind: str):
     still = client(lambda name, array, context, round_: array)
     found = run(AutoFlip(inner(), mask=MASK, values=kind), still, rounds=10, nodes=2)
@@ -582,7 +574,7 @@ def spoiled(value: float, node: int = 102) -> ClientApp:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_an_update_that_is_not_finite_is_refused_by_the_client_and_the_round_goes_on(
     kind: str, value: float, caplog: pytest.LogCaptureFixture
 ):

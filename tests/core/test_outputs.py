@@ -5,6 +5,7 @@ import pytest
 from apps import choose
 
 from autoflip_flwr.core.budget import Budget
+from autoflip_flwr.core.choices import SCOPES
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.selection import protected_outputs
@@ -118,7 +119,7 @@ def test_a_layer_that_feeds_what_is_excluded_is_no_output():
     assert layout_of(shapes, exclude="conv2.weight").output == {"out.weight": 0}
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
     ("shapes", "heads"),
     [

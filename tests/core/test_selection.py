@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr.core.budget import pruned_count
+from autoflip_flwr.core.choices import NORMALISATIONS
 from autoflip_flwr.core.layout import Layout
-from autoflip_flwr.core.scores import NORMALISATIONS, agreement, scores
+from autoflip_flwr.core.scores import agreement, scores
 from autoflip_flwr.core.selection import tied_weights
 from autoflip_flwr.core.statistics import Exploration, minmax, start_arrays
 

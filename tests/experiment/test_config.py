@@ -1,5 +1,6 @@
 """Settings: types, ranges, messages, and agreement with pyproject.toml."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,9 +9,49 @@ from pathlib import Path
 
 import pytest
 
+from autoflip_flwr.core.choices import DATASETS
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
+from autoflip_flwr.experiment.datafiles import KNOWN
+from autoflip_flwr.launch.cli import main
+from autoflip_flwr.launch.settings import sections
+from autoflip_flwr.launch.toml import literal
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_pyproject_lists_the_settings_as_the_code_declares_them() -> None:
+    """In the code's sections, and with the choices of each where there are some."""
+    block = PYPROJECT.read_text().split("[tool.flwr.app.config]\n")[1].split("\n\n[tool.ruff]")[0]
+    lines: list[list[tuple[str, str]]] = []
+    for section in block.split("\n\n"):
+        pairs = [re.fullmatch(r"(\S+) = (?:\"\S*\"|\S+)(?: +# (.*))?", line) for line in section.splitlines()]
+        lines.append([(found[1], found[2] or "") for found in pairs if found])
+        assert all(pairs), section
+    declared = [
+        [(each.key, " | ".join(choice or '""' for choice in each.rule.choices)) for each in its]
+        for _, its in sections()
+    ]
+    assert lines == declared
+
+
+def test_the_page_of_settings_is_what_its_first_line_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (PYPROJECT.parent / "docs" / "settings.md").read_text("utf-8")
+    command = re.match(r"<!-- Made by: autoflip (.*) > docs/settings\.md -->", page)
+    assert command
+    assert main(command[1].split()) == 0
+    assert capsys.readouterr().out == page
+
+
+def test_the_table_of_settings_has_each_with_its_default_and_is_narrow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    told = [line.split()[:2] for line in lines if re.match(r"  \S", line)]
+    assert told == [[key, literal(value)] for key, value in Config().as_dict().items()]
+
+
+def test_every_data_set_but_digits_is_known_by_its_files() -> None:
+    assert ("digits", *KNOWN) == DATASETS
 
 
 def test_defaults_are_those_of_pyproject() -> None:

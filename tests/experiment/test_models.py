@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from autoflip_flwr.experiment.config import MODELS, ConfigError
+from autoflip_flwr.core.choices import MODELS
+from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.models import build, flops_per_example
 
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)

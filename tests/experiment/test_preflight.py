@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from autoflip_flwr import Exploration
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.idle import idle
+from autoflip_flwr.storage.exploration_file import write_exploration
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,22 +122,19 @@ def test_a_host_that_answers_is_reachable():
 
 def test_an_exploration_of_another_kind_or_start(tmp_path: Path):
     other, ours = tmp_path / "other.safetensors", tmp_path / "ours.safetensors"
-    import numpy as np
-
     save_file({"w": np.zeros(2)}, other)
-    about = {"start": "x", "explorers": "3", "cost": "{}", "seconds": "1.0"}
+    arrays = {"w": np.zeros(2)}
     settings = {"model": "cnn", "dataset": "digits", "seed": 7}
-    save_file({"deviation/w": np.zeros(2)}, ours, metadata={**about, "settings": json.dumps(settings)})
+    write_exploration(ours, Exploration(arrays, arrays, {}, 3), arrays, settings=settings)
     output = str(tmp_path)
-    assert "not an exploration of an earlier run (without cost, explorers" in refused(
-        exploration=str(other), output_dir=output
-    )
+    (tmp_path / "text").write_text("no tensors")
+    for path in (other, tmp_path / "text"):
+        told = refused(exploration=str(path), output_dir=output)
+        assert told.startswith(f"exploration = '{path}': damaged, or not an exploration (")
     assert refused(exploration=str(ours), output_dir=output).startswith(
-        f"exploration = '{ours}': seed was 7 there, and is now 1"
+        f"exploration = '{ours}': seed was 7, and is now 1"
     )
     preflight.check(Config(exploration=str(ours), output_dir=output, seed=7), 0.0)
-    (tmp_path / "text").write_text("no tensors")
-    assert "not an exploration of an earlier run" in refused(exploration=str(tmp_path / "text"), output_dir=output)
 
 
 def test_a_run_that_cannot_go_on(tmp_path: Path):
@@ -164,9 +164,9 @@ def test_settings_that_do_nothing_are_named():
     config = Config(method="fedavg", split="iid", optimizer="adam")
     given = ["sparsity", "scope", "alpha", "momentum", "lr"]
     assert idle(config, given) == [
-        "sparsity, scope do nothing with method = 'fedavg', only with 'autoflip' or 'snip' or 'magnitude' or 'random'",
         "alpha does nothing with split = 'iid', only with 'dirichlet'",
         "momentum does nothing with optimizer = 'adam', only with 'sgd'",
+        "sparsity, scope do nothing with method = 'fedavg', only with 'autoflip' or 'snip' or 'magnitude' or 'random'",
     ]
     assert idle(Config(), ["sparsity", "alpha"]) == []
     assert idle(config, []) == []

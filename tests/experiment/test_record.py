@@ -21,6 +21,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from autoflip_flwr.costs import savings
+from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment.record import circumstances, folder, report
 from autoflip_flwr.experiment.record.circumstances import source_commit, source_digest
 from autoflip_flwr.experiment.record.folder import RunRecord
@@ -414,3 +416,9 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path) -> None:
     assert files(out.parent) == {"both.png"}
     with pytest.raises(ValueError, match="no runs"):
         report.compare([], tmp_path / "x.png")
+
+
+def test_every_byte_that_the_ledger_counts_has_its_row_in_both_tables():
+    counted = Ledger().bytes_by_phase().keys()
+    assert BYTE_TITLES.keys() | {"total"} == counted
+    assert {key for keys in savings._ROWS.values() for key in keys} == counted

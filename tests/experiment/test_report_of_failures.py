@@ -54,13 +54,13 @@ def test_a_complete_run_that_has_gone_on_and_failed_is_not_complete(record: RunR
 def test_incidents_are_a_table(record: RunRecord):
     incidents = [
         {"kind": "errors", "phase": "train", "round": 3, "node": 7, "reason": "<bad>"},
-        {"kind": "kept", "phase": "train", "round": 4, "node": None, "reason": "no reply counts"},
+        {"kind": "unchanged", "phase": "train", "round": 4, "node": None, "reason": "no reply counts"},
     ]
     record.write_incidents(incidents)
     text = report.write(record.path).read_text("utf-8")
     assert "<tr><th>Round</th><th>Phase</th><th>Node</th><th>What</th><th>Reason</th></tr>" in text
     assert "<tr><td>3</td><td>train</td><td>7</td><td>errors</td><td>&lt;bad&gt;</td></tr>" in text
-    assert "<tr><td>4</td><td>train</td><td>-</td><td>kept</td><td>no reply counts</td></tr>" in text
+    assert "<tr><td>4</td><td>train</td><td>-</td><td>unchanged</td><td>no reply counts</td></tr>" in text
 
 
 def test_of_many_incidents_the_first_are_shown(record: RunRecord):

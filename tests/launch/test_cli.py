@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from projects import write_project
 
 from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.launch import cli, remote
@@ -21,32 +22,6 @@ from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.superlink import Resources
 
 ROOT = Path(__file__).parents[2]
-
-PROJECT = """
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "tiny-app"
-version = "0.1.0"
-description = "The mean of ones."
-license = "Apache-2.0"
-requires-python = ">=3.11"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "autoflip"
-
-[tool.flwr.app.components]
-serverapp = "tiny_server:app"
-clientapp = "tiny_client:app"
-
-[tool.flwr.app.config]
-note = ""
-failure = false
-pause = 0.0
-"""
 
 SERVER = """
 import logging
@@ -109,12 +84,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture
 def tiny_app(tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny-app"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(PROJECT)
-    (folder / "tiny_server.py").write_text(SERVER)
-    (folder / "tiny_client.py").write_text(CLIENT)
-    return folder
+    config = 'note = ""\nfailure = false\npause = 0.0'
+    return write_project(tmp_path / "tiny-app", server=SERVER, client=CLIENT, config=config)
 
 
 def exit_code(*arguments: str) -> int:

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from apps import NO_FAILURES
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -211,7 +212,7 @@ def test_what_is_odd_is_noted_and_counts_and_rests_nobody(caplog):
         "the norm of its update is 20, 50 times what other replies"
     )
     assert strategy.ledger.failures["odd"] == 5
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert strategy.ledger.failure_counts() == NO_FAILURES
     assert sum("counts, but" in each.getMessage() for each in caplog.records) == 1
     np.testing.assert_allclose(found["w"], 1 + 5 * 1.08, rtol=1e-5)
 

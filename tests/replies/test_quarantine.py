@@ -137,9 +137,9 @@ def test_no_strategy_ends_or_is_poisoned(name, bad):
         assert strategy.ledger.replies["train"] == NODES * ROUNDS
         return
     assert {each["round"] for each in found} == set(range(1, ROUNDS + 1))
-    assert {each["node"] for each in found if each["kind"] != "kept"} == {100 + HOSTILE}
+    assert {each["node"] for each in found if each["kind"] != "unchanged"} == {100 + HOSTILE}
     assert all(each["reason"] for each in found)
-    assert [each["kind"] for each in found].count("kept") == (ROUNDS if private else 0)
+    assert [each["kind"] for each in found].count("unchanged") == (ROUNDS if private else 0)
 
 
 @pytest.mark.parametrize("kind", [QFedAvg, FedYogi, FedTrimmedAvg])
@@ -195,7 +195,7 @@ def test_a_strategy_whose_result_is_not_finite_leaves_the_model_as_it_was(values
     strategy, result, _ = federation([], inner=Diverging, rounds=3, values=Values(down=values))
     assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
     (incident,) = strategy.ledger.incidents
-    assert incident["kind"] == "kept"
+    assert incident["kind"] == "unchanged"
     assert incident["round"] == 2
     assert incident["reason"] == "what the strategy has made of the replies is not finite"
     assert incident["node"] is None
@@ -260,7 +260,7 @@ def test_fewer_replies_than_wanted_keep_the_model():
     for name, array in to_arrays(result.arrays).items():  # as in Flower where no round counts
         assert array.tobytes() == seen[0][name].tobytes(), name
     assert all((seen[round_]["out.weight"] == seen[0]["out.weight"]).all() for round_ in range(ROUNDS))
-    assert [each["reason"] for each in strategy.ledger.incidents if each["kind"] == "kept"] == [
+    assert [each["reason"] for each in strategy.ledger.incidents if each["kind"] == "unchanged"] == [
         f"{NODES - 1} replies count, fewer than {NODES}"
     ] * ROUNDS
     _, result, _ = federation([], ReplyRules(min_replies=NODES))

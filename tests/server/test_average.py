@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
+from autoflip_flwr.core.choices import CODED, PACKINGS, VALUES
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.server import average, translator
 from autoflip_flwr.server.average import weighted_mean
@@ -35,7 +36,6 @@ from autoflip_flwr.wire.values import CHUNK, Coded, Vector, encode
 from autoflip_flwr.wrapped import traits
 
 NODES = 4
-KINDS = ("bfloat16", "float16", "int8")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +132,7 @@ def test_any_mean_is_fedavgs_bit_for_bit(rows: list[tuple[list[float], float]], 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_the_mean_of_coded_replies_is_that_of_the_decoded_ones(kind: str, dtype: str):
     size, kept = 2 * CHUNK + 77, 2 * CHUNK - 300
     updates, base = drawn(3, size, "float32"), drawn(1, size, dtype, seed=9)[0]
@@ -266,8 +266,8 @@ def check_alike(runs: list[tuple[Arrays, dict]]) -> None:
     assert list(metrics) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("values", ["float32", *KINDS])
-@pytest.mark.parametrize("packing", ["packed", "dense"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("kind", [FedAvg, FedProx])
 def test_the_kernel_changes_no_bit_of_a_run(kind: type[FedAvg], packing: str, values: str):
     mask = halved(model())
@@ -280,8 +280,8 @@ def test_the_kernel_changes_no_bit_of_a_run(kind: type[FedAvg], packing: str, va
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("values", ["float32", *KINDS])
-@pytest.mark.parametrize("packing", ["packed", "dense"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_the_kernel_changes_no_bit_of_a_model_of_two_precisions(dtype: str, packing: str, values: str):
     start = precise(dtype)

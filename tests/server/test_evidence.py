@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from autoflip_flwr import AutoFlip, Exploration, Layout, autoflip_mod
+from autoflip_flwr.core.choices import SCOPES
 from autoflip_flwr.core.evidence import Updates, decayed, shortest
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.replies import check
@@ -62,7 +63,7 @@ def ones(*names: str, shape: tuple[int, ...] = (4, 4)) -> Arrays:
     return {name: np.ones(shape, np.float32) for name in names}
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_what_nobody_moved_is_kept_whole_and_does_not_count(scope: str):
     start = ones("backbone.0", "backbone.1", "head")
     strategy = run(moving("head"), start, method=LossExploration(scope=scope))

@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, Strategy
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.choices import NORMALISATIONS, WEIGHTINGS
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
@@ -49,7 +50,7 @@ MASKS: dict[str, dict[str, Any]] = {
         "method": LossExploration(scope=scope, normalisation=normalisation, gamma=gamma, weighting=weighting),
     }
     for scope, normalisation, gamma, sparsity, weighting in itertools.product(
-        ("global", "layer"), ("none", "layer", "per-client"), (0.0, 1.0, 0.5), (0.3, 0.9), ("uniform", "examples")
+        ("global", "layer"), NORMALISATIONS, (0.0, 1.0, 0.5), (0.3, 0.9), WEIGHTINGS
     )
 }
 MODELS: dict[str, dict[str, Any]] = {

@@ -69,7 +69,7 @@ def test_a_result_that_is_not_finite_leaves_the_strategys_state_as_it_was(name):
     kind, options = STATEFUL[name]
     _, strategy, found = run(diverging(kind)(fraction_evaluate=0.0, **options))
     _, _, expected = run(skipping(kind)(fraction_evaluate=0.0, **options))
-    assert [(each["kind"], each["round"]) for each in strategy.ledger.incidents] == [("kept", REFUSED)]
+    assert [(each["kind"], each["round"]) for each in strategy.ledger.incidents] == [("unchanged", REFUSED)]
     for key, array in expected.items():
         if array.dtype.kind == "f":
             assert found[key].tobytes() == array.tobytes(), key
@@ -99,7 +99,7 @@ REFUSALS = {
 def test_a_refused_round_leaves_integers_as_they_were(kind):
     inner, mods, rules = REFUSALS[kind]
     seen, strategy, _ = run(inner, mods, rules)
-    assert [each["round"] for each in strategy.ledger.incidents if each["kind"] == "kept"] == [REFUSED]
+    assert [each["round"] for each in strategy.ledger.incidents if each["kind"] == "unchanged"] == [REFUSED]
     assert seen[1].keys()
     assert all((seen[1][name] != seen[2][name]).any() for name in seen[1])
     assert all((seen[2][name] == seen[3][name]).all() for name in seen[2])

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Ledger, Mask
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.core.methods import LossExploration, Snip
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.schedule import arguments_of
@@ -219,7 +220,7 @@ def test_a_wrapped_strategy_keeps_attributes_of_the_same_name():
 # --- while rounds run ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 def test_a_mask_that_is_set_is_in_force_from_the_next_round_on(coordinates):
     strategy = AutoFlip(fedavg(FedAvgM, server_momentum=0.9), mask=half(0), coordinates=coordinates)
     seen = {}

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from apps import arrays_of, explored, message_app, model, numpy_app, record
+from apps import NO_FAILURES, arrays_of, explored, message_app, model, numpy_app, record, same_bytes
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.settings import Values
@@ -46,13 +47,6 @@ def inner(kind=FedAvg, **options):
     return kind(fraction_evaluate=0.0, **options)
 
 
-def same_bytes(left, right):
-    assert list(left) == list(right)
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert left[name].tobytes() == right[name].tobytes(), name
-
-
 # --- parity ----------------------------------------------------------------------------------------------------------
 
 STRATEGIES = {
@@ -64,7 +58,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(name, coordinates):
     floats = {key: array for key, array in model().items() if array.dtype.kind == "f"}
@@ -86,8 +80,7 @@ def test_the_order_in_which_replies_arrive_changes_nothing():
 
 def test_packed_and_dense_coordinates_agree():
     results = [
-        start(AutoFlip(inner(FedAdam), sparsity=0.5, coordinates=c), LocalGrid(message_app(), NODES))
-        for c in ("packed", "dense")
+        start(AutoFlip(inner(FedAdam), sparsity=0.5, coordinates=c), LocalGrid(message_app(), NODES)) for c in PACKINGS
     ]
     same_bytes(arrays_of(results[0].arrays), arrays_of(results[1].arrays))
 
@@ -179,7 +172,7 @@ def test_a_node_that_lost_its_state_gets_the_mask_in_the_same_round():
     strategy = AutoFlip(inner(), sparsity=0.5)
     result = start(strategy, grid)
     same_bytes(arrays_of(expected.arrays), arrays_of(result.arrays))
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert strategy.ledger.failure_counts() == NO_FAILURES
 
 
 def test_other_mods_work_behind_ours():
@@ -365,7 +358,7 @@ def _masks():
     return Mask.from_bool(layout, keep), Mask.from_bool(layout, {name: ~value for name, value in keep.items()})
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("kind", [FedAvg, FedAvgM, FedAdam])
 def test_a_scheduled_mask_takes_effect_and_what_grows_resumes_from_its_last_value(kind, coordinates):
     even, odd = _masks()

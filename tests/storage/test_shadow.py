@@ -8,24 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from apps import arrays_of, message_app, model, record
+from apps import Killed, arrays_of, message_app, model, record, same_bytes
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from safetensors.numpy import load_file
 
 import autoflip_flwr.storage.checkpoint as checkpoint
 from autoflip_flwr import AutoFlip, Layout, Mask
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.core.methods import LossExploration
+from autoflip_flwr.storage import sealed
 from autoflip_flwr.storage.checkpoint import CheckpointError, Checkpoints, DamagedError
 from autoflip_flwr.testing import LocalGrid
 
 NODES = 2
 ROUNDS = 6
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
-
-
-class Killed(BaseException):
-    """As if the process had been killed."""
 
 
 def schedule(round_, mask):
@@ -58,16 +56,14 @@ def run(folder, *, inner=FedAvg, dies_in=None, resume=False, rounds=ROUNDS, keep
 
 
 def same(left, right):
-    left, right = arrays_of(left.arrays), arrays_of(right.arrays)
-    assert list(left) == list(right)
-    assert all(left[name].tobytes() == right[name].tobytes() for name in left)
+    same_bytes(arrays_of(left.arrays), arrays_of(right.arrays))
 
 
 def names(folder, kind):
     return sorted(path.name for path in folder.glob(f"{kind}-*.safetensors"))
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("inner", [FedAvg, FedAvgM, FedAdam])
 def test_masks_that_change_go_on_bit_for_bit(inner, coordinates, tmp_path):
     whole, first = run(None, inner=inner, coordinates=coordinates)
@@ -97,8 +93,8 @@ def test_a_round_holds_the_kept_values_and_each_mask_its_shadow(tmp_path):
 
 def test_a_shadow_is_written_once_and_goes_with_the_last_round_that_needs_it(tmp_path, monkeypatch):
     written = []
-    write = checkpoint.write_atomic
-    monkeypatch.setattr(checkpoint, "write_atomic", lambda path, data: (written.append(path.name), write(path, data)))
+    write = sealed.write_atomic
+    monkeypatch.setattr(sealed, "write_atomic", lambda path, data: (written.append(path.name), write(path, data)))
     run(tmp_path)
     assert [name for name in written if name.startswith("shadow")] == [
         "shadow-000001.safetensors",
@@ -130,7 +126,7 @@ def test_a_shadow_that_cannot_be_used_is_named(how, tmp_path):
     if how == "another":
         arrays = {name: array + 1 for name, array in load_file(path).items()}
         kept = Checkpoints(tmp_path)
-        kept._settings = checkpoint.json.loads(checkpoint.safe_open(path, "np").metadata()["autoflip"])["settings"]
+        kept._settings = sealed.read_sealed(path)[0]["settings"]
         kept._write_shadow(1, arrays)
     elif how == "gone":
         path.unlink()
@@ -147,7 +143,7 @@ def test_a_shadow_that_cannot_be_used_is_named(how, tmp_path):
 @pytest.mark.parametrize("which", ["shadow", "round"])
 def test_a_crash_between_the_two_files_loses_no_finished_round(which, tmp_path, monkeypatch):
     whole, _ = run(None)
-    write = checkpoint.write_atomic
+    write = sealed.write_atomic
 
     def crash(path, data):
         if path.name == {"shadow": "shadow-000001.safetensors", "round": "round-000003.safetensors"}[which]:
@@ -155,7 +151,7 @@ def test_a_crash_between_the_two_files_loses_no_finished_round(which, tmp_path, 
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomic", crash)
+        patch.setattr(sealed, "write_atomic", crash)
         with pytest.raises(Killed):
             run(tmp_path)
     assert names(tmp_path, "round")[-1] == "round-000002.safetensors"
@@ -163,7 +159,7 @@ def test_a_crash_between_the_two_files_loses_no_finished_round(which, tmp_path, 
 
 
 def test_a_full_disk_keeps_the_shadow_that_is_needed(tmp_path, monkeypatch, caplog):
-    write = checkpoint.write_atomic
+    write = sealed.write_atomic
 
     def full(path, data):
         if path.name == "round-000005.safetensors":
@@ -171,7 +167,7 @@ def test_a_full_disk_keeps_the_shadow_that_is_needed(tmp_path, monkeypatch, capl
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomic", full)
+        patch.setattr(sealed, "write_atomic", full)
         with pytest.raises(Killed):
             run(tmp_path, dies_in=6)
     assert "the checkpoint of round 5 could not be written" in caplog.text
@@ -222,7 +218,7 @@ def test_a_second_start_with_checkpoints_keeps_the_values_of_the_first(tmp_path)
 
 def test_an_older_format_is_refused_in_words(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 1)
+        patch.setattr(checkpoint, "CHECKPOINT_FORMAT", 1)
         with pytest.raises(Killed):
             run(tmp_path, dies_in=2)
     with pytest.raises(

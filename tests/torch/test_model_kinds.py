@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from apps import arrays_of
+from apps import NO_FAILURES, arrays_of, same_bytes
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from autoflip_flwr import AutoFlip, Mask, autoflip_mod, current_mask
+from autoflip_flwr.core.choices import LOG8, PACKINGS
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import masked_training
-from autoflip_flwr.wire.keys import EXPLORE, HEADER, HELLO, LOG8, PHASE_KEY
+from autoflip_flwr.wire.keys import EXPLORE, HEADER, HELLO, PHASE_KEY
 
 NODES, ROUNDS, STEPS = 3, 2, 3
-NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
@@ -290,12 +290,6 @@ each_kind = pytest.mark.parametrize(
 )
 
 
-def same_bytes(left: Arrays, right: Arrays) -> None:
-    assert list(left) == list(right)
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], name, strict=True)
-
-
 # --- what holds for every kind ---------------------------------------------------------------------------------------
 
 
@@ -395,7 +389,7 @@ def test_both_ways_one_flat_array_of_each_dtype_travels(name: str):
 # --- BatchNorm -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coordinates", ["packed", "dense"])
+@pytest.mark.parametrize("coordinates", PACKINGS)
 def test_batch_norm_gives_the_same_in_both_coordinates(coordinates: str):
     same_bytes(run(KINDS["BatchNorm"], coordinates=coordinates).result, run_of("BatchNorm").result)
 

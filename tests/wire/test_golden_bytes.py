@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
+from autoflip_flwr.core.choices import VALUES
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
@@ -26,7 +27,6 @@ from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, r
 from autoflip_flwr.wire.records import fingerprint, make_array
 
 FILE = Path(__file__).parents[1] / "golden" / f"wire-{FORMAT}.json"
-KINDS = ("float32", "bfloat16", "float16", "int8")
 MASKS = ("full", "bitmap", "gaps", "units", "difference")
 HEX = "hex:"
 
@@ -48,7 +48,7 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
         for name, keep in plain["keep"].items()
     }
     packed = {spec.name: np.array(plain["packed"][spec.name], spec.dtype) for spec in layout.specs}
-    values = {kind: pack_values(masks["bitmap"], packed, kind) for kind in KINDS}
+    values = {kind: pack_values(masks["bitmap"], packed, kind) for kind in VALUES}
     moves = {name: np.array(array, "f4").reshape(layout[name].shape) for name, array in plain["moves"].items()}
     records = {name: mask_record.encode_mask(mask) for name, mask in masks.items() if name != "difference"}
     records["difference"] = mask_record.encode_mask(masks["difference"], masks["bitmap"])
@@ -114,7 +114,7 @@ def test_masks_are_the_golden_ones(name, golden, encoded, masks):
     assert (golden["masks"][name]["encoding"], mask.version) == (name, 3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VALUES)
 def test_values_are_the_golden_ones(kind, golden, encoded, masks):
     assert encoded["values"][kind] == golden["values"][kind]
     packed = unpack_values(masks["bitmap"], record_of(golden["values"][kind]), kind)

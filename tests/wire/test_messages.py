@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from apps import same_bytes
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoflip_flwr.core.choices import CODED, VALUES
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire.keys import HEADER, HELLO, TRAIN
@@ -51,12 +53,6 @@ LAYOUT = Layout.of(
 )
 MASK = Mask.from_bool(LAYOUT, {"w": np.array([[True, False], [True, True]])}, version=5)
 PACKED = {"w": np.array([1, 2, 3], np.float32), "n": np.array([7, 8]), "b": np.array([4, 5], np.float32)}
-
-
-def same(one: Arrays, two: Arrays) -> None:
-    assert list(one) == list(two)
-    for name, array in one.items():
-        np.testing.assert_array_equal(array, two[name], err_msg=name, strict=True)
 
 
 def sent(content: RecordDict) -> RecordDict:
@@ -133,7 +129,7 @@ def test_kept_values_of_pruned_arrays_come_first_then_the_other_arrays_each_in_t
         "float16": [50, 5],
         "int64": [9],
     }
-    same(unpack_values(MIXED_MASK, record), MIXED_PACKED)
+    same_bytes(unpack_values(MIXED_MASK, record), MIXED_PACKED)
     counted = {dtype: kept_and_size(MIXED_MASK, specs) for dtype, specs in MIXED_MASK.layout.by_dtype.items()}
     assert counted == {"float32": (3, 7), "float16": (1, 2), "int64": (0, 1)}
 
@@ -142,7 +138,7 @@ def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
     flat = flatten(MIXED_MASK, MIXED_PACKED)
     assert flat["float32"].tolist() == [10, 20, 30, 1, 2, 3, 4]
     parts = split_vectors(MIXED_MASK, flat)
-    same(parts, MIXED_PACKED)
+    same_bytes(parts, MIXED_PACKED)
     assert all(np.shares_memory(array, flat[MIXED[name].dtype]) for name, array in parts.items())
 
 
@@ -151,8 +147,8 @@ def test_flat_vectors_are_split_into_views_in_the_order_of_the_model():
 def test_any_flat_vectors_are_those_of_the_record(message: tuple[Mask, Arrays]):
     mask, packed = message
     flat = flatten(mask, packed)
-    same(flat, {dtype: vector.whole() for dtype, vector in read_vectors(mask, pack_values(mask, packed)).items()})
-    same(split_vectors(mask, flat), packed)
+    same_bytes(flat, {dtype: vector.whole() for dtype, vector in read_vectors(mask, pack_values(mask, packed)).items()})
+    same_bytes(split_vectors(mask, flat), packed)
 
 
 @pytest.mark.parametrize("shape", [None, (5,), (5, 1)])
@@ -165,7 +161,7 @@ def test_parts_become_the_array_that_flower_makes_of_them_together(shape: tuple[
 @given(message=messages())
 def test_any_packed_model_arrives_as_it_was_sent(message: tuple[Mask, Arrays]):
     mask, packed = message
-    same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed)}))["x"]), packed)
+    same_bytes(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed)}))["x"]), packed)
 
 
 def test_unpacked_values_are_read_only_views_of_the_message():
@@ -179,7 +175,7 @@ def test_unpacked_values_are_read_only_views_of_the_message():
 
 def test_values_are_cast_to_the_dtypes_of_the_model_whatever_their_byte_order():
     record = pack_values(MASK, {name: array.astype(">f8") for name, array in PACKED.items()})
-    same(unpack_values(MASK, record), PACKED)
+    same_bytes(unpack_values(MASK, record), PACKED)
 
 
 def test_pack_refuses_an_array_of_another_shape_by_name():
@@ -293,7 +289,6 @@ def test_damaged_values_give_a_wire_error_or_values_of_the_right_shape_and_dtype
 # Coded values
 
 
-KINDS = ("bfloat16", "float16", "int8")
 # 3 kept and 2 other values: halves; or one scale, two halves and three codes
 CODED_SIZES = {"bfloat16": 10, "float16": 10, "int8": 4 + 4 + 3}
 
@@ -302,7 +297,7 @@ def coded(kind: str, mask: Mask = MASK, packed: Arrays = PACKED) -> ArrayRecord:
     return pack_values(mask, packed, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
     record = coded(kind)
     assert {key: (array.dtype, array.shape) for key, array in record.items()} == {
@@ -318,7 +313,7 @@ def test_coded_values_travel_as_bytes_and_integers_as_they_are(kind: str):
     np.testing.assert_allclose(unpacked["w"], PACKED["w"], rtol=0, atol=3 / 254)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
     record = coded(kind, MIXED_MASK, MIXED_PACKED)
     assert record["float16"].dtype == ("uint8" if kind == "int8" else "float16")
@@ -328,13 +323,13 @@ def test_half_precision_models_are_coded_in_8_bits_only(kind: str):
 
 
 @quick
-@given(message=messages(), kind=st.sampled_from(KINDS))
+@given(message=messages(), kind=st.sampled_from(CODED))
 def test_any_coded_model_arrives(message: tuple[Mask, Arrays], kind: str):
     mask, packed = message  # of zeros and ones, which every coding has
-    same(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed, kind)}))["x"], kind), packed)
+    same_bytes(unpack_values(mask, sent(RecordDict({"x": pack_values(mask, packed, kind)}))["x"], kind), packed)
 
 
-@pytest.mark.parametrize("kind", ["float32", *KINDS])
+@pytest.mark.parametrize("kind", VALUES)
 def test_vectors_add_what_the_values_are_added_to_and_leave_integers(kind: str):
     base = {"float32": np.array([100, 200, 300, 400, 500], np.float32)}
     found = read_vectors(MASK, coded(kind), kind, base)
@@ -359,7 +354,7 @@ def forged_coding(data: np.ndarray) -> ArrayRecord:
     return ArrayRecord({"float32": Array(data), "int64": Array(np.array([7, 8]))})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize(
     "change",
     [
@@ -376,7 +371,7 @@ def test_coded_values_of_another_size_or_dtype_give_a_wire_error(kind: str, chan
         unpack_values(MASK, forged_coding(change(coded(kind)["float32"].numpy())), kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_coded_values_that_are_not_finite_give_a_wire_error_that_names_the_dtype(kind: str):
     data = coded(kind)["float32"].numpy()
     data[:4] = 0xFF
@@ -384,7 +379,7 @@ def test_coded_values_that_are_not_finite_give_a_wire_error_that_names_the_dtype
         unpack_values(MASK, forged_coding(data), kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: str):
     with pytest.raises(WireError, match="expected"):
         unpack_values(MASK, coded(kind))
@@ -393,7 +388,7 @@ def test_values_that_are_coded_otherwise_than_expected_give_a_wire_error(kind: s
 
 
 @settings(deadline=None, max_examples=200)
-@given(data=st.data(), kind=st.sampled_from(KINDS))
+@given(data=st.data(), kind=st.sampled_from(CODED))
 def test_damaged_coded_values_give_a_wire_error_or_finite_values_of_the_right_shape(data: st.DataObject, kind: str):
     damaged = data.draw(mutations(coded(kind)["float32"].data))
     try:

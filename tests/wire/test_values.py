@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr.wire.values import BLOCK, CHUNK, KINDS, Coded, Vector, coded_size, encode, is_coded
-
-CODED = KINDS[1:]
+from autoflip_flwr.core.choices import CODED
+from autoflip_flwr.wire.values import BLOCK, CHUNK, Coded, Vector, coded_size, encode, is_coded
 
 quick = settings(deadline=None, max_examples=100)
 

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from apps import arrays_of, message_app, model, record, step
+from apps import NO_FAILURES, arrays_of, message_app, model, record, same_bytes, step
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
@@ -18,7 +18,6 @@ from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import HEADER, MASK_RECORD, PHASE_KEY, TRAIN
 
 NODES = 4
-NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
 
 
 def floats():
@@ -32,12 +31,6 @@ def start(strategy, grid, arrays=None, rounds=2, **options):
 
 def fedavg(**options):
     return FedAvg(fraction_evaluate=0.0, **options)
-
-
-def same_bytes(left, right):
-    left, right = arrays_of(left), arrays_of(right)
-    assert list(left) == list(right)
-    assert all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 
 class Plain(Strategy):
@@ -106,7 +99,7 @@ def test_a_strategy_without_a_weight_asks_nothing_of_metrics(metrics):
     asked: list[tuple[int, int, bool]] = []
     expected = start(Plain(), LocalGrid(app(metrics, []), NODES))
     full = start(AutoFlip(Plain(), sparsity=0.0), LocalGrid(app(metrics, [autoflip_mod]), NODES))
-    same_bytes(expected.arrays, full.arrays)
+    same_bytes(arrays_of(expected.arrays), arrays_of(full.arrays))
     pruned = AutoFlip(Plain(), sparsity=0.5)
     result = start(pruned, LocalGrid(app(metrics, [autoflip_mod], asked), NODES))
     assert pruned.ledger.failure_counts() == NO_FAILURES
@@ -226,7 +219,7 @@ def test_a_second_start_goes_on_from_the_first_ones_result():
         model32 = {name: array.astype(np.float32) for name, array in arrays_of(first.arrays).items()}
         again = first.arrays if strategy is wrapped else record(model32)
         results.append(start(strategy, LocalGrid(message_app(mods=mods), NODES), again))
-    same_bytes(results[0].arrays, results[1].arrays)
+    same_bytes(*(arrays_of(each.arrays) for each in results))
 
 
 def test_scouts_move_the_start_once():
@@ -234,7 +227,7 @@ def test_scouts_move_the_start_once():
     first = start(strategy, LocalGrid(message_app(), NODES))
     seen = {}
     start(strategy, LocalGrid(message_app(), NODES), first.arrays, evaluate_fn=lambda r, a: seen.setdefault(r, a))
-    same_bytes(seen[0], first.arrays)
+    same_bytes(arrays_of(seen[0]), arrays_of(first.arrays))
 
 
 def test_a_message_keeps_a_shorter_time_to_live_of_its_own():

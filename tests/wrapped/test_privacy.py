@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import pytest
-from apps import arrays_of, choose, examples, message_app, model, record
+from apps import NO_FAILURES, arrays_of, choose, examples, message_app, model, record
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
@@ -26,20 +26,19 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, PrivacySpent, SamplingMethod
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
+from autoflip_flwr.core.choices import PACKINGS, VALUES
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, MASK_RECORD
 from autoflip_flwr.wire.messages import split_vectors, unpack_deltas
-from autoflip_flwr.wire.values import KINDS
 from autoflip_flwr.wrapped.privacy import RELATIONS, PrivacyBudget
 
 NODES, NOISE, CLIP, COUNT_NOISE = 4, 0.5, 0.25, 2.0
 SHORT = 0.2
 """Seconds after which replies that never come are given up."""
 
-COORDINATES = ["packed", "dense"]
 MODEL = {name: array for name, array in model().items() if array.dtype.kind == "f"}
 LAYOUT = Layout.of(MODEL)
 MASK = choose(LAYOUT, {s.name: np.random.default_rng(1).random(s.shape) for s in LAYOUT.prunable}, 0.5, "global")
@@ -165,7 +164,7 @@ MISSING = {
 
 @each_wrapper
 @pytest.mark.parametrize("why", MISSING)
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 def test_a_round_that_lacks_a_reply_keeps_the_model_and_the_next_goes_on(name, why, coordinates, caplog):
     strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK, coordinates=coordinates)
     models = start(strategy, grid_of(name, **MISSING[why]), rounds=3, timeout=SHORT)
@@ -282,7 +281,7 @@ def test_the_budget_is_plain_state():
 
 
 @pytest.mark.parametrize("name", FIXED)
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 def test_with_equal_weights_a_round_costs_what_the_noise_multiplier_says(name, coordinates, caplog):
     strategy = AutoFlip(WRAPPERS[name][0](), mask=MASK, coordinates=coordinates)
     start(strategy, grid_of(name, weights="alike"), rounds=3)
@@ -384,7 +383,7 @@ WIDE_MASK = Mask.from_bool(Layout.of(WIDE), {"w": np.random.default_rng(2).rando
 
 
 @each_wrapper
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 def test_the_servers_noise_enters_the_kept_coordinates_only_and_in_its_size(name, coordinates):
     found = {}
     for noise in (NOISE, 0.0):
@@ -438,13 +437,13 @@ def test_an_explorer_behind_local_privacy_sends_noised_moves_alone(place, coding
     assert returned[0]["w"].std() < 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("place", ["app", "function"])
 def test_local_noise_enters_the_kept_coordinates_only_however_values_travel(place, kind):
     grid = LocalGrid(local_app(place, []), NODES)
     strategy = AutoFlip(inner(), mask=WIDE_MASK, values=kind)
     models = start(strategy, grid, arrays=WIDE)
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert strategy.ledger.failure_counts() == NO_FAILURES
     noise = models[1]["w"] - models[0]["w"]
     assert not noise[~WIDE_MASK.keep["w"]].any()
     weights = np.array([10 + 7 * part for part in range(NODES)])
@@ -455,7 +454,7 @@ def test_local_noise_enters_the_kept_coordinates_only_however_values_travel(plac
 # --- what secure aggregation would need -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("mask", [MASK, Mask.full(LAYOUT)], ids=["pruned", "full"])
 def test_under_one_mask_the_packed_replies_of_all_nodes_and_rounds_have_one_length(kind, mask):
     with_counter = Mask.from_bool(Layout.of(model()), mask.keep)

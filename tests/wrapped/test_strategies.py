@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from apps import choose
+from apps import NO_FAILURES, choose, same_bytes
 from flwr.serverapp.strategy import (
     Bulyan,
     DifferentialPrivacyServerSideFixedClipping,
@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
+from autoflip_flwr.core.choices import PACKINGS
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
@@ -28,12 +29,12 @@ from autoflip_flwr.wire.records import to_arrays, to_record
 from benchmarks import digits
 
 NODES, ROUNDS, SPARSITY = 7, 7, 0.5
-STRATEGIES, COORDINATES = list(digits.STRATEGIES), ["packed", "dense"]
+STRATEGIES = list(digits.STRATEGIES)
 PRIVATE = [name for name in STRATEGIES if name.startswith("DifferentialPrivacy")]
 CLIPPED = [name for name in STRATEGIES if digits.mods_for(name)]
 """Flower's clipping mods count an integer counter's growth in the norm: all else would shrink to nearly nothing."""
 
-ACROSS_COORDINATES = [
+ACROSS_PACKINGS = [
     "QFedAvg",
     "Krum",
     "MultiKrum",
@@ -94,13 +95,6 @@ def pruned(name, coordinates, changing, noise) -> Run:
     return Run(strategy, *start(strategy, [autoflip_mod, *digits.mods_for(name)], ROUNDS, counter=counter))
 
 
-def same_bytes(left, right):
-    assert list(left) == list(right)
-    for name in left:
-        assert left[name].dtype == right[name].dtype, name
-        assert left[name].tobytes() == right[name].tobytes(), name
-
-
 def respects(arrays, mask):
     return all(not arrays[name][~keep].any() and arrays[name][keep].any() for name, keep in mask.keep.items())
 
@@ -111,7 +105,7 @@ def counted(rounds):
 
 
 def check_end(run, least_accuracy, least_of_selections):
-    assert run.strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert run.strategy.ledger.failure_counts() == NO_FAILURES
     assert list(run.arrays) == list(run.seen[0])
     if "steps" in run.seen[0]:
         assert run.arrays["steps"].dtype == np.int64
@@ -125,7 +119,7 @@ def alone(name):
     return start(digits.STRATEGIES[name](NODES), digits.mods_for(name), 3, counter=False)[0]
 
 
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(name, coordinates):
     wrapped = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=0.0, coordinates=coordinates)
@@ -135,7 +129,7 @@ def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(nam
     assert list(result.train_metrics_clientapp) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_static_mask_is_exact_and_respected_and_the_model_learns(name, coordinates):
     run = pruned(name, coordinates, False, True)
@@ -146,7 +140,7 @@ def test_a_static_mask_is_exact_and_respected_and_the_model_learns(name, coordin
     check_end(run, 0.85, 0.6)
 
 
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("coordinates", PACKINGS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_masks_that_change_are_respected_in_their_rounds_and_the_model_learns(name, coordinates):
     run = pruned(name, coordinates, True, True)
@@ -162,9 +156,9 @@ def test_masks_that_change_are_respected_in_their_rounds_and_the_model_learns(na
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_packed_and_dense_coordinates_agree(name, changing):
     # without noise: in full arrays it is drawn for the pruned entries too, so the draws differ by construction
-    packed, dense = (pruned(name, coordinates, changing, name not in PRIVATE) for coordinates in COORDINATES)
+    packed, dense = (pruned(name, coordinates, changing, name not in PRIVATE) for coordinates in PACKINGS)
     assert packed.strategy.mask.digest == dense.strategy.mask.digest
-    if name not in ACROSS_COORDINATES:
+    if name not in ACROSS_PACKINGS:
         same_bytes(packed.arrays, dense.arrays)
     for key, array in packed.arrays.items():
         np.testing.assert_allclose(array, dense.arrays[key], rtol=0, atol=1e-5)

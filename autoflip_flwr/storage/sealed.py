@@ -1,0 +1,68 @@
+"""Safetensors files of JSON and arrays under one digest: read whole, or refused. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from autoflip_flwr.storage.files import write_atomic
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class SealError(ValueError):
+    """A file that cannot be read, or is not as it was written; the message says why."""
+
+
+def write_sealed(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write what JSON can hold, and arrays by name; an ``OSError`` names the file."""
+    tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    text = json.dumps(about)
+    write_atomic(path, save(tensors, metadata={"autoflip": text, "digest": seal(text, tensors)}))
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], Arrays]:
+    """Read what :func:`write_sealed` wrote; raises :class:`SealError`, or ``FileNotFoundError``."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        text = metadata["autoflip"]
+        whole = seal(text, tensors) == metadata["digest"]
+        about: dict[str, Any] = json.loads(text)
+    except FileNotFoundError:
+        raise
+    except KeyError as error:
+        raise SealError(f"without {error}") from error
+    except Exception as error:  # safetensors raises its own type, json and the arrays others
+        raise SealError(str(error)) from error
+    if not whole:
+        raise SealError("its digest is another")
+    return about, tensors
+
+
+def seal(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 (hex) of a text and of arrays by name, whatever their order."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def difference(before: Any, now: Any, at: str = "") -> str:
+    """The first of two trees' settings that differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if keys:
+            return difference(before.get(keys[0]), now.get(keys[0]), f"{at}.{keys[0]}".lstrip("."))
+    return f"{at} was {before!r}, and is now {now!r}"
