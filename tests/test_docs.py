@@ -75,7 +75,9 @@ def bash_blocks(text: str) -> list[str]:
 
 def python_blocks() -> list[pytest.param]:
     found = [
-        (page.relative_to(ROOT).as_posix(), *block) for page in PAGES for block in FENCE.findall(page.read_text("utf-8"))
+        (page.relative_to(ROOT).as_posix(), *block)
+        for page in PAGES
+        for block in FENCE.findall(page.read_text("utf-8"))
     ]
     return [pytest.param(code, id=f"{name}-{n}") for n, (name, kind, code) in enumerate(found) if kind == "python"]
 
