@@ -52,7 +52,7 @@ COLUMNS = {
     "nodes": "nodes",
     "sampled": "a round",
     "rounds": "rounds",
-    "seconds_per_round": "seconds a round",
+    "seconds_per_round": "seconds per round",
     "startup_s": "start-up s",
     "exploration_s": "exploration s",
     "peak_pss_mb": "peak memory MB",
@@ -205,10 +205,10 @@ def read(record: Path, nodes: int, began: float) -> Row:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw seconds of a round and peak memory against the number of nodes."""
+    """Draw seconds per round and peak memory against the number of nodes."""
     figure = Figure(figsize=(7.6, 2.8), layout="constrained")
     nodes = [row["nodes"] for row in rows]
-    panels = {"seconds_per_round": "Seconds a round", "peak_pss_mb": "Peak memory, GB"}
+    panels = {"seconds_per_round": "Seconds per round", "peak_pss_mb": "Peak memory, GB"}
     for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         values = [row[key] / (1000 if key == "peak_pss_mb" else 1) for row in rows]
         axes.plot(nodes, values, marker="o", color="#2563eb", linewidth=2)

@@ -85,7 +85,7 @@ class Magnitude(Scored):
         return magnitude(layout, initial)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Asks(Scored):
     """A method that asks clients before training; its parameters are :class:`Method`'s attributes."""
 
