@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -172,3 +173,9 @@ def test_the_picture_names_every_room_and_modules_that_are_there():
     assert shown == ROOMS.keys()
     files = {name for element in text if element.get("class") == "file" for name in re.findall(r"\w+", element.text)}
     assert files <= {name.rpartition(".")[2] for name in MODULES}
+
+
+def test_the_tables_of_parameters_are_made_of_the_docstrings():
+    page = REFERENCE.read_text("utf-8")
+    make = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
+    assert make["filled"](page) == page, "python docs/make_reference.py"
