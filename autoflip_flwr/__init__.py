@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoflip_flwr.client.context import apply_mask, current_mask
-    from autoflip_flwr.client.mod import autoflip_mod
+    from autoflip_flwr.client.context import apply_mask, current_mask, current_subspace
+    from autoflip_flwr.client.mod import autoflip_mod, autoflip_mod_with
     from autoflip_flwr.core.layout import Layout
     from autoflip_flwr.core.mask import Mask
     from autoflip_flwr.core.statistics import Exploration
+    from autoflip_flwr.core.subspace import Subspace
     from autoflip_flwr.costs.ledger import Ledger
     from autoflip_flwr.server.strategy import AutoFlip
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
@@ -18,9 +19,12 @@ else:  # when asked for: a client starts for every message and needs none of the
         "Layout": "core.layout",
         "Ledger": "costs.ledger",
         "Mask": "core.mask",
+        "Subspace": "core.subspace",
         "apply_mask": "client.context",
         "autoflip_mod": "client.mod",
+        "autoflip_mod_with": "client.mod",
         "current_mask": "client.context",
+        "current_subspace": "client.context",
     }
 
     def __getattr__(name: str) -> object:
@@ -33,4 +37,16 @@ else:  # when asked for: a client starts for every message and needs none of the
         return sorted({*globals(), *_MODULES})
 
 
-__all__ = ["AutoFlip", "Exploration", "Layout", "Ledger", "Mask", "apply_mask", "autoflip_mod", "current_mask"]
+__all__ = [
+    "AutoFlip",
+    "Exploration",
+    "Layout",
+    "Ledger",
+    "Mask",
+    "Subspace",
+    "apply_mask",
+    "autoflip_mod",
+    "autoflip_mod_with",
+    "current_mask",
+    "current_subspace",
+]

@@ -11,8 +11,8 @@ from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from autoflip_flwr import autoflip_mod, current_mask
-from autoflip_flwr.core.mask import Mask
+from autoflip_flwr import autoflip_mod, current_subspace
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
@@ -42,14 +42,14 @@ class LocalClient(NumPyClient):
         Its examples.
     classes : int
         How many classes the data set has.
-    mask : Mask | None
-        The mask in force.
+    subspace : Subspace | None
+        The mask in force, and what stands outside it.
     """
 
     def __init__(
-        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, mask: Mask | None
+        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, subspace: Subspace | None
     ) -> None:
-        self._config, self._part, self._x, self._y, self._mask = config, part, x, y, mask
+        self._config, self._part, self._x, self._y, self._subspace = config, part, x, y, subspace
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
         self._model = build(config.model, shape, classes, config.seed)
         self._model.to(training.choose_device(config.device))
@@ -72,7 +72,7 @@ class LocalClient(NumPyClient):
                 patience=int(config[PATIENCE_KEY]) if exploring else None,
                 weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                 lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
-                mask=self._mask,
+                subspace=self._subspace,
                 seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),
             )
         arrays = list(training.get_arrays(self._model).values())
@@ -103,7 +103,8 @@ def client_fn(context: Context) -> Client:
         )
     data_dir = str(node.get("data-dir", config.resolved_data_dir))
     x, y = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, x, y, load(config.dataset, data_dir).classes, current_mask(context)).to_client()
+    classes = load(config.dataset, data_dir).classes
+    return LocalClient(config, part, x, y, classes, current_subspace(context)).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

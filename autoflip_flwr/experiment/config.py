@@ -141,6 +141,8 @@ class Config:
         Whether biases are prunable, too.
     initial : str ("scratch")
         Weights of round 1: the initial ones (scratch) or the explorers' average (scouts).
+    outside : str ("zero")
+        What stands outside the mask: zero, or the values with which training began (initial).
     explorers : float (1.0)
         Share of the nodes that explore, in (0, 1].
     exploration_rounds : int (1)
@@ -216,6 +218,7 @@ class Config:
     gamma: float = _setting(1.0, _NOT_NEGATIVE)
     prune_biases: bool = _setting(False, _FLAG)
     initial: str = _setting("scratch", _choice("scratch", "scouts"))
+    outside: str = _setting("zero", _choice("zero", "initial"))
     explorers: float = _setting(1.0, _UP_TO_ONE)
     exploration_rounds: int = _setting(1, _COUNT)
     exploration_epochs: int = _setting(5, _COUNT)

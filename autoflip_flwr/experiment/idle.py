@@ -11,6 +11,7 @@ _OF_AUTOFLIP = (
     "gamma",
     "prune-biases",
     "initial",
+    "outside",
     "explorers",
     "exploration-rounds",
     "exploration-epochs",

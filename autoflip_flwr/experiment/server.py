@@ -171,6 +171,7 @@ def _strategy(config: Config, ledger: Ledger, exploration: Exploration | None, c
         gamma=config.gamma,
         biases=config.prune_biases,
         initial=config.initial,
+        outside=config.outside,
         explorers=config.explorers,
         min_explorers=config.min_explorers,
         exploration_rounds=config.exploration_rounds,

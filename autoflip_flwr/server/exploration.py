@@ -22,6 +22,7 @@ from autoflip_flwr.replies.check import MOD_FIRST, explain_error, read_deltas
 from autoflip_flwr.replies.norms import Update, joint_norm
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.base_record import base_entry
 from autoflip_flwr.wire.keys import (
     EPOCHS_KEY,
     EXPLORE,
@@ -55,6 +56,7 @@ def explore(
     judge: Judge,
     checkpoints: Checkpoints | None = None,
     per_client: bool = False,
+    base: str = "",
 ) -> Exploration:
     """Run the exploration.
 
@@ -84,6 +86,8 @@ def explore(
         Where answers are kept as they come; those that are there already are not asked for again.
     per_client : bool
         Also average what ``normalisation="per-client"`` needs.
+    base : str
+        Digest of what will stand outside the mask, if explorers may keep it: W0. "": nothing of it.
 
     Raises
     ------
@@ -134,9 +138,8 @@ def explore(
 
     def answers() -> Iterator[tuple[float, Arrays]]:
         packed = pack_values(mask, mask.gather(initial), kind)
-        head = make_header(
-            EXPLORE, 0, mask, **weight_entry(weight_key), **value_entries(values=kind, reply=plan.values)
-        )
+        told = weight_entry(weight_key) | base_entry(base)
+        head = make_header(EXPLORE, 0, mask, **told, **value_entries(values=kind, reply=plan.values))
         ours = RecordDict({HEADER: head, MASK_RECORD: mask_record.encode_mask(mask)})
         contents: dict[int, RecordDict] = {}  # strategies put one record into all of their messages, or few
 

@@ -15,6 +15,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.scores import NORMALISATIONS, scores
 from autoflip_flwr.core.selection import SCOPES, choose_mask, narrowed, protected_outputs, tied_weights
 from autoflip_flwr.core.statistics import Exploration, Floats
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.wire.records import to_arrays
 
 
@@ -115,9 +116,9 @@ class MaskPlan:
                 choose_mask(layout, same, self.sparsity, self.scope, tied=names)
 
 
-def warn_of_problems(mask: Mask) -> None:
-    """Log the problems of a mask in one warning, with what to do."""
-    if found := health.problems(mask):
+def warn_of_problems(subspace: Subspace) -> None:
+    """Log the problems of a mask in one warning, with what to do; none where the pruned weights go on working."""
+    if subspace.base is None and (found := health.problems(subspace.mask)):
         log(
             WARNING,
             "the mask may leave a network that cannot learn: %s. Try scope='layer', a lower sparsity, or exclude=[...]",

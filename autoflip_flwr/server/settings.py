@@ -24,6 +24,7 @@ from autoflip_flwr.wrapped.privacy import budget_of
 from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
 
 INITIALS = ("scratch", "scouts")
+OUTSIDE = ("zero", "initial")
 
 _MADE: dict[str, Callable[[], object]] = {"strategy": FedAvg, "ledger": Ledger, "rules": ReplyRules}
 """What None stands for."""
@@ -138,6 +139,7 @@ class Configured(Strategy):
                 "ready": ready and ready.digest,
             },
             "exploration": dataclasses.asdict(self.exploration_plan),
+            "outside": self.outside,
             "autoflip": [self.initial, packed, self._up, self._down, self.seed],
             "rules": dataclasses.asdict(self.rules),
             "strategy": settings_of(self.strategy),
@@ -190,8 +192,9 @@ def check(settings: Mapping[str, Any]) -> None:
         raise TypeError(
             f"checkpoints = {_short(kept)}: must be Checkpoints(folder) of autoflip_flwr.storage.checkpoint, or None"
         )
-    if settings["initial"] not in INITIALS:
-        raise ValueError(f"initial = {settings['initial']!r}: must be one of {', '.join(INITIALS)}")
+    for name, allowed in (("initial", INITIALS), ("outside", OUTSIDE)):
+        if settings[name] not in allowed:
+            raise ValueError(f"{name} = {settings[name]!r}: must be one of {', '.join(allowed)}")
     plan(MaskPlan, settings)
     plan(ExplorationPlan, settings)
     if settings["nodes"] is not None and not settings["nodes"] >= 1:

@@ -15,18 +15,21 @@ from flwr.serverapp.strategy import Result, Strategy
 from autoflip_flwr.core.layout import AUTO, Arrays, Layout, Output, Rule
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import Exploration, start_arrays
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.costs import savings
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.batch import Judge
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
+from autoflip_flwr.server.base_delivery import Told
 from autoflip_flwr.server.exploration import explore
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.plans import ExplorationPlan, MaskPlan, model_of, warn_of_problems
 from autoflip_flwr.server.progress import Parts, Progress
 from autoflip_flwr.server.rounds import Rounds
-from autoflip_flwr.server.schedule import last_values, same_arrays
+from autoflip_flwr.server.schedule import goes_on, last_values, same_arrays
 from autoflip_flwr.server.settings import check
 from autoflip_flwr.server.translator import Translator
+from autoflip_flwr.wire.base_record import base_digest
 from autoflip_flwr.wire.records import to_record
 from autoflip_flwr.wrapped import loop, optimizer_state, privacy, traits
 from autoflip_flwr.wrapped.template import template_of
@@ -57,6 +60,12 @@ class AutoFlip(Rounds):
         Power of the client agreement, >= 0 (our reading).
     initial : str (default: "scratch")
         Start from the pruned initial parameters, or from ``"scouts"``, the pruned average of the explorers.
+    outside : str (default: "zero")
+        What stands outside the mask: ``"zero"``, which is pruning proper, or ``"initial"``, the value with which
+        training began (the initial parameters as given, or the explorers' average). That is for fine-tuning a
+        pretrained model, which zeros would ruin, and where only bytes matter: no computation or memory is saved.
+        Clients are sent these values once, unless they explored from them or have the same file
+        (:func:`~autoflip_flwr.client.mod.autoflip_mod_with`).
     biases : bool (default: False)
         Prune biases too (the authors' code does).
     prunable : str, Sequence[str], Callable[[str, tuple[int, ...]], bool] or None
@@ -149,6 +158,7 @@ exploration_values
         normalisation: str = "none",
         gamma: float = 1.0,
         initial: str = "scratch",
+        outside: str = "zero",
         biases: bool = False,
         prunable: Rule | None = None,
         exclude: Rule | None = None,
@@ -179,7 +189,7 @@ exploration_values
     ) -> None:
         self.strategy, self.mask, self.exploration = strategy, mask, exploration  # type: ignore[assignment]
         self.sparsity, self.scope, self.normalisation, self.gamma = sparsity, scope, normalisation, gamma
-        self.initial, self.biases = initial, biases
+        self.initial, self.outside, self.biases = initial, outside, biases
         self.prunable, self.exclude, self.output = prunable, exclude, output
         self.prune_unmoved = prune_unmoved
         self.explorers, self.min_explorers = explorers, min_explorers
@@ -204,7 +214,7 @@ exploration_values
         self._round = 0
         self._packed = traits.resolve(coordinates, self.strategy) == "packed"
         self._integers = False
-        self._translator, self._shadow, self._changed = None, {}, None
+        self._translator, self._shadow, self._base, self._changed = None, {}, None, None
         self._fresh, self._asked, self._noted = True, 0, 0
         self._running = self._in_rounds = False
         self._ready = True
@@ -214,6 +224,7 @@ exploration_values
         log(INFO, "\t├──> AutoFlip settings:")
         log(INFO, "\t│\t├── Mask: %s", "none yet" if self.mask is None else f"density {self.mask.density:.4f}")
         log(INFO, "\t│\t├── Sparsity: %s (%s)", self.sparsity, self.scope)
+        log(INFO, "\t│\t├── Outside the mask: %s", self.outside)
         log(INFO, "\t│\t├── Normalisation: %s, agreement power %s", self.normalisation, self.gamma)
         log(INFO, "\t│\t├── Values: %s up, %s down", self._up, self._down)
         log(INFO, "\t│\t└── Coordinates: %s", "packed" if self._packed else "dense")
@@ -233,8 +244,8 @@ exploration_values
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
         ``timeout`` (seconds) holds for each round, and for each exploration batch where ``exploration_timeout`` does
-        not. ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. A wrapped strategy with a ``start`` of
-        its own gets those of these parameters that it has, by name, and ``own``.
+        not. ``evaluate_fn(0, arrays)`` sees the start under the mask, in full arrays. A wrapped strategy with a
+        ``start`` of its own gets those of these parameters that it has, by name, and ``own``.
 
         Raises
         ------
@@ -297,11 +308,15 @@ exploration_values
         facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
         own = vars(self)  # what is chosen here is not of the user's setting
+        going_on = previous is not None and goes_on(previous.subspace, initial)
+        full = last_values(previous.mask, self._shadow, initial) if previous is not None and going_on else initial
+        began = self._base if going_on and self._base is not None else initial
         if self._explores:
             own["exploration"] = progress.exploration(self.ledger)
         if self._explores and not resumed:
             config = given["train_config"] or ConfigRecord()
-            own["exploration"] = self._explore(facade, everything, initial, config, timeout)
+            named = began if self.outside == "initial" and self.initial == "scratch" else None
+            own["exploration"] = self._explore(facade, everything, initial, config, timeout, named)
             progress.explored(own["exploration"], self.ledger)
         if resumed:
             own["mask"] = progress.mask(layout)
@@ -310,30 +325,37 @@ exploration_values
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self.mask_plan, self.exploration_plan, self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
-        warn_of_problems(mask)
-        full = initial if previous is None else last_values(previous.mask, self._shadow, initial)
         if self.initial == "scouts" and self.exploration is not None and self.exploration is not self._moved_by:
             full, self._moved_by = start_arrays(full, self.exploration), self.exploration
-        self._shadow = full
+            began = full
+        stored = None if began is initial else {spec.name: began[spec.name] for spec in layout.prunable}
+        if resumed:
+            stored = progress.base
+            began = initial if stored is None else {**initial, **stored}
+        self._shadow, self._base = full, began if self.outside == "initial" else None
+        subspace = Subspace(mask, self._base)
+        warn_of_problems(subspace)
         if previous is not None and not resumed and same_arrays(previous.mask.layout, full):
-            moved = previous.shown, previous.mask, mask, full
+            moved = previous.shown, previous.mask, subspace, full
             optimizer_state.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
-        self._translator = translator = self._translate(mask, full)
+        self._translator = translator = self._translate(mask, full, self._base, facade.bases)
         facade.repeat = translator.repeat
-        first = to_record(mask.apply(full))
+        first = to_record(subspace.project(full))
+        anchor = initial if self._base is None else self._base
         parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade)
         if resumed:
-            first, shadow, translator.integers = progress.model(mask)
-            self._shadow = initial if shadow is None else shadow
+            first, shadow, translator.integers = progress.model(subspace)
+            self._shadow = anchor if shadow is None else shadow
             own["mask"] = progress.next_mask(layout) or mask
             progress.restore(parts)
             if self._up == "int8":
                 log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
-            shadow = None if self._shadow is initial else self._shadow
+            shadow = None if self._shadow is anchor else self._shadow
+            base = None if self._base is None else stored
             next_mask = None if self.mask is translator.mask else self.mask
-            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
+            progress.keep(round_, arrays, shadow, base, translator, parts, next_mask)
 
         self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
         given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
@@ -376,7 +398,13 @@ exploration_values
         return facade
 
     def _explore(
-        self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord, timeout: float
+        self,
+        facade: OrderedGrid,
+        everything: Mask,
+        initial: Arrays,
+        config: ConfigRecord,
+        timeout: float,
+        base: Arrays | None,
     ) -> Exploration:
         seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
         return explore(
@@ -392,13 +420,16 @@ exploration_values
             judge=self._judge(),
             checkpoints=self.checkpoints,
             per_client=self.normalisation == "per-client",
+            base="" if base is None else base_digest(everything.layout, base),
         )
 
     @property
     def _explores(self) -> bool:
         return self.mask is None and self.exploration is None and self.mask_plan.sparsity > 0
 
-    def _translate(self, mask: Mask, initial: Arrays) -> Translator:
+    def _translate(
+        self, mask: Mask, initial: Arrays, base: Arrays | None = None, told: Told | None = None
+    ) -> Translator:
         return Translator(
             mask,
             initial,
@@ -409,6 +440,8 @@ exploration_values
             nudges=traits.divides_by_norm(self.strategy),
             down=self._down,
             up=self._up,
+            base=base,
+            told=told,
         )
 
     def _judge(self) -> Judge:

@@ -11,12 +11,23 @@ HEADER = "autoflip"
 MASK_RECORD = "autoflip.mask"
 """Record of a message, and of a node's state: the mask."""
 
+BASE_RECORD = "autoflip.base"
+"""Record of a message, and of a node's state: what stands outside the mask."""
+
 HELLO, EXPLORE, TRAIN, EVALUATE = "hello", "explore", "train", "evaluate"
 PHASES = (HELLO, EXPLORE, TRAIN, EVALUATE)
 """The phases of messages."""
 
-MASK_MISSING = "mask-missing"
-"""Status of a reply: the node lacks the mask."""
+MASK_MISSING, BASE_MISSING, BOTH_MISSING = "mask-missing", "base-missing", "mask-and-base-missing"
+MISSING = {
+    MASK_MISSING: (MASK_RECORD,),
+    BASE_MISSING: (BASE_RECORD,),
+    BOTH_MISSING: (MASK_RECORD, BASE_RECORD),
+}
+"""Status of a reply -> the records that the node lacks."""
+
+GIVEN = "given"
+"""In the place of a base's digest in a reply to hello: the node's user gave it a model, not compared so far."""
 
 LOG8 = "log8"
 """The coding of deltas with a byte per parameter, or less."""

@@ -189,7 +189,7 @@ def test_bytes_by_phase_direction_and_node_are_those_of_the_serialised_messages(
     told = run(grid)
     table, beside = expected(grid)
     assert told.by_node == table
-    assert told.bytes_by_phase() == {**by_phase(table), "total": grid.up + grid.down + beside}
+    assert told.bytes_by_phase() == {**by_phase(table), "base_down": 0, "total": grid.up + grid.down + beside}
     assert sum(told.up.values()) + sum(told.down.values()) + told.mask_down == grid.up + grid.down + beside
     by_node = told.bytes_by_node()
     assert list(by_node) == list(range(NODES))  # by partition
