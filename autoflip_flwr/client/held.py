@@ -78,10 +78,12 @@ class Given:
         if callable(self._source):
             load, self._source = self._source, None  # once, whatever comes of it
             try:
-                self._source = load()
+                found = load()
             except OSError as error:
                 log(WARNING, "base=: it cannot be read (%s): this client is sent the base instead", error)
-            _check_type(self._source, "base= returned")
+                return None
+            _check_type(found, "base= returned")
+            self._source = found
         return self._source
 
     def _warn(self, why: str) -> None:
