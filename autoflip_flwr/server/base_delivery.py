@@ -14,6 +14,8 @@ from autoflip_flwr.wire.keys import BASE_RECORD, EXPLORE, GIVEN, HEADER, HELLO, 
 Told = dict[int, str]
 """By node: the digest of the base that it holds, ``GIVEN`` for a model of its user's, "" for none."""
 
+_LONGEST = 64  # of a digest: nothing longer is kept of what a node says
+
 
 def learn(told: Told, message: Message, reply: Message) -> None:
     """Note what a reply says of the base that its node holds: to hello, to an exploration that names one, or a lack.
@@ -27,7 +29,8 @@ def learn(told: Told, message: Message, reply: Message) -> None:
     lacks = BASE_RECORD in missing_of(reply)
     if lacks or asked.get("phase") == HELLO or (asked.get("phase") == EXPLORE and "base" in asked):
         base = head.get("base")
-        told[message.metadata.dst_node_id] = base if isinstance(base, str) and not lacks else ""
+        known = isinstance(base, str) and len(base) <= _LONGEST and not lacks
+        told[message.metadata.dst_node_id] = str(base) if known else ""
 
 
 def missing_of(reply: Message) -> tuple[str, ...]:

@@ -45,7 +45,9 @@ def run(app=None, inner=FedAvg, *, rounds=3, grid=None, arrays=None, **options):
         seen[round_] = arrays_of(arrays)
         return MetricRecord({"sum": float(sum(np.abs(array).sum() for array in seen[round_].values()))})
 
-    result = strategy.start(grid, record(model() if arrays is None else arrays), num_rounds=rounds, evaluate_fn=evaluate)
+    result = strategy.start(
+        grid, record(model() if arrays is None else arrays), num_rounds=rounds, evaluate_fn=evaluate
+    )
     np.testing.assert_equal(arrays_of(result.arrays), seen[rounds])
     return strategy, seen, grid
 
@@ -120,7 +122,9 @@ def test_what_grows_resumes_from_its_last_value_and_what_is_pruned_goes_back_to_
     given = {}
 
     def look(message: Message, context) -> None:
-        given.setdefault((message.content["config"]["server-round"], context.node_id), arrays_of(message.content["arrays"]))
+        given.setdefault(
+            (message.content["config"]["server-round"], context.node_id), arrays_of(message.content["arrays"])
+        )
 
     _, seen, _ = run(message_app(look), rounds=5, mask=first, mask_schedule={3: other, 5: first}.get)
     for name, keep in first.keep.items():
@@ -272,7 +276,7 @@ def explorers(grid):
 
 
 def test_a_node_of_which_nothing_is_known_says_what_it_lacks_and_is_sent_it_in_the_same_round():
-    strategy, seen, grid = run(mask=half(), seed=None)  # nobody explores, and there is no roll call
+    strategy, _, grid = run(mask=half(), seed=None)  # nobody explores, and there is no roll call
     assert bases_sent(grid) == [(100, 1), (101, 1), (102, 1)]
     assert strategy.ledger.messages["train"] == 4 * NODES
     assert strategy.ledger.replies["train"] == 4 * NODES

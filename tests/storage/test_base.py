@@ -122,7 +122,9 @@ def test_a_base_that_is_gone_or_damaged_is_named(tmp_path):
     path = tmp_path / "base.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-5])
-    with pytest.raises(DamagedError, match=r"base\.safetensors is damaged .*, and round-000002\.safetensors, which nee"):
+    with pytest.raises(
+        DamagedError, match=r"base\.safetensors is damaged .*, and round-000002\.safetensors, which nee"
+    ):
         run(tmp_path, resume=True, initial="scouts")
     path.unlink()
     with pytest.raises(DamagedError, match=r"is of no use without base\.safetensors, which is not there: remove it$"):
