@@ -72,7 +72,7 @@ class LocalClient(NumPyClient):
                 patience=int(config[PATIENCE_KEY]) if exploring else None,
                 weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                 lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
-                subspace=self._subspace,
+                mask=self._subspace,
                 seed=training.seed_of(self._config.seed, int(exploring), round_, self._part),
             )
         arrays = list(training.get_arrays(self._model).values())

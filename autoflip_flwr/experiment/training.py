@@ -70,7 +70,7 @@ def train(
     patience: int | None,
     lr: float,
     weight_decay: float,
-    subspace: Subspace | None,
+    mask: Subspace | None,
     seed: int,
 ) -> Trained:
     """Train in place with a fresh optimizer.
@@ -94,7 +94,7 @@ def train(
         Learning rate.
     weight_decay : float
         Of the optimizer.
-    subspace : Subspace | None
+    mask : Subspace | None
         Kept in force after every optimizer step.
     seed : int
         Of the order of the examples.
@@ -111,7 +111,7 @@ def train(
     if len(x) == 1:
         for norm in norms:
             norm.eval()
-    with masked_training(model, subspace):
+    with masked_training(model, mask):
         while done < epochs:
             done += 1
             total = 0.0
