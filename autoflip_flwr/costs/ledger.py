@@ -176,12 +176,16 @@ class Ledger:
             own["base_down"] += base
 
     def bytes_by_phase(self) -> dict[str, int]:
-        """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``."""
+        """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``.
+
+        It has ``base_down`` only where a base was sent.
+        """
         table = {
             f"{phase}_{way}": count[phase] for phase in PHASES for way, count in (("up", self.up), ("down", self.down))
         }
         other = table.pop("other_up") + table.pop("other_down")
-        table |= {"mask_down": self.mask_down, "base_down": self.base_down, "other": other}
+        table |= {"mask_down": self.mask_down} | ({"base_down": self.base_down} if self.base_down else {})
+        table["other"] = other
         return table | {"total": sum(table.values())}
 
     def dense_bytes_by_phase(self, model: ArrayRecord) -> dict[str, int]:
