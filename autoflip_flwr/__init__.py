@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoflip_flwr.client.context import apply_mask, current_mask
-    from autoflip_flwr.client.mod import autoflip_mod
+    from autoflip_flwr.client.context import apply_mask, current_mask, current_subspace
+    from autoflip_flwr.client.mod import autoflip_mod, autoflip_mod_with
     from autoflip_flwr.client.report import current_request, report
     from autoflip_flwr.core.budget import Budget
     from autoflip_flwr.core.layout import Layout
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autoflip_flwr.core.request import Request
     from autoflip_flwr.core.selection import select
     from autoflip_flwr.core.statistics import Exploration
+    from autoflip_flwr.core.subspace import Subspace
     from autoflip_flwr.costs.ledger import Ledger
     from autoflip_flwr.replies.quarantine import ReplyRules
     from autoflip_flwr.server.settings import Nodes, Values
@@ -38,10 +39,13 @@ else:  # when asked for: a client starts for every message and needs none of the
         "ReplyRules": "replies.quarantine",
         "Request": "core.request",
         "Snip": "core.methods",
+        "Subspace": "core.subspace",
         "Values": "server.settings",
         "apply_mask": "client.context",
         "autoflip_mod": "client.mod",
+        "autoflip_mod_with": "client.mod",
         "current_mask": "client.context",
+        "current_subspace": "client.context",
         "current_request": "client.report",
         "report": "client.report",
         "select": "core.selection",
@@ -74,11 +78,14 @@ __all__ = [
     "ReplyRules",
     "Request",
     "Snip",
+    "Subspace",
     "Values",
     "apply_mask",
     "autoflip_mod",
+    "autoflip_mod_with",
     "current_mask",
     "current_request",
+    "current_subspace",
     "report",
     "select",
 ]

@@ -38,7 +38,7 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from autoflip_flwr import current_mask
+from autoflip_flwr import apply_mask, current_subspace
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PHASE_KEY
 from autoflip_flwr.wire.records import to_arrays, to_record
@@ -135,15 +135,15 @@ def train(
     random: np.random.Generator,
     *,
     epochs: int = 1,
-    keep: Mapping[str, NDArray[np.bool_]] | None = None,
+    masked: Context | None = None,
     proximal_mu: float = 0.0,
 ) -> tuple[Weights, float, int]:
     """Mini-batch SGD in float32; returns new weights, the mean training loss, and the number of steps.
 
-    ``keep`` (boolean arrays by name) sets what is pruned to zero after every step; ``proximal_mu`` is FedProx's.
+    ``masked`` is the context whose mask is applied after every step; ``proximal_mu`` is FedProx's.
     """
     weights = {name: array.copy() for name, array in start.items()}
-    losses = []
+    losses, subspace = [], None if masked is None else current_subspace(masked)
     for _ in range(epochs):
         order = random.permutation(len(labels))
         for batch in (order[first : first + BATCH] for first in range(0, len(order), BATCH)):
@@ -151,8 +151,8 @@ def train(
             losses.append(loss)
             for name, array in weights.items():
                 array -= LEARNING_RATE * (gradients[name] + proximal_mu * (array - start[name]))
-                if keep is not None and name in keep:
-                    array *= keep[name]
+            if subspace is not None:
+                apply_mask(weights, subspace)
     return weights, float(np.mean(losses)), len(losses)
 
 
@@ -171,7 +171,7 @@ def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
 def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None = 1.0, seed: int = 0) -> ClientApp:
     """A Message-API client with these mods; it trains one epoch, or as many as an exploration asks for.
 
-    ``masked`` says whether it keeps the pruned weights at zero while it trains, or ignores the mask.
+    ``masked`` says whether it keeps the pruned weights where they stand while it trains, or ignores the mask.
     """
     app = ClientApp(mods=list(mods))
 
@@ -183,7 +183,6 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
         mine = partitions(nodes, alpha, seed)[part]
         images, labels = load().train
         arrays = to_arrays(message.content.array_records["arrays"])
-        mask = current_mask(context) if masked else None
         weights, loss, steps = train(
             # FedAdam and QFedAvg send float64
             {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"},
@@ -191,7 +190,7 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
             labels[mine],
             np.random.default_rng([seed, PHASE_KEY in config, server_round, part]),
             epochs=int(config.get(EPOCHS_KEY, 1)),  # type: ignore[arg-type]
-            keep=None if mask is None else mask.keep,
+            masked=context if masked else None,
             proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
         )
         new = {name: weights[name] if name in weights else array + steps for name, array in arrays.items()}

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
-from autoflip_flwr import autoflip_mod, current_mask
+from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.core.budget import BUDGETS
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
@@ -56,7 +56,7 @@ def step(arrays: Arrays, context: Context, round_: int, exploring: bool) -> Arra
     """A made-up local training that depends on (phase, round, partition) and keeps to the mask."""
     part = int(context.node_config["partition-id"])
     random = np.random.default_rng([int(exploring), round_, part])
-    mask = current_mask(context)
+    subspace = current_subspace(context)
     result = {}
     for name, array in arrays.items():
         if array.dtype.kind == "i":
@@ -64,8 +64,9 @@ def step(arrays: Arrays, context: Context, round_: int, exploring: bool) -> Arra
             continue
         array = array.astype(np.float32)  # strategies such as FedAdam send float64; a client casts to its model
         moved = (array * 0.9 + 0.1 * random.normal(size=array.shape)).astype(np.float32)
-        keep = None if mask is None else mask.keep.get(name)
-        result[name] = moved if keep is None else np.where(keep, moved, 0).astype(array.dtype)
+        keep = None if subspace is None else subspace.mask.keep.get(name)
+        outside = 0 if subspace is None or subspace.base is None else subspace.base.get(name, 0)
+        result[name] = moved if keep is None else np.where(keep, moved, outside).astype(array.dtype)
     return result
 
 

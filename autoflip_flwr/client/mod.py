@@ -9,17 +9,22 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from autoflip_flwr.client import numpy_client
+from autoflip_flwr.client import held, numpy_client
 from autoflip_flwr.client.context import LAYOUT
 from autoflip_flwr.client.error_feedback import pack_reply
 from autoflip_flwr.client.report import add_reported, note_asked
 from autoflip_flwr.core.choices import DELTAS, LOG8, VALUES
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.base_record import base_entry
 from autoflip_flwr.wire.keys import (
+    BASE_MISSING,
+    BASE_RECORD,
+    BOTH_MISSING,
     EVALUATE,
     EXPLORE,
     HEADER,
@@ -55,13 +60,53 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
     Message-API strategies pass, so that the same client serves a plain FedAvg too.
 
     The mask is kept in ``context.state``; a client that wants it during training calls :func:`current_mask`. A node
-    that has lost it says so and is sent it again in the same round.
+    that has lost it says so and is sent it again in the same round. So is what stands outside the mask, where the
+    server keeps it (``outside="initial"``) and :func:`autoflip_mod_with` has not been given it.
 
     Examples
     --------
     >>> from flwr.clientapp import ClientApp
     >>> app = ClientApp(mods=[autoflip_mod])
     """
+    return _handle(message, context, call_next, _NOTHING)
+
+
+def autoflip_mod_with(*, base: held.Source) -> Mod:
+    """Make an :func:`autoflip_mod` that has the pretrained model already, so that the server need not send it.
+
+    With ``AutoFlip(outside="initial")`` a client needs the values with which training began: where it has not explored
+    from them, it is sent them once, as many bytes as the prunable arrays take. One that reads the same file itself is
+    not: the mod compares digests, and what does not match is sent after all.
+
+    Parameters
+    ----------
+    base : Mapping[str, array] | Callable[[], Mapping[str, array] | None]
+        The model's arrays by the names that the server sends them by, of NumPy or tensors of PyTorch
+        (``model.state_dict()``); or a function that returns them, called at most once in a process, and only where a
+        message names a base. None, and a file that is not there, leave the client to be sent the base.
+
+    Raises
+    ------
+    TypeError
+        If ``base`` is anything else; of what a function returns, when it is called.
+
+    Examples
+    --------
+    >>> from flwr.clientapp import ClientApp
+    >>> app = ClientApp(mods=[autoflip_mod_with(base=lambda: dict(np.load("pretrained.npz")))])
+    """
+    given = held.Given(base)
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        return _handle(message, context, call_next, given)
+
+    return mod
+
+
+_NOTHING = held.Given(None)
+
+
+def _handle(message: Message, context: Context, call_next: ClientAppCallable, given: held.Given) -> Message:
     try:
         head = read_header(message.content)
         if head is None:
@@ -73,12 +118,15 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
             plain = len(message.content.array_records) == 1
             return numpy_client.call(message, context, call_next) if plain else call_next(message, context)
         if head["phase"] == HELLO:
-            return _reply(message, context, head, RecordDict())
+            return _reply(message, context, head, RecordDict(), **held.told(context, given))
         mask = _mask_of_message(message, context, head)
-        if mask is None:
-            return _reply(message, context, head, RecordDict(), status=MASK_MISSING)
+        base = "" if head["phase"] == EXPLORE else str(head.get("base", ""))
+        has = held.holds_base(message, context, base, None if mask is None else mask.layout, given)
+        if mask is None or not has:
+            lacks = BASE_MISSING if mask is not None else MASK_MISSING if has else BOTH_MISSING
+            return _reply(message, context, head, RecordDict(), status=lacks)
         note_asked(context, read_ask(head))
-        return _run(message, context, call_next, head, mask)
+        return _run(message, context, call_next, head, mask, given)
     except WireError as error:
         return Message(Error(MOD_REFUSED, f"autoflip_mod: {error}"), reply_to=message)
 
@@ -88,7 +136,8 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     record = message.content.get(MASK_RECORD)
     exploring = head["phase"] == EXPLORE
     state = {"phase": EXPLORE if exploring else TRAIN, "message": message.metadata.message_id}
-    context.state[HEADER] = ConfigRecord({**context.state.get(HEADER, {}), **state})  # type: ignore[dict-item]
+    notes = held.no_base(context.state.config_records.get(HEADER, {}))
+    context.state[HEADER] = ConfigRecord({**notes, **state})
     base = mask_record.base_of(record)
     known = context.state.get(MASK_RECORD) if record is None or base else None
     mine = None if known is None else mask_record.decode_mask(known)
@@ -105,9 +154,16 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     return mask
 
 
-def _run(message: Message, context: Context, call_next: ClientAppCallable, head: ConfigRecord, mask: Mask) -> Message:
+def _run(
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+    head: ConfigRecord,
+    mask: Mask,
+    given: held.Given,
+) -> Message:
     """Unpack, let the client's own code run, pack."""
-    inner = RecordDict({k: v for k, v in message.content.items() if k not in (HEADER, MASK_RECORD)})
+    inner = RecordDict({k: v for k, v in message.content.items() if k not in (HEADER, MASK_RECORD, BASE_RECORD)})
     keys = list(inner.array_records)
     if len(keys) != 1:
         raise WireError(f"{len(keys)} ArrayRecords in the message, expected 1")
@@ -115,12 +171,15 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if kind not in VALUES or wanted not in ((*DELTAS, NOTHING) if head["phase"] == EXPLORE else VALUES):
         raise WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
     start = {dtype: vector.whole() for dtype, vector in read_vectors(mask, inner[keys[0]], kind).items()}
-    given = mask.scatter(split_vectors(mask, start))
+    full = Subspace(mask, held.base_in_force(context, mask.layout)).unpack(split_vectors(mask, start))
     inner[keys[0]] = ArrayRecord(
-        {name: make_array([np.ascontiguousarray(array)], array.shape) for name, array in given.items()}
+        {name: make_array([np.ascontiguousarray(array)], array.shape) for name, array in full.items()}
     )
+    base, own = str(head.get("base", "")), dict[str, str]()
     if head["phase"] != EXPLORE:
-        given = {}  # only moves need it: no second model in memory while the client trains
+        full = {}  # only deltas need it: no second model in memory while the client trains
+    elif base and held.keep_explored(context, base, mask.layout, full, given):
+        own = base_entry(base)
     message.content = inner
     with _state_set_aside(context) if head["phase"] == EXPLORE else nullcontext():
         reply = numpy_client.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
@@ -132,18 +191,18 @@ def _run(message: Message, context: Context, call_next: ClientAppCallable, head:
     if wanted == NOTHING:
         content = RecordDict({k: record for k, record in content.items() if not isinstance(record, ArrayRecord)})
         add_reported(context, mask, content, required=True)
-        return _reply(message, context, head, content, digest=mask.digest, **value_entries(values=wanted))
+        return _reply(message, context, head, content, digest=mask.digest, **value_entries(values=wanted), **own)
     key, arrays = _result(content, mask, exploring=head["phase"] == EXPLORE)
     if head["phase"] == EXPLORE:
         moves = {
-            spec.name: np.subtract(arrays[spec.name], given[spec.name]) for spec in mask.layout.specs if spec.floating
+            spec.name: np.subtract(arrays[spec.name], full[spec.name]) for spec in mask.layout.specs if spec.floating
         }
         values = pack_deltas(mask, moves) if wanted == LOG8 else pack_values(mask, mask.gather({**arrays, **moves}))
     else:
         values = pack_reply(context, mask, wanted, mask.gather(arrays), start)
     content[key] = values
     add_reported(context, mask, content, required=head["phase"] == EXPLORE)
-    told = {"digest": mask.digest, "fingerprint": fingerprint(values), **value_entries(values=wanted)}
+    told = {"digest": mask.digest, "fingerprint": fingerprint(values), **value_entries(values=wanted), **own}
     return _reply(message, context, head, content, **told)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from numpy.typing import NDArray
 
-from autoflip_flwr.client.context import mask_and_layout, sent_array
+from autoflip_flwr.client.context import sent_array, subspace_and_layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import Request
 from autoflip_flwr.wire.keys import ASK, HEADER, STATISTICS
@@ -48,8 +48,7 @@ def report(context: Context, name: str, arrays: Mapping[str, NDArray[Any]]) -> N
     """
     if name not in {each.name for each in current_request(context)}:
         return
-    mask, layout = mask_and_layout(context)
-    layout = layout if mask is None else mask.layout
+    _, layout = subspace_and_layout(context)
     if layout is None:
         return
     for key, array in arrays.items():

@@ -40,6 +40,8 @@ class Method:
         Seconds per batch, > 0; ``None``: the rounds' own.
     public : bool
         Declares that what clients report may be known: under a differential-privacy wrapper they are asked only then.
+    initial : str
+        ``"scratch"`` if training begins at W0; anything else if :meth:`begin` returns another model.
     squares : Collection[str]
         Statistics whose squares are averaged too.
     """
@@ -50,6 +52,7 @@ class Method:
     weighting: str = "uniform"
     timeout: float | None = None
     public: bool = False
+    initial: str = "scratch"
     squares: ClassVar[Collection[str]] = ()
 
     def request(self, round_: int) -> tuple[Request, ...]:

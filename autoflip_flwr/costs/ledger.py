@@ -11,7 +11,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from autoflip_flwr.costs.message_size import Traffic, dense_traffic, message_traffic, record_bytes, reply_traffic
 from autoflip_flwr.costs.reason import last_words
-from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
+from autoflip_flwr.wire.keys import (
+    BASE_RECORD,
+    EVALUATE,
+    EXAMPLES_PROCESSED,
+    EXPLORE,
+    HEADER,
+    HELLO,
+    MASK_RECORD,
+    TRAIN,
+)
 
 CHARGED_PHASES = ("exploration", "train", "evaluate", "other")
 
@@ -70,9 +79,10 @@ class Ledger:
     Attributes
     ----------
     up, down : Counter[str]
-        Bytes from and to the nodes, by phase (``CHARGED_PHASES``). Masks count in ``mask_down``, not in ``down``.
-    mask_down : int
-        Bytes of mask records.
+        Bytes from and to the nodes, by phase (``CHARGED_PHASES``). Masks count in ``mask_down``, and what stands
+        outside them in ``base_down``, not in ``down``.
+    mask_down, base_down : int
+        Bytes of mask records, and of base records.
     by_node : dict[int, Counter[str]]
         The same bytes by node id, under the keys of :meth:`bytes_by_node`.
     partitions : dict[int, int]
@@ -98,6 +108,7 @@ class Ledger:
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
     mask_down: int = 0
+    base_down: int = 0
     by_node: dict[int, Counter[str]] = field(default_factory=dict)
     partitions: dict[int, int] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
@@ -129,14 +140,16 @@ class Ledger:
         """Charge a message to a node, whether or not the node will fetch it."""
         phase = phase_of(message)
         self.messages[phase] += 1
-        mask = record_bytes(message.content, MASK_RECORD) if MASK_RECORD in message.content else 0
-        self._charge(phase, message.metadata.dst_node_id, message_traffic(message), mask)
+        mask, base = (
+            record_bytes(message.content, key) if key in message.content else 0 for key in (MASK_RECORD, BASE_RECORD)
+        )
+        self._charge(phase, message.metadata.dst_node_id, message_traffic(message), mask, base)
 
     def received(self, message: Message, reply: Message) -> None:
         """Charge a reply to the phase and the node of the message that it answers."""
         phase, node = phase_of(message), message.metadata.dst_node_id
         if reply.metadata.src_node_id == node:  # else the SuperLink answers for a node that is gone
-            self._charge(phase, node, reply_traffic(reply), 0)
+            self._charge(phase, node, reply_traffic(reply))
         if reply.has_error():
             reason = str(reply.error.reason or f"error {reply.error.code}")
             self.note("errors", node, phase, round_of(message), _short(reason))
@@ -150,6 +163,7 @@ class Ledger:
         for name in ("up", "down", "failures", "examples", "messages", "replies"):
             getattr(self, name).update(earlier[name])
         self.mask_down += earlier["mask_down"]
+        self.base_down += earlier["base_down"]
         for node, own in earlier["by_node"].items():
             self.by_node.setdefault(node, Counter()).update(own)
         self.partitions = earlier["partitions"] | self.partitions
@@ -157,23 +171,30 @@ class Ledger:
             self.seconds[phase] += seconds
         self.incidents[:0] = earlier["incidents"]
 
-    def _charge(self, phase: str, node: int, moved: Traffic, mask: int) -> None:
-        down = moved.down - mask
+    def _charge(self, phase: str, node: int, moved: Traffic, mask: int = 0, base: int = 0) -> None:
+        down = moved.down - mask - base
         self.up[phase] += moved.up
         self.down[phase] += down
         self.mask_down += mask
+        self.base_down += base
         own = self.by_node.setdefault(node, Counter())
         own.update({f"{phase}_up": moved.up, f"{phase}_down": down, "mask_down": mask})
+        if base:
+            own["base_down"] += base
 
     def bytes_by_phase(self) -> dict[str, int]:
-        """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``."""
+        """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``.
+
+        It has ``base_down`` only where a base was sent.
+        """
         table = {
             f"{phase}_{way}": count[phase]
             for phase in CHARGED_PHASES
             for way, count in (("up", self.up), ("down", self.down))
         }
         other = table.pop("other_up") + table.pop("other_down")
-        table |= {"mask_down": self.mask_down, "other": other}
+        table |= {"mask_down": self.mask_down} | ({"base_down": self.base_down} if self.base_down else {})
+        table["other"] = other
         return table | {"total": sum(table.values())}
 
     def dense_bytes_by_phase(self, model: ArrayRecord) -> dict[str, int]:

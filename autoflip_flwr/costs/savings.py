@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 _ROWS = {
     "exploration": ("exploration_up", "exploration_down"),
     "masks": ("mask_down",),
+    "outside them": ("base_down",),
     "training": ("train_up", "train_down"),
     "evaluation": ("evaluate_up", "evaluate_down"),
     "other": ("other",),

@@ -11,7 +11,7 @@ from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from autoflip_flwr import autoflip_mod, current_mask
+from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
@@ -77,7 +77,7 @@ class LocalClient(NumPyClient):
                     patience=int(config[PATIENCE_KEY]) if exploring else None,
                     weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                     lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
-                    mask=current_mask(self._context),
+                    mask=current_subspace(self._context),
                     seed=seed,
                 )
         arrays = list(training.get_arrays(self._model).values())

@@ -156,6 +156,11 @@ class Config:
     initial: str = _of_exploration(
         "scratch", _choice(choices.INITIALS), "Round 1 starts from the initial weights, or the explorers' average"
     )
+    outside: str = _of_pruning(
+        "zero",
+        _choice(choices.OUTSIDE),
+        "What stands outside the mask: zero, or the values with which training began, for fine-tuning",
+    )
     explorers: float = _of_explorers(1.0, _UP_TO_ONE, "Share of the nodes that explore")
     exploration_batches: int = _of_explorers(1, _COUNT, "Batches in which they explore")
     exploration_epochs: int = _of_exploration(5, _COUNT, "Most epochs that an explorer trains")

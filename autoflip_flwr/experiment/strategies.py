@@ -64,6 +64,7 @@ def strategy_of(
         config.sparsity,
         method=_method(config),  # type: ignore[arg-type]
         biases=config.prune_biases,
+        outside=config.outside,
         exploration=exploration,  # type: ignore[arg-type]
         values=values,
         rules=rules,

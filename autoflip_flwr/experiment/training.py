@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.startup import light_imports
 from autoflip_flwr.torch import masked_training
@@ -70,7 +70,7 @@ def train(
     patience: int | None,
     lr: float,
     weight_decay: float,
-    mask: Mask | None,
+    mask: Subspace | None,
     seed: int,
 ) -> Trained:
     """Train in place with a fresh optimizer.
@@ -94,7 +94,7 @@ def train(
         Learning rate.
     weight_decay : float
         Of the optimizer.
-    mask : Mask | None
+    mask : Subspace | None
         Kept in force after every optimizer step.
     seed : int
         Of the order of the examples.

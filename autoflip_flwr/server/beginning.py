@@ -14,15 +14,18 @@ from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import check_requests
 from autoflip_flwr.core.statistics import Exploration, Statistics, named, statistics_of
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.batch import Judge
 from autoflip_flwr.replies.quarantine import Quarantine
+from autoflip_flwr.server.base_delivery import Told
 from autoflip_flwr.server.exploration import explore
 from autoflip_flwr.server.first_mask import choose_first, model_of, rehearse, warn_of_problems
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.progress import Parts, Progress
 from autoflip_flwr.server.rounds import Rounds
-from autoflip_flwr.server.schedule import last_values, same_arrays
+from autoflip_flwr.server.schedule import goes_on, last_values, same_arrays
 from autoflip_flwr.server.translator import Translator
+from autoflip_flwr.wire.base_record import base_digest
 from autoflip_flwr.wire.records import to_record
 from autoflip_flwr.wrapped import optimizer_state, traits
 from autoflip_flwr.wrapped.privacy import check_exploration
@@ -37,6 +40,7 @@ class Beginning(Rounds):
 
     sparsity: float
     coordinates: str
+    outside: str
     seed: int | None
     checkpoints: Checkpoints | None
     _integers: bool
@@ -65,12 +69,16 @@ class Beginning(Rounds):
         facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
         own = vars(self)  # what is chosen here is not of the user's setting
+        going_on = previous is not None and goes_on(previous.subspace, initial)
+        full = last_values(previous.mask, self._shadow, initial) if previous is not None and going_on else initial
+        began = self._base if going_on and self._base is not None else initial
         if self._explores:
             found = progress.exploration(self.ledger)
             own["exploration"] = None if found is None else named(found)
         if self._explores and not resumed:
             config = given["train_config"] or ConfigRecord()
-            seen = self._explore(facade, everything, initial, config, timeout)
+            base = began if self.outside == "initial" and self.method.initial == "scratch" else None
+            seen = self._explore(facade, everything, initial, config, timeout, base)
             own["exploration"] = named(seen)
             progress.explored(seen, self.ledger)
         if resumed:
@@ -80,30 +88,38 @@ class Beginning(Rounds):
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self._choosing(), self.method.exploring(), self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
-        warn_of_problems(mask)
-        full = initial if previous is None else last_values(previous.mask, self._shadow, initial)
         if self.exploration is not self._moved_by:
-            full, self._moved_by = self.method.begin(full, statistics_of(self.exploration)), self.exploration
-        self._shadow = full
+            moved, self._moved_by = self.method.begin(full, statistics_of(self.exploration)), self.exploration
+            began = began if moved is full else moved
+            full = moved
+        stored = None if began is initial else {spec.name: began[spec.name] for spec in layout.prunable}
+        if resumed:
+            stored = progress.base
+            began = initial if stored is None else {**initial, **stored}
+        self._shadow, self._base = full, began if self.outside == "initial" else None
+        subspace = Subspace(mask, self._base)
+        warn_of_problems(subspace)
         if previous is not None and not resumed and same_arrays(previous.mask.layout, full):
-            moved = previous.shown, previous.mask, mask, full
-            optimizer_state.carry_state(self.strategy, *moved, packed=self._packed, was_packed=packed)
-        self._translator = translator = self._translate(mask, full)
+            carried = previous.shown, previous.mask, subspace, full
+            optimizer_state.carry_state(self.strategy, *carried, packed=self._packed, was_packed=packed)
+        self._translator = translator = self._translate(mask, full, self._base, facade.bases)
         facade.repeat = translator.repeat
-        first = to_record(mask.apply(full))
+        first = to_record(subspace.project(full))
+        anchor = initial if self._base is None else self._base
         parts = Parts(self.strategy, self.ledger, self._quarantine, self.privacy, facade, self.method)
         if resumed:
-            first, shadow, translator.integers = progress.model(mask)
-            self._shadow = initial if shadow is None else shadow
+            first, shadow, translator.integers = progress.model(subspace)
+            self._shadow = anchor if shadow is None else shadow
             own["mask"], translator.seen = progress.next_mask(layout) or mask, progress.seen()
             progress.restore(parts)
             if self._values.up == "int8":
                 log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
-            shadow = None if self._shadow is initial else self._shadow
+            shadow = None if self._shadow is anchor else self._shadow
+            base = None if self._base is None else stored
             next_mask = None if self.mask is translator.mask else self.mask
-            progress.keep(round_, arrays, shadow, translator, parts, next_mask)
+            progress.keep(round_, arrays, shadow, base, translator, parts, next_mask)
 
         self._fresh, self._asked, self._changed, self._in_rounds = progress.before == 0, 0, None, True
         given |= {"grid": facade, "initial_arrays": first, "num_rounds": max(given["num_rounds"] - progress.before, 0)}
@@ -145,7 +161,13 @@ class Beginning(Rounds):
         return facade
 
     def _explore(
-        self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord, timeout: float
+        self,
+        facade: OrderedGrid,
+        everything: Mask,
+        initial: Arrays,
+        config: ConfigRecord,
+        timeout: float,
+        base: Arrays | None,
     ) -> Statistics:
         seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
         return explore(
@@ -161,6 +183,7 @@ class Beginning(Rounds):
             timeout=self.method.timeout or timeout,
             judge=self._judge(),
             checkpoints=self.checkpoints,
+            base="" if base is None else base_digest(everything.layout, base),
         )
 
     @property
@@ -168,7 +191,9 @@ class Beginning(Rounds):
         chooses = self.mask is None and self.exploration is None and self.sparsity > 0
         return chooses and bool(self.method.request(0))
 
-    def _translate(self, mask: Mask, initial: Arrays) -> Translator:
+    def _translate(
+        self, mask: Mask, initial: Arrays, base: Arrays | None = None, told: Told | None = None
+    ) -> Translator:
         return Translator(
             mask,
             initial,
@@ -180,6 +205,8 @@ class Beginning(Rounds):
             nudges=traits.divides_by_norm(self.strategy),
             down=self._values.down,
             up=self._values.up,
+            base=base,
+            told=told,
         )
 
     def _judge(self) -> Judge:

@@ -24,6 +24,7 @@ from autoflip_flwr.replies.check import MOD_FIRST, explain_error, read_answer
 from autoflip_flwr.replies.norms import Update, joint_norm
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.base_record import base_entry
 from autoflip_flwr.wire.keys import (
     EXPLORE,
     HEADER,
@@ -55,6 +56,7 @@ def explore(
     timeout: float | None,
     judge: Judge,
     checkpoints: Checkpoints | None = None,
+    base: str = "",
 ) -> Statistics:
     """Ask the explorers what the method asks in round 0.
 
@@ -84,6 +86,8 @@ def explore(
         Judges the replies.
     checkpoints : Checkpoints | None
         Where answers are kept as they come; those that are there already are not asked for again.
+    base : str
+        Digest of what will stand outside the mask, if explorers may keep it: W0. "": nothing of it.
 
     Raises
     ------
@@ -141,6 +145,7 @@ def explore(
             0,
             mask,
             **weight_entry(weight_key),
+            **base_entry(base),
             **value_entries(values=kind, reply=coding),
             **ask_entry(to_report(requests)),
         )

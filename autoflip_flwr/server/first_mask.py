@@ -19,6 +19,7 @@ from autoflip_flwr.core.methods import Scored
 from autoflip_flwr.core.request import DELTA
 from autoflip_flwr.core.selection import narrowed, protected_outputs, tied_weights, widened
 from autoflip_flwr.core.statistics import Floats, Statistics
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.wire.records import to_arrays
 
 
@@ -121,9 +122,9 @@ def _check_statistics(layout: Layout, seen: Statistics) -> None:
             raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
 
 
-def warn_of_problems(mask: Mask) -> None:
-    """Log the problems of a mask in one warning, with what to do."""
-    if found := health.problems(mask):
+def warn_of_problems(subspace: Subspace) -> None:
+    """Log the problems of a mask in one warning, with what to do; none where the pruned weights go on working."""
+    if subspace.base is None and (found := health.problems(subspace.mask)):
         log(
             WARNING,
             "the mask may leave a network that cannot learn: %s. Try scope='layer', a lower sparsity, or exclude=[...]",

@@ -11,6 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from autoflip_flwr.costs.ledger import LATE, Ledger, phase_of
+from autoflip_flwr.server.base_delivery import Told, learn
 from autoflip_flwr.server.roll_call import RollCall, pause
 from autoflip_flwr.server.waiting import Waiting
 
@@ -55,9 +56,9 @@ class OrderedGrid(Grid):
         self.choose: Callable[[list[int]], list[int]] | None = None
         """From the connected nodes to those that may get messages."""
         self._unanswered: dict[str, None] = {}  # ids of what push_messages has sent
-        self.calls = RollCall(
-            self._push, self.pull_messages, lambda message, reply: self.ledger.received(message, reply)
-        )
+        self.bases: Told = {}
+        """What the nodes have told of the base that they hold."""
+        self.calls = RollCall(self._push, self.pull_messages, self._received)
 
     @property
     def partitions(self) -> dict[int, int]:
@@ -129,30 +130,36 @@ class OrderedGrid(Grid):
             self._unanswered.pop(reply.metadata.reply_to_message_id, None)
         return replies
 
+    def _received(self, message: Message, reply: Message) -> None:
+        self.ledger.received(message, reply)
+        learn(self.bases, message, reply)
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and wait for their replies, at most ``timeout`` seconds; replies come in message order."""
         batch, started = list(messages), time.monotonic()
         replies = self.exchange(batch, timeout)
         self.exchanges += 1
-        if self.repeat is None:
-            return replies
-        sent = {message.metadata.message_id: message for message in batch}
-        repeats: dict[str, Message] = {}
-        for reply in replies:
-            again = self.repeat(sent[reply.metadata.reply_to_message_id], reply)
-            if again is not None:
-                repeats[reply.metadata.reply_to_message_id] = again
-        if not repeats:
-            return replies
-        left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.1)
-        second = {r.metadata.reply_to_message_id: r for r in self.exchange(list(repeats.values()), left)}
-        # each second reply takes the place of the first
-        healed = [
-            second.get(repeats[key].metadata.message_id) if key in repeats else reply
-            for reply in replies
-            for key in (reply.metadata.reply_to_message_id,)
-        ]
-        return [reply for reply in healed if reply is not None]
+        sent, new = {message.metadata.message_id: message for message in batch}, replies
+        while self.repeat is not None and new:  # twice at most: a node lacks the mask, then what stands outside it
+            repeats: dict[str, Message] = {}
+            for reply in new:
+                again = self.repeat(sent[reply.metadata.reply_to_message_id], reply)
+                if again is not None:
+                    repeats[reply.metadata.reply_to_message_id] = again
+            if not repeats:
+                break
+            left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.1)
+            new = self.exchange(list(repeats.values()), left)
+            second = {reply.metadata.reply_to_message_id: reply for reply in new}
+            # each second reply takes the place of the first
+            healed = [
+                second.get(repeats[key].metadata.message_id) if key in repeats else reply
+                for reply in replies
+                for key in (reply.metadata.reply_to_message_id,)
+            ]
+            replies = [reply for reply in healed if reply is not None]
+            sent = {message.metadata.message_id: message for message in repeats.values()}
+        return replies
 
     def exchange(
         self,
@@ -199,7 +206,7 @@ class OrderedGrid(Grid):
         self.ledger.seconds[phase] += time.monotonic() - started
         replies.sort(key=lambda reply: order[reply.metadata.reply_to_message_id])
         for reply in replies:
-            self.ledger.received(messages[order[reply.metadata.reply_to_message_id]], reply)
+            self._received(messages[order[reply.metadata.reply_to_message_id]], reply)
         answered = {reply.metadata.reply_to_message_id for reply in replies}
         unsent = REFUSED if len(ids) == len(messages) else UNSENT
         for message in messages:

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
-from autoflip_flwr.wire.keys import HEADER, MASK_MISSING, MASK_RECORD
+from autoflip_flwr.wire.keys import MASK_RECORD
 from autoflip_flwr.wire.records import array_bytes
 
 KEPT_MASKS = 4
@@ -61,16 +61,10 @@ class MaskDelivery:
             mask_record.check_entries(entries, array_bytes(content), full=full)
             content[MASK_RECORD] = self._record(had)
 
-    def repeat(self, message: Message, reply: Message) -> Message | None:
-        """Make the message again, with the whole mask, if the node says that it lacks it."""
-        head = reply.content.get(HEADER) if reply.has_content() else None
+    def whole(self, message: Message) -> ConfigRecord | None:
+        """Return the whole mask for a node that lacks it after this message; ``None`` if the message held it."""
         had = message.content.get(MASK_RECORD)
-        whole = had is not None and not mask_record.base_of(had)
-        if head is None or head.get("status") != MASK_MISSING or whole:
-            return None
-        content = RecordDict({**message.content, MASK_RECORD: self._record()})
-        sent = message.metadata
-        return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
+        return self._record() if had is None or mask_record.base_of(had) else None
 
     def _record(self, had: str = "") -> ConfigRecord:
         """The mask's record for a node that has the mask of that digest: the difference where that is smaller."""

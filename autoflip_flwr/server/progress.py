@@ -18,6 +18,7 @@ from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.statistics import Statistics
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import Quarantine
 from autoflip_flwr.server.grid import OrderedGrid
@@ -58,6 +59,8 @@ class Progress:
         Rounds that were finished before this process; Flower counts those that follow from 1.
     train, evaluate, central : dict[int, MetricRecord]
         What Flower's Result holds of each round.
+    base : dict[str, ndarray] or None
+        What stood outside the mask of the interrupted run; ``None`` where it was zero or the initial model.
     """
 
     checkpoints: Checkpoints | None = None
@@ -69,6 +72,7 @@ class Progress:
     _arrays: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     _shadow: Arrays | None = None
     _start: str = ""  # digest of the initial model
+    base: Arrays | None = None
 
     def open(self, settings: Mapping[str, object]) -> bool:
         """Look for an interrupted run of these settings; whether one of its rounds is finished (0 is the start)."""
@@ -77,7 +81,7 @@ class Progress:
         self._start = str(settings["initial"])
         found = self.checkpoints.open(settings)
         if found is not None:
-            self._saved, self._arrays, self._shadow = found
+            self._saved, self._arrays, self._shadow, self.base = found
             self.before = self._saved["round"]
             for name in ("train", "evaluate", "central"):
                 setattr(self, name, self._read(name))
@@ -124,12 +128,12 @@ class Progress:
         found = self._read("seen")
         return None if found is None else Statistics(*found)
 
-    def model(self, mask: Mask) -> tuple[ArrayRecord, Arrays | None, Arrays]:
+    def model(self, subspace: Subspace) -> tuple[ArrayRecord, Arrays | None, Arrays]:
         """The model as the loop carries it, the last values of what its mask prunes, and its integer arrays.
 
-        The last values are ``None`` where they are those of the initial model.
+        The last values are ``None`` where they are those with which training began.
         """
-        return to_record(mask.scatter(self._read("model"))), self._shadow, self._read("integers")
+        return to_record(subspace.unpack(self._read("model"))), self._shadow, self._read("integers")
 
     def restore(self, parts: Parts) -> None:
         """Set the parts and the random states as they were."""
@@ -156,20 +160,22 @@ class Progress:
         round_: int,
         model: ArrayRecord,
         shadow: Arrays | None,
+        base: Arrays | None,
         translator: Translator,
         parts: Parts,
         next_mask: Mask | None,
     ) -> None:
         """Keep all state after a round; a failure is logged, and the run goes on.
 
-        ``shadow`` is as :meth:`model` returns it; ``next_mask`` is one that comes into force with the next round.
+        ``shadow`` is as :meth:`model` returns it. ``base`` holds the prunable arrays of what stands outside the mask;
+        ``None`` where that is zero, or the initial model. ``next_mask`` comes into force with the next round.
         """
         if self.checkpoints is None:
             return
         mask = translator.mask
         arrays: dict[str, NDArray[Any]] = {}
         values: dict[str, object] = {
-            "model": mask.gather(to_arrays(model)),  # outside the mask it is zero
+            "model": mask.gather(to_arrays(model)),  # outside the mask it is zero or the base
             "integers": translator.integers,
             "mask": (mask.bits, mask.version),
             "next mask": next_mask and (next_mask.bits, next_mask.version),
@@ -192,10 +198,9 @@ class Progress:
         except ValueError as error:
             log(ERROR, "round %d has no checkpoint: %s", round_, error)
             return
-        if shadow is None:
-            self.checkpoints.write(round_, state, arrays)
-        else:
-            self.checkpoints.write(round_, state, arrays, (mask.version, shadow))
+        beside: dict[str, Any] = {} if shadow is None else {"shadow": (mask.version, shadow)}
+        beside |= {} if base is None else {"base": base}
+        self.checkpoints.write(round_, state, arrays, **beside)
 
     def evaluation(self, evaluate_fn: Evaluate | None, keep: Callable[[int, ArrayRecord], None]) -> Evaluate:
         """What Flower's loop calls before its first round and at the end of each: evaluates, then keeps the round."""

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
 from autoflip_flwr.server.first_mask import warn_of_problems
 from autoflip_flwr.server.progress import Progress
@@ -35,6 +36,8 @@ class Rounds(Configured):
     _translator: Translator | None
     _shadow: Arrays
     """The last values of what the mask prunes; full arrays."""
+    _base: Arrays | None
+    """The values with which training began, where they stand outside the mask; full arrays. ``None``: zero does."""
     _changed: Arrays | None
     """The model of this round, if its mask is new."""
     _round: int
@@ -63,7 +66,7 @@ class Rounds(Configured):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the replies, let the wrapped strategy average those that count; returns full, pruned arrays.
+        """Judge the replies, let the wrapped strategy average those that count; returns full arrays.
 
         Raises
         ------
@@ -182,9 +185,10 @@ class Rounds(Configured):
             if new.version <= old.version:
                 new = dataclasses.replace(new, version=old.version + 1)
             self._shadow = old.scatter(old.gather(full), into=self._shadow)
-            optimizer_state.carry_state(self.strategy, translator.shown, old, new, self._shadow, packed=self._packed)
+            moved = translator.shown, old, Subspace(new, self._base), self._shadow
+            optimizer_state.carry_state(self.strategy, *moved, packed=self._packed)
             translator.mask = new
-            warn_of_problems(new)
-            self._changed = full = new.apply(self._shadow)
+            warn_of_problems(translator.subspace)
+            self._changed = full = translator.subspace.project(self._shadow)
         vars(self)["mask"] = translator.mask
         return full

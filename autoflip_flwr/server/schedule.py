@@ -6,10 +6,13 @@ import inspect
 from collections.abc import Callable
 from itertools import takewhile
 
+import numpy as np
+
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.statistics import Statistics
+from autoflip_flwr.core.subspace import Subspace
 
 Schedule = Callable[..., Mask | None]
 """Takes one, two or three of the round, the mask in force and the model (full arrays by name), in this order."""
@@ -98,12 +101,21 @@ def same_arrays(layout: Layout, model: Arrays) -> bool:
     return [(spec.name, spec.shape) for spec in layout.specs] == [(name, each.shape) for name, each in model.items()]
 
 
-def last_values(mask: Mask, values: Arrays, model: Arrays) -> Arrays:
-    """The model with the values from which coordinates grow again in a second start, full arrays by name.
+def goes_on(before: Subspace, model: Arrays) -> bool:
+    """Whether a model is where an earlier start ended: in its subspace.
 
-    Where the model is zero outside the mask in which the first start ended, they are the last ``values`` that it had
-    there. Another model brings its own.
+    The model with which that start began is in it too where its values stand outside the mask, and goes on with
+    nothing.
     """
-    if not same_arrays(mask.layout, model) or any(model[name][~keep].any() for name, keep in mask.keep.items()):
-        return model
+    if not same_arrays(before.mask.layout, model):
+        return False
+    base, keep = before.base, before.mask.keep
+    if base is None:
+        return not any(model[name][~keep[name]].any() for name in keep)
+    outside = all(np.array_equal(model[name][~keep[name]], base[name][~keep[name]]) for name in keep)
+    return outside and any(not np.array_equal(model[name], base[name]) for name in keep)
+
+
+def last_values(mask: Mask, values: Arrays, model: Arrays) -> Arrays:
+    """The model in which an earlier start ended, with the values from which coordinates grow again outside its mask."""
     return mask.layout.cast(mask.scatter(mask.gather(model), into=values))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from autoflip_flwr.core.choices import DELTAS, VALUES
+from autoflip_flwr.core.choices import DELTAS, OUTSIDE, VALUES
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
@@ -229,6 +229,7 @@ class Configured(Strategy):
             "prunable": [spec.name for spec in layout.prunable],
             "initial": digest_of(initial),
             "mask": {**self._choosing(), "method": _method_key(self.method), "ready": ready and ready.digest},
+            "outside": self.outside,
             "values": dataclasses.asdict(self._values),
             "autoflip": [packed, self.seed],
             "rules": dataclasses.asdict(self.rules),
@@ -288,6 +289,8 @@ def check(settings: Mapping[str, Any]) -> None:
     if not 0 <= settings["sparsity"] < 1:
         raise ValueError(f"sparsity = {settings['sparsity']}: must be a number in [0, 1)")
     check_method(settings["method"])
+    if settings["outside"] not in OUTSIDE:
+        raise ValueError(f"outside = {settings['outside']!r}: must be one of {', '.join(OUTSIDE)}")
     kept = settings["checkpoints"]
     if kept is not None and not hasattr(kept, "read_exploration"):  # its class needs safetensors
         raise TypeError(f"checkpoints = {_short(kept)}: must be Checkpoints(folder), or None")

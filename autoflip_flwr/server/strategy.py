@@ -55,6 +55,12 @@ class Pruned(Beginning):
     output : str, Sequence[str], Mapping[str, int] or None (default: "auto")
         Weights of which each unit keeps an incoming weight: names or patterns, or these with the axis of their units;
         default: those that can be outputs (:mod:`autoflip_flwr.core.outputs`).
+    outside : str (default: "zero")
+        What stands outside the mask: ``"zero"``, which is pruning proper, or ``"initial"``, the value with which
+        training began (the initial parameters as given, or the explorers' average). That is for fine-tuning a
+        pretrained model, which zeros would ruin, and where only bytes matter: no computation or memory is saved.
+        Clients are sent these values once, unless they explored from them or have the same file
+        (:func:`~autoflip_flwr.client.mod.autoflip_mod_with`).
     mask : Mask or None
         A ready mask: nobody is asked and nothing is chosen.
     exploration : Exploration or None
@@ -127,6 +133,7 @@ class Pruned(Beginning):
         exclude: Rule | None = None,
         biases: bool = False,
         output: Output | None = AUTO,
+        outside: str = "zero",
         mask: Mask | None = None,
         exploration: Exploration | Statistics | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
@@ -150,7 +157,7 @@ class Pruned(Beginning):
         self._round = 0
         self._packed = traits.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = False
-        self._translator, self._shadow, self._changed = None, {}, None
+        self._translator, self._shadow, self._base, self._changed = None, {}, None, None
         self._fresh, self._asked, self._noted = True, 0, 0
         self._running = self._in_rounds = False
         self._ready = True
@@ -186,9 +193,10 @@ class Pruned(Beginning):
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
         ``timeout`` (seconds) holds for each round, and for each batch of explorers where the method's own does not.
-        ``evaluate_fn(0, arrays)`` sees the pruned start, in full arrays. ``should_stop(round, result)`` (from Flower
-        1.43 on) is called at each round's end; a run that goes on from a checkpoint asks it of the last round first. A
-        wrapped strategy with a ``start`` of its own gets those of these parameters that it has, by name, and ``own``.
+        ``evaluate_fn(0, arrays)`` sees the start under the mask, in full arrays. ``should_stop(round, result)`` (from
+        Flower 1.43 on) is called at each round's end; a run that goes on from a checkpoint asks it of the last round
+        first. A wrapped strategy with a ``start`` of its own gets those of these parameters that it has, by name, and
+        ``own``.
 
         Raises
         ------
@@ -279,6 +287,7 @@ class AutoFlip(Pruned):
         exclude: Rule | None = None,
         biases: bool = False,
         output: Output | None = AUTO,
+        outside: str = "zero",
         mask: Mask | None = None,
         exploration: Exploration | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,

@@ -13,12 +13,15 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_requests
 from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.core.statistics import Accumulator, Statistics
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.batch import Batch, Judge, Sent
 from autoflip_flwr.replies.check import Judged, compared_values
 from autoflip_flwr.replies.norms import joint_norm
 from autoflip_flwr.server.average import weighted_mean
+from autoflip_flwr.server.base_delivery import BaseDelivery, Told, missing_of
 from autoflip_flwr.server.mask_delivery import MaskDelivery
-from autoflip_flwr.wire.keys import EVALUATE, HEADER, TRAIN
+from autoflip_flwr.wire.base_record import base_entry
+from autoflip_flwr.wire.keys import BASE_RECORD, EVALUATE, HEADER, MASK_RECORD, TRAIN
 from autoflip_flwr.wire.messages import (
     arrays_of,
     flatten,
@@ -60,6 +63,10 @@ class Translator:
         Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
     down, up : str
         How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.core.choices.VALUES`.
+    base : dict[str, ndarray] | None
+        What stands outside the mask: full arrays by name. ``None``: zero.
+    told : dict[int, str] | None
+        What the nodes have told of the base that they hold (:mod:`autoflip_flwr.server.base_delivery`).
     """
 
     def __init__(
@@ -75,8 +82,11 @@ class Translator:
         nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
+        base: Arrays | None = None,
+        told: Told | None = None,
     ) -> None:
         self._delivery, self._judge, self._method = MaskDelivery(mask), judge, method
+        self._base = BaseDelivery(mask.layout, base, {} if told is None else told)
         self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed, self._nudges = packed, nudges
         self._weight_key = weight_key
@@ -86,7 +96,6 @@ class Translator:
         self._requests: tuple[Request, ...] = ()
         self.seen: Statistics | None = None
         """What clients reported in the last round of which something was asked."""
-        self.repeat = self._delivery.repeat
 
     @property
     def mask(self) -> Mask:
@@ -97,18 +106,25 @@ class Translator:
     def mask(self, mask: Mask) -> None:
         self._delivery.mask = mask
 
+    @property
+    def subspace(self) -> Subspace:
+        """The mask in force, and what stands outside it."""
+        return Subspace(self.mask, self._base.arrays)
+
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
         """Packed arrays -> the arrays as the strategy sees them."""
-        arrays = packed if self._packed else self.mask.scatter(packed)
+        arrays = packed if self._packed else self.subspace.unpack(packed)
         return to_record({name: arrays[name] for name in self.shown})
 
     def from_strategy(self, record: ArrayRecord) -> Arrays:
-        """What the strategy holds -> full arrays, pruned, in the strategy's dtypes and the model's order."""
+        """What the strategy holds -> full arrays of the subspace, in the strategy's dtypes and the model's order."""
         arrays = to_arrays(record) | self.integers
-        return self.mask.scatter(arrays) if self._packed else self.mask.apply(arrays)
+        return self.subspace.unpack(arrays) if self._packed else self.subspace.project(arrays)
 
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
         """Pack the strategy's messages; the mask goes along to every node that has not confirmed it.
+
+        What stands outside it goes to those that are known to lack it.
 
         Raises
         ------
@@ -120,8 +136,9 @@ class Translator:
         self._sent = {}
         self._requests = check_requests(self._method, round_) if phase == TRAIN else ()
         coding = value_entries(values=self._down, reply="float32" if phase == EVALUATE else self._up)
+        named = weight_entry(self._weight_key) | base_entry(self._base.digest(self.mask))
         asked = ask_entry(to_report(self._requests))
-        head = make_header(phase, round_, self.mask, **weight_entry(self._weight_key), **coding, **asked)
+        head = make_header(phase, round_, self.mask, **named, **coding, **asked)
         values: dict[int, tuple[ArrayRecord, Sent]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))
@@ -134,8 +151,22 @@ class Translator:
             content[key], self._sent[node] = values[id(record)]
             content[HEADER] = head
             self._delivery.put(content, node)
+            self._base.put(content, node, self.mask)
             message.content = content
         return batch
+
+    def repeat(self, message: Message, reply: Message) -> Message | None:
+        """Make a message again, with what its node says it lacks: the whole mask, what stands outside it, or both."""
+        lacks, more = missing_of(reply), RecordDict()
+        if MASK_RECORD in lacks and (whole := self._delivery.whole(message)) is not None:
+            more[MASK_RECORD] = whole
+        if BASE_RECORD in lacks and BASE_RECORD not in message.content and self._base.digest(self.mask):
+            more[BASE_RECORD] = self._base.record
+        if not more:
+            return None
+        content = RecordDict({**message.content, **more})
+        sent = message.metadata
+        return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
     def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The train replies that count, as the strategy expects them, then the error replies."""
@@ -148,7 +179,7 @@ class Translator:
         return batch.counted + batch.errors
 
     def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
-        """The train replies that count, their metrics without their arrays, and FedAvg's mean: full, pruned arrays."""
+        """The train replies that count, their metrics without their arrays, and FedAvg's mean: full arrays."""
         batch = self._judged(replies, round_)
         counted, judged, errors = batch.counted, batch.judged, batch.errors
         if not judged:
@@ -159,20 +190,24 @@ class Translator:
             for dtype in judged[0].vectors
             if np.dtype(dtype).kind == "f"
         }
-        return counted + errors, self.mask.scatter(split_vectors(self.mask, mean) | self.integers)
+        return counted + errors, self.subspace.unpack(split_vectors(self.mask, mean) | self.integers)
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
         """The evaluate replies that count, without our header, then the error replies."""
         batch = self._judge.evaluate(replies, mask=self.mask, round_=round_)
-        self._delivery.confirm(batch.accepted)
+        self._confirm(batch.accepted)
         return batch.counted + batch.errors
+
+    def _confirm(self, nodes: list[int]) -> None:
+        self._delivery.confirm(nodes)
+        self._base.confirm(nodes, self.mask)
 
     def _judged(self, replies: Iterable[Message], round_: int) -> Batch:
         """The train replies, judged; integer and bool arrays become those of the reply with the largest weight."""
         batch = self._judge.train(
             replies, mask=self.mask, round_=round_, sent=self._sent, kind=self._up, requests=self._requests
         )
-        self._delivery.confirm(batch.accepted)
+        self._confirm(batch.accepted)
         if self._requests:
             self.seen = self._statistics(batch)
         if batch.judged and self.integers:

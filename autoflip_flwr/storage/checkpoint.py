@@ -33,6 +33,7 @@ Arrays = dict[str, NDArray[Any]]
 
 _ROUND = re.compile(r"round-(\d{6,})\.safetensors")
 _SHADOW = "shadow-{:06d}.safetensors"
+_BASE = "base.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -83,10 +84,13 @@ class Checkpoints:
             raise ValueError(f"keep = {self.keep}: must be at least 1")
         self._settings: dict[str, Any] = {}
         self._shadow: tuple[Arrays, list[str]] | None = None  # the last one, and its file's name and digest
+        self._base: tuple[Arrays, list[str]] | None = None  # the same of the base
         self._needed: dict[str, str] = {}  # by the file of a round: that of its shadow
 
-    def open(self, settings: Mapping[str, object]) -> tuple[dict[str, Any], Arrays, Arrays | None] | None:
-        """State, arrays and shadow of the last finished round, or ``None`` if the run begins.
+    def open(
+        self, settings: Mapping[str, object]
+    ) -> tuple[dict[str, Any], Arrays, Arrays | None, Arrays | None] | None:
+        """State, arrays, shadow and base of the last finished round, or ``None`` if the run begins.
 
         Parameters
         ----------
@@ -121,29 +125,34 @@ class Checkpoints:
             self._restore(None if found is None else found.checkpoint["extra"])
             return None
         try:
-            state, arrays, shadow = self._read_round(rounds[-1])
+            state, arrays, shadow, base = self._read_round(rounds[-1])
         except DamagedError as error:
             raise DamagedError(f"{error}{self._offer(rounds[:-1])}") from error
         self._needed = state.pop("shadows")
         self._shadow = None if shadow is None else (shadow, state["shadow"])
+        self._base = None if base is None else (base, state["base"])
         self._restore(state.pop("extra"))
-        return state, arrays, shadow
+        return state, arrays, shadow, base
 
-    def _read_round(self, path: Path) -> tuple[dict[str, Any], Arrays, Arrays | None]:
+    def _read_round(self, path: Path) -> tuple[dict[str, Any], Arrays, Arrays | None, Arrays | None]:
         state, arrays = _read(path, self._settings)
-        if state["shadow"] is None:
-            return state, arrays, None
-        name, digest = state["shadow"]
-        shadow = path.with_name(name)
-        if not shadow.exists():
+        return state, arrays, self._read_beside(path, state["shadow"]), self._read_beside(path, state["base"])
+
+    def _read_beside(self, path: Path, beside: list[str] | None) -> Arrays | None:
+        """The arrays of another file that a round needs, given by its name and digest."""
+        if beside is None:
+            return None
+        name, digest = beside
+        other = path.with_name(name)
+        if not other.exists():
             raise DamagedError(f"{path} is of no use without {name}, which is not there: remove it")
         try:
-            about, values = _read(shadow, self._settings)
+            about, values = _read(other, self._settings)
         except DamagedError as error:
             raise DamagedError(f"{error}, and {path.name}, which needs it") from error
         if about["digest"] != digest:
-            raise DamagedError(f"{shadow} is not the one that {path.name} was written with: remove both")
-        return state, arrays, values
+            raise DamagedError(f"{other} is not the one that {path.name} was written with: remove both")
+        return values
 
     def _offer(self, rounds: list[Path]) -> str:
         """From where the run can go on without its last checkpoint."""
@@ -159,17 +168,20 @@ class Checkpoints:
         state: Mapping[str, Any],
         arrays: Mapping[str, NDArray[Any]],
         shadow: tuple[int, Arrays] | None = None,
+        base: Arrays | None = None,
     ) -> None:
         """Keep the state after a round, then let go of the oldest; a failure is logged, and the run goes on.
 
         ``shadow`` is the version of the mask in force, and the last values of what that prunes (full arrays by name):
-        they go to a file of their own, once for each version. ``None`` where they are those of the initial model, which
-        a run that goes on is given again.
+        they go to a file of their own, once for each version. ``base`` is what stands outside the mask: it goes to a
+        file of its own, once. ``None`` where they are those of the initial model, which a run that goes on is given
+        again.
         """
         path = self._folder / f"round-{round_:06d}.safetensors"
         whole = {**state, "extra": self._extra()}
         try:
             whole["shadow"] = None if shadow is None else self._write_shadow(*shadow)
+            whole["base"] = None if base is None else self._write_base(base)
             if shadow is not None:
                 self._needed[path.name] = whole["shadow"][0]
             _write(path, {**whole, "shadows": self._needed}, arrays, self._settings)
@@ -186,10 +198,19 @@ class Checkpoints:
     def _write_shadow(self, version: int, arrays: Arrays) -> list[str]:
         """Name and digest of the file that holds a shadow; it is written where the last one was another."""
         if self._shadow is None or self._shadow[0] is not arrays:
-            name, digest = _SHADOW.format(version), seal("", arrays)
-            _write(self._folder / name, {"digest": digest}, arrays, self._settings)
-            self._shadow = arrays, [name, digest]
+            self._shadow = arrays, self._write_beside(_SHADOW.format(version), arrays)
         return self._shadow[1]
+
+    def _write_base(self, arrays: Arrays) -> list[str]:
+        """Name and digest of the file that holds the base; it is written once."""
+        if self._base is None or self._base[0] is not arrays:
+            self._base = arrays, self._write_beside(_BASE, arrays)
+        return self._base[1]
+
+    def _write_beside(self, name: str, arrays: Arrays) -> list[str]:
+        digest = seal("", arrays)
+        _write(self._folder / name, {"digest": digest}, arrays, self._settings)
+        return [name, digest]
 
     def write_exploration(self, found: StoredExploration) -> None:
         """Keep a finished exploration, in place of its explorers' answers; a failure is logged, and the run goes on.

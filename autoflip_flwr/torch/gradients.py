@@ -9,7 +9,7 @@ import torch
 from flwr.app import Context
 from torch import nn
 
-from autoflip_flwr.client.context import mask_and_layout
+from autoflip_flwr.client.context import subspace_and_layout
 from autoflip_flwr.client.report import current_request, report
 from autoflip_flwr.torch.names import Names
 from autoflip_flwr.torch.targets import target_of
@@ -51,8 +51,7 @@ def gradients(
     >>> #     loss(model(x), y).backward()
     """
     asked = [each.name for each in current_request(context) if each.name in _STATISTICS]
-    mask, layout = mask_and_layout(context)
-    layout = layout if mask is None else mask.layout
+    _, layout = subspace_and_layout(context)
     if not asked or layout is None:
         yield
         return

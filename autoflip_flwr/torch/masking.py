@@ -1,4 +1,4 @@
-"""Training under a mask: pruned weights, their gradients and the optimizer's moments stay at zero."""
+"""Training under a mask: pruned weights stay at zero or at the base's values, their gradients at zero."""
 
 from __future__ import annotations
 
@@ -14,48 +14,20 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from autoflip_flwr.client.context import mask_and_layout
+from autoflip_flwr.client.context import subspace_and_layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.torch.names import Names
+from autoflip_flwr.torch.pruned import Pruned, pruned_of
 from autoflip_flwr.torch.targets import Holder, Key, Model, Parameters, target_of
-
-
-class _Drop:
-    """The pruned entries of one parameter.
-
-    It holds no parameter: Python cannot collect a cycle through a gradient hook, nor the model with it.
-    """
-
-    def __init__(self, drop: torch.Tensor) -> None:
-        self._drop = drop
-
-    def entries(self, device: torch.device) -> torch.Tensor:
-        """Booleans in the parameter's shape, True where it is pruned, on the device to which it has been moved."""
-        if self._drop.device != device:
-            self._drop = self._drop.to(device)
-        return self._drop
-
-    @torch.no_grad()
-    def zero(self, values: torch.Tensor) -> None:
-        """Set them to zero, in the parameter itself or in what has its shape."""
-        values.masked_fill_(self.entries(values.device), 0)
-
-    def zero_grad(self, parameter: torch.Tensor) -> None:
-        """Set the gradient's to zero: with zero weights, moments that are zero stay so, whatever is decayed."""
-        grad = parameter.grad
-        if grad is not None and grad.is_sparse:  # rows of an embedding
-            parameter.grad = grad = grad.coalesce()
-            grad.values().masked_fill_(self.entries(grad.device)[grad.indices()[0]], 0)
-        elif grad is not None:
-            self.zero(grad)
 
 
 class _Masking:
     """A target that is kept in a mask's subspace, until it is ended."""
 
-    def __init__(self, target: Model | Parameters, mask: Mask) -> None:
-        self._target, self._mask = target, mask
-        self._dropped: dict[int, tuple[Holder, _Drop]] = {}
+    def __init__(self, target: Model | Parameters, subspace: Subspace) -> None:
+        self._target, self._subspace = target, subspace
+        self._pruned: dict[int, tuple[Holder, Pruned]] = {}
         self._known: WeakSet[torch.optim.Optimizer] = WeakSet()
         self._handles: list[RemovableHandle] = []
         self._ended = False
@@ -69,16 +41,16 @@ class _Masking:
         ValueError
             If they are not those that the server sent; then nothing is changed.
         """
-        dropped = _dropped(self._target, self._mask)
+        pruned = pruned_of(self._target, self._subspace)
         self.release()
-        for parameter, drop in dropped.items():
+        for parameter, own in pruned.items():
             if parameter.requires_grad:
                 # torch.utils.swap_tensors takes the hooks along, but not what calls them
                 parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
-                handle = parameter.register_post_accumulate_grad_hook(drop.zero_grad)  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(own.zero_grad)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        self._target.watch(dropped.keys())
-        self._dropped = {id(parameter): (self._target.hold(parameter), drop) for parameter, drop in dropped.items()}
+        self._target.watch(pruned.keys())
+        self._pruned = {id(parameter): (self._target.hold(parameter), own) for parameter, own in pruned.items()}
         self._known = WeakSet()
         self.after_step()
 
@@ -95,11 +67,11 @@ class _Masking:
         """Let go of the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._dropped = [], {}
+        self._handles, self._pruned = [], {}
 
     def trained_by(self, parameters: set[int]) -> bool:
         """Whether an optimizer of parameters with these ids trains the target."""
-        return not parameters.isdisjoint(self._dropped)
+        return not parameters.isdisjoint(self._pruned)
 
     def follow(self, parameters: set[int]) -> None:
         """Bind again if parameters were replaced and an optimizer of these trains the target."""
@@ -121,21 +93,21 @@ class _Masking:
         self._known.add(optimizer)
         if new:
             self.after_step()
-        for parameter, drop in self._bound():
-            drop.zero_grad(parameter)
+        for parameter, own in self._bound():
+            own.zero_grad(parameter)
             for value in optimizer.state.get(parameter, {}).values() if new else ():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    drop.zero(value)
+                    own.zero(value)
 
     def after_step(self) -> None:
-        """Set the pruned weights to zero."""
-        for parameter, drop in self._bound():
-            drop.zero(parameter.data)  # no change in autograd's books: another loss may still go back through it
+        """Set the pruned weights to what stands there."""
+        for parameter, own in self._bound():
+            own.restore(parameter.data)  # no change in autograd's books: another loss may still go back through it
 
-    def _bound(self) -> Iterator[tuple[torch.Tensor, _Drop]]:
-        for hold, drop in self._dropped.values():
+    def _bound(self) -> Iterator[tuple[torch.Tensor, Pruned]]:
+        for hold, own in self._pruned.values():
             if (parameter := hold()) is not None:
-                yield parameter, drop
+                yield parameter, own
 
 
 class MaskedTraining:
@@ -208,28 +180,35 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def apply_mask(
-    model: nn.Module | Mapping[str, torch.Tensor], mask: Mask | Context | None, *, names: Names | None = None
+    model: nn.Module | Mapping[str, torch.Tensor],
+    mask: Mask | Subspace | Context | None,
+    *,
+    names: Names | None = None,
 ) -> None:
-    """Set the pruned parameters of a model to zero, in place.
+    """Set the pruned parameters of a model to what stands outside the mask, in place: zero, or the base's values.
 
     The parameters and the errors are those of :func:`masked_training`.
     """
     target = target_of(model, names, _gone)
-    mask, layout = mask_and_layout(mask)
-    if mask is not None:
-        for parameter, drop in _dropped(target, mask).items():
-            drop.zero(parameter)
+    subspace, layout = subspace_and_layout(mask)
+    if subspace is not None:
+        for parameter, own in pruned_of(target, subspace).items():
+            own.restore(parameter)
     elif layout is not None:
         target.find(layout)
 
 
 def masked_training(
-    model: nn.Module | Mapping[str, torch.Tensor], mask: Mask | Context | None, *, names: Names | None = None
+    model: nn.Module | Mapping[str, torch.Tensor],
+    mask: Mask | Subspace | Context | None,
+    *,
+    names: Names | None = None,
 ) -> MaskedTraining:
     """Keep a model in a mask's subspace, whatever trains it.
 
-    Pruned weights are set to zero now and after every step of any optimizer; their gradients are as soon as they are
-    there, so that moments stay at zero and clipping sees what is kept alone. Nothing is added to the model or its state
+    Pruned weights are set to zero, or to the base's values, now and after every step of any optimizer; their gradients
+    are set to zero as soon as they are there, so that moments stay at zero (but for what weight decay adds beside a
+    base) and clipping sees what is kept alone. Nothing is added to the model or its state
     dict, and a copy of the model is free. Parameters that are replaced later on (``load_state_dict(assign=True)``) are
     bound by the next step of an optimizer.
 
@@ -241,9 +220,9 @@ def masked_training(
     model : Module | Mapping[str, Tensor]
         The model whose ``state_dict`` (or whose parameters) the server sent, compiled or wrapped for data-parallel
         training or not; where a list was sent, in that order. Or parameters under the names that the server sent.
-    mask : Mask | Context | None
-        The mask, or the context of the Flower client: then it is its current mask.
-        ``None`` trains dense. So do explorers, but from their context the names are checked already.
+    mask : Mask | Subspace | Context | None
+        The context of the Flower client: then it is its current subspace. Or a subspace; or a mask alone, outside of
+        which all is zero. ``None`` trains dense. So do explorers, but from their context the names are checked already.
     names : Mapping[str, str | Tensor] | None
         The server's name of an array -> the model's own name of the parameter, or the parameter, where they differ.
         Components that ``torch.compile``, ``DataParallel`` or PEFT (``lora_A.default.weight``) put in need none.
@@ -269,26 +248,14 @@ def masked_training(
     0.0
     """
     target = target_of(model, names, _gone)
-    mask, layout = mask_and_layout(mask)
-    if mask is None and layout is not None:
+    subspace, layout = subspace_and_layout(mask)
+    if subspace is None and layout is not None:
         target.find(layout)
     with _lock:
-        masking = None if mask is None else _Masking(target, mask)
+        masking = None if subspace is None else _Masking(target, subspace)
         outer = _in_force.pop(target.key, None)
         if outer is not None:
             outer.release()
         if masking is not None:
             _in_force[target.key] = masking
     return MaskedTraining(target.key, masking, outer)
-
-
-def _dropped(target: Model | Parameters, mask: Mask) -> dict[torch.Tensor, _Drop]:
-    """The parameters that lose entries."""
-    dropped: dict[torch.Tensor, torch.Tensor] = {}
-    for name, parameter in target.find(mask.layout).items():
-        keep = mask.keep[name]
-        if not keep.all():
-            drop = torch.from_numpy(~keep).to(parameter.device)
-            # tied weights go by several names: what one of them prunes is pruned
-            dropped[parameter] = drop | dropped[parameter] if parameter in dropped else drop
-    return {parameter: _Drop(drop) for parameter, drop in dropped.items()}

@@ -11,6 +11,9 @@ HEADER = "autoflip"
 MASK_RECORD = "autoflip.mask"
 """Record of a message, and of a node's state: the mask."""
 
+BASE_RECORD = "autoflip.base"
+"""Record of a message, and of a node's state: what stands outside the mask."""
+
 HELLO, EXPLORE, TRAIN, EVALUATE = "hello", "explore", "train", "evaluate"
 PHASES = (HELLO, EXPLORE, TRAIN, EVALUATE)
 """The phases of messages."""
@@ -24,8 +27,16 @@ ASK = "ask"
 NOTHING = "none"
 """What the header calls the coding of a reply to ``explore`` that holds no deltas."""
 
-MASK_MISSING = "mask-missing"
-"""Status of a reply: the node lacks the mask."""
+MASK_MISSING, BASE_MISSING, BOTH_MISSING = "mask-missing", "base-missing", "mask-and-base-missing"
+MISSING = {
+    MASK_MISSING: (MASK_RECORD,),
+    BASE_MISSING: (BASE_RECORD,),
+    BOTH_MISSING: (MASK_RECORD, BASE_RECORD),
+}
+"""Status of a reply -> the records that the node lacks."""
+
+GIVEN = "given"
+"""In the place of a base's digest in a reply to hello: the node's user gave it a model, not compared so far."""
 
 MOD_REFUSED = 6
 """Flower's error code of a mod that refuses a message."""

@@ -9,7 +9,9 @@ client's own code know,
 - ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest, how the values are coded; in replies
   also the values' fingerprint;
 - ``MASK``, a ``ConfigRecord`` with the model's layout and the mask's bits, only where the node may lack them
-  (:mod:`autoflip_flwr.wire.mask_record`).
+  (:mod:`autoflip_flwr.wire.mask_record`);
+- ``BASE``, an ``ArrayRecord`` of what stands outside the mask where that is not zero, only where the node lacks it
+  (:mod:`autoflip_flwr.wire.base_record`).
 
 Nothing is unpickled or evaluated, every size is checked against what the receiver expects before anything is
 allocated, and the one error that comes out is :class:`WireError`.
@@ -18,6 +20,7 @@ allocated, and the one error that comes out is :class:`WireError`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,9 +32,11 @@ from autoflip_flwr.core.choices import LOG8, VALUES
 from autoflip_flwr.core.layout import Arrays, ArraySpec
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire.deltas import decode_deltas, encode_deltas
-from autoflip_flwr.wire.keys import FORMAT, HEADER, NOTHING, PHASES
+from autoflip_flwr.wire.keys import FORMAT, GIVEN, HEADER, HELLO, NOTHING, PHASES
 from autoflip_flwr.wire.records import WireError, make_array, view_of
 from autoflip_flwr.wire.values import Coded, Vector, coded_size, encode, is_coded
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def make_header(phase: str, round_: int, mask: Mask | None = None, **extra: int | str | list[str]) -> ConfigRecord:
@@ -71,6 +76,11 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
     for key in ("values", "reply"):
         if record.get(key, "float32") not in (*VALUES, LOG8, NOTHING):
             raise WireError(f"{key} {record.get(key)!r}: must be one of {', '.join(VALUES)}, {LOG8}, {NOTHING}")
+    if "base" in record:
+        base = record["base"]
+        known = isinstance(base, str) and (_DIGEST.fullmatch(base) or (base, record["phase"]) == (GIVEN, HELLO))
+        if not known:
+            raise WireError(f"base {base!r}: must be a digest, of 64 hex digits")
     return record
 
 

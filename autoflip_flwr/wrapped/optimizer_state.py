@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.wrapped.traits import layers
 
 _MOMENTS = ("momentum_vector", "m_t", "v_t")
@@ -24,7 +25,7 @@ def carry_state(
     strategy: Strategy,
     names: list[str],
     old: Mask,
-    new: Mask,
+    subspace: Subspace,
     shadow: Arrays,
     *,
     packed: bool,
@@ -33,12 +34,14 @@ def carry_state(
     """Take the state of Flower's own server optimisers from one mask to the next.
 
     ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
-    (``current_arrays``) are read off the dense shadow; moments are masked, and start at zero where a coordinate has
-    grown. The coordinates are as before, unless ``was_packed`` says otherwise.
+    (``current_arrays``) are read off the dense shadow, and stand outside the new mask where the subspace says; moments
+    are zero there, and start at zero where a coordinate has grown. The coordinates are as before, unless ``was_packed``
+    says otherwise.
     """
+    new = subspace.mask
 
-    def move(name: str, values: NDArray[np.generic], base: NDArray[np.generic]) -> NDArray[np.generic]:
-        full = np.array(base, values.dtype)
+    def move(name: str, values: NDArray[np.generic], weights: bool) -> NDArray[np.generic]:
+        full = np.array(shadow[name], values.dtype) if weights else np.zeros(new.layout[name].shape, values.dtype)
         if was_packed and old.layout[name].prunable:
             full.reshape(-1)[old.indices[name]] = values
         else:
@@ -46,16 +49,17 @@ def carry_state(
         if packed and new.layout[name].prunable:
             return full.reshape(-1)[new.indices[name]]
         if new.layout[name].prunable:
-            full[~new.keep[name]] = 0
+            pruned = ~new.keep[name]
+            full[pruned] = subspace.base[name][pruned] if weights and subspace.base is not None else 0
         return full
 
-    def carried(state: Any, base: Callable[[str], NDArray[np.generic]]) -> Any:
+    def carried(state: Any, weights: bool) -> Any:
         if isinstance(state, ArrayRecord) and list(state) == names:
-            return ArrayRecord({name: Array(move(name, array.numpy(), base(name))) for name, array in state.items()})
+            return ArrayRecord({name: Array(move(name, array.numpy(), weights)) for name, array in state.items()})
         if isinstance(state, dict) and set(state) <= set(names):
-            return {name: move(name, values, base(name)) for name, values in state.items()}
+            return {name: move(name, values, weights) for name, values in state.items()}
         if isinstance(state, list) and len(state) == len(names):
-            return [move(name, values, base(name)) for name, values in zip(names, state, strict=True)]
+            return [move(name, values, weights) for name, values in zip(names, state, strict=True)]
         if packed or was_packed:
             raise TypeError(
                 f"state of type {type(state).__name__} cannot follow a change of the mask: use coordinates='dense'"
@@ -69,5 +73,4 @@ def carry_state(
         for attribute in (*_MOMENTS, _WEIGHTS):
             state = getattr(layer, attribute, None)
             if state is not None and not (isinstance(state, Sized) and len(state) == 0):
-                base = shadow.__getitem__ if attribute == _WEIGHTS else lambda name: np.zeros(new.layout[name].shape)
-                setattr(layer, attribute, carried(state, base))
+                setattr(layer, attribute, carried(state, weights=attribute == _WEIGHTS))

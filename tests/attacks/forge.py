@@ -21,7 +21,8 @@ from autoflip_flwr.core.choices import CODED, LOG8
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
-from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, FORMAT, HEADER, MASK_RECORD, TRAIN
+from autoflip_flwr.wire.base_record import base_digest, encode_base
+from autoflip_flwr.wire.keys import BASE_RECORD, EVALUATE, EXPLORE, FORMAT, GIVEN, HEADER, MASK_RECORD, TRAIN
 from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, value_entries, weight_entry
 from autoflip_flwr.wire.records import fingerprint
 
@@ -36,6 +37,7 @@ LAYOUT = Layout.of(MODEL)
 EVERYTHING = Mask.full(LAYOUT)
 MASK = Mask.from_bool(LAYOUT, {"w": np.arange(16).reshape(4, 4) % 3 != 1}, version=1)
 PACKED = MASK.gather(MODEL)
+BASE = {"w": MODEL["w"] + 1}
 OTHER = Mask.from_bool(LAYOUT, {"w": np.arange(16).reshape(4, 4) % 3 != 2}, version=2)
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
@@ -52,6 +54,12 @@ def message(phase: str = TRAIN, kind: str = "float32") -> RecordDict:
     config = ConfigRecord({"server-round": 1})
     values = pack_values(mask, mask.gather(MODEL), kind)
     return RecordDict({"arrays": values, "config": config, HEADER: head, MASK_RECORD: mask_record.encode_mask(mask)})
+
+
+def with_base(content: RecordDict) -> RecordDict:
+    """The message with what stands outside its mask."""
+    named = alter(content, HEADER, base=base_digest(LAYOUT, BASE))
+    return swap(named, BASE_RECORD, encode_base(LAYOUT, BASE))
 
 
 def reply(phase: str = TRAIN, kind: str = "float32") -> RecordDict:
@@ -142,6 +150,14 @@ def headers(good: RecordDict) -> dict[str, RecordDict]:
         "values-a-list": {"values": ["int8"]},
         "values-of-another-kind-than-they-are": {"values": "int8"},
         "values-of-the-kind-of-moves": {"values": "log8"},
+        "base-bytes": {"base": base_digest(LAYOUT, BASE).encode()},
+        "base-a-list": {"base": [base_digest(LAYOUT, BASE)]},
+        "base-a-number": {"base": 1},
+        "base-empty": {"base": ""},
+        "base-given": {"base": GIVEN},
+        "base-in-upper-case": {"base": base_digest(LAYOUT, BASE).upper()},
+        "base-of-65-digits": {"base": base_digest(LAYOUT, BASE) + "0"},
+        "base-of-10000-digits": {"base": "0" * 10_000},
     }
     found = {f"header-{name}": alter(good, HEADER, **change) for name, change in changes.items()}
     found["header-of-metrics"] = swap(good, HEADER, MetricRecord({"format": FORMAT, "round": 1}))
@@ -331,6 +347,60 @@ def masks(good: RecordDict) -> dict[str, RecordDict]:
     return found
 
 
+def bases(good: RecordDict) -> dict[str, RecordDict]:
+    """Records of what stands outside the mask that a client does not take; ``good`` has a well-formed one."""
+    floats = np.ascontiguousarray(BASE["w"]).reshape(-1)
+    data = floats.tobytes()
+
+    def changed(position: int, value: float) -> np.ndarray:
+        values = floats.copy()
+        values[position] = value
+        return values
+
+    def meaning(values: np.ndarray) -> RecordDict:
+        """With the digest of what came along."""
+        content = alter(good, BASE_RECORD, float32=Array(values))
+        return alter(content, HEADER, base=base_digest(LAYOUT, {"w": values.reshape(4, 4)}))
+
+    images = {
+        "empty": b"",
+        "one-too-few": image(data[:-4], shape="(15,)"),
+        "one-too-many": image(data + data[:4], shape="(17,)"),
+        "a-byte-short": image(data[:-1], shape="(16,)"),
+        "with-garbage-behind": image(data + b"garbage", shape="(16,)"),
+        "of-length-10-to-the-18": image(data, shape=f"({10**18},)"),
+        "of-negative-length": image(data, shape="(-16,)"),
+        "in-two-dimensions": image(data, shape="(4, 4)"),
+        "of-dtype-int32": image(data, "<i4", "(16,)"),
+        "of-dtype-float64": image(data, "<f8", "(8,)"),
+        "of-dtype-big-endian": image(data, ">f4", "(16,)"),
+        "pickled": image(pickle.dumps(list(range(16)), 4), "|O", "(16,)"),
+    }
+    found = {f"base-{name}": alter(good, BASE_RECORD, float32=array(bytes_)) for name, bytes_ in images.items()}
+    found |= {
+        "base-without-a-dtype": swap(good, BASE_RECORD, ArrayRecord()),
+        "base-with-the-dtypes-of-the-values": alter(
+            good, BASE_RECORD, int64=good["arrays"]["int64"], bool=good["arrays"]["bool"]
+        ),
+        "base-with-what-is-never-pruned": alter(
+            good, BASE_RECORD, float32=Array(np.concatenate([floats, MODEL["b"]]).astype(np.float32))
+        ),
+        "base-by-array": swap(good, BASE_RECORD, ArrayRecord({"w": Array(BASE["w"])})),
+        "base-of-metrics": swap(good, BASE_RECORD, MetricRecord({"float32": [1.0] * 16})),
+        "base-a-config": swap(good, BASE_RECORD, ConfigRecord({"float32": data})),
+        "base-not-named-in-the-header": alter(good, HEADER, base=None),
+        "base-of-another-digest": alter(good, BASE_RECORD, float32=Array(changed(0, 7.0))),
+        "base-with-another-sign-of-zero": alter(
+            alter(good, BASE_RECORD, float32=Array(changed(3, -0.0))),
+            HEADER,
+            base=base_digest(LAYOUT, {"w": changed(3, 0.0).reshape(4, 4)}),
+        ),
+        "base-of-nan": meaning(changed(5, math.nan)),
+        "base-infinite": meaning(changed(5, -math.inf)),
+    }
+    return found
+
+
 def messages() -> dict[str, RecordDict]:
     """Messages that a client refuses, by name."""
     good, explore = message(), message(EXPLORE)
@@ -340,6 +410,8 @@ def messages() -> dict[str, RecordDict]:
         found[f"header-{name}"] = alter(good, HEADER, reply=value)
     found["explore-reply-of-a-coded-kind"] = alter(explore, HEADER, reply="int8")
     found["explore-with-the-mask-of-training"] = swap(explore, MASK_RECORD, good[MASK_RECORD])
+    found |= bases(with_base(good))
+    found["explore-with-a-base"] = with_base(explore)
     found["explore-without-values"] = swap(explore, "arrays", None)
     found["evaluate-without-values"] = swap(message(EVALUATE), "arrays", None)
     return found
@@ -369,6 +441,9 @@ def replies() -> dict[str, tuple[dict[str, str], RecordDict]]:
         "values-under-another-key": RecordDict({name.replace("arrays", "a"): record for name, record in good.items()}),
         "one-config-more": swap(good, "config", ConfigRecord({"exec": "import os"})),
         "status-mask-missing": alter(good, HEADER, status="mask-missing", digest=None),
+        "status-base-missing": alter(good, HEADER, status="base-missing", digest=None),
+        "status-mask-and-base-missing": alter(good, HEADER, status="mask-and-base-missing", digest=None),
+        "base-come-along": swap(good, BASE_RECORD, encode_base(LAYOUT, BASE)),
         "status-a-list": alter(good, HEADER, status=["mask-missing"], digest=None),
         "header-missing": swap(good, HEADER, None),
         "round-of-another-round": alter(good, HEADER, round=2),

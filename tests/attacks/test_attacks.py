@@ -28,7 +28,17 @@ from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire import mask_record
-from autoflip_flwr.wire.keys import EVALUATE, EXPLORE, HEADER, HELLO, MASK_RECORD, MOD_REFUSED, TRAIN
+from autoflip_flwr.wire.base_record import base_digest
+from autoflip_flwr.wire.keys import (
+    BASE_RECORD,
+    EVALUATE,
+    EXPLORE,
+    HEADER,
+    HELLO,
+    MASK_RECORD,
+    MOD_REFUSED,
+    TRAIN,
+)
 from autoflip_flwr.wire.messages import make_header
 from autoflip_flwr.wire.records import WireError, to_arrays, to_record
 from benchmarks import attacks
@@ -116,6 +126,34 @@ def test_the_messages_that_the_attacks_start_from_are_sound(phase: str, kind: st
         [Message(forge.message(phase, kind), 100, "evaluate" if phase == EVALUATE else "train")]
     )
     assert not reply.has_error()
+
+
+@pytest.mark.parametrize("phase", [TRAIN, EVALUATE])
+@pytest.mark.parametrize("kind", ["float32", *forge.CODED])
+def test_the_bases_that_the_attacks_start_from_are_sound(phase: str, kind: str):
+    grid = LocalGrid(client([]), num_nodes=1)
+    reply = exchange(grid, forge.with_base(forge.message(phase, kind)))
+    assert reply.content[HEADER].get("status") is None
+    again = forge.swap(forge.with_base(forge.message(phase, kind)), BASE_RECORD, None)
+    assert exchange(grid, again).content[HEADER].get("status") is None
+
+
+def test_a_base_that_is_missing_is_said_to_be_and_so_is_another():
+    called: list[str] = []
+    grid = LocalGrid(client(called), num_nodes=1)
+    good = forge.with_base(forge.message())
+    bare = forge.swap(good, BASE_RECORD, None)
+    assert exchange(grid, bare).content[HEADER]["status"] == "base-missing"
+    assert exchange(grid, good).content[HEADER].get("status") is None
+    other = forge.alter(bare, HEADER, base="0" * 64)
+    assert exchange(grid, other).content[HEADER]["status"] == "base-missing"
+    forgotten = LocalGrid(client(called), num_nodes=1)
+    nothing = forge.swap(bare, MASK_RECORD, None)
+    assert exchange(forgotten, nothing).content[HEADER]["status"] == "mask-and-base-missing"
+    # a base without the mask, whose layout it has, cannot be read
+    unread = forge.swap(good, MASK_RECORD, None)
+    assert exchange(forgotten, unread).content[HEADER]["status"] == "mask-missing"
+    assert called == ["train"]
 
 
 # Replies
@@ -212,6 +250,79 @@ def test_a_node_that_lies_about_the_number_of_nodes_keeps_nobody_waiting(lie: An
     grid = OrderedGrid(LocalGrid(client([]), num_nodes=3, tamper=tamper))
     assert sorted(grid.roll_call(timeout=60)) == list(NODES)
     assert grid.num_partitions == 3
+
+
+def lying(change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> tuple[AutoFlip, LocalGrid]:
+    """A run that keeps what stands outside the mask, in which one node's headers are changed."""
+
+    def tamper(reply: Message) -> Message:
+        if reply.metadata.src_node_id == HOSTILE and reply.has_content():
+            changed = change(dict(reply.content[HEADER]))
+            if changed is not None:
+                reply.content[HEADER] = forge.ConfigRecord(changed)
+        return reply
+
+    strategy = AutoFlip(FedAvg(min_available_nodes=3), sparsity=0.5, outside="initial", seed=1)
+    grid = LocalGrid(client([]), num_nodes=3, tamper=tamper)
+    result = strategy.start(grid, to_record(forge.MODEL), num_rounds=2)
+    arrays = to_arrays(result.arrays)
+    pruned = ~strategy.mask.keep["w"]
+    np.testing.assert_array_equal(arrays["w"][pruned], forge.MODEL["w"][pruned])
+    return strategy, grid
+
+
+def sent_with_base(grid: LocalGrid) -> list[int]:
+    return [message.metadata.dst_node_id for message in grid.sent if BASE_RECORD in message.content]
+
+
+@pytest.mark.parametrize("status", ["base-missing", "mask-and-base-missing"])
+def test_a_node_that_always_says_that_it_lacks_the_base_is_sent_it_and_costs_its_own_replies(status: str):
+    def change(head: dict[str, Any]) -> dict[str, Any] | None:
+        return {**head, "status": status, "digest": ""} if head["phase"] in (TRAIN, EVALUATE) else None
+
+    strategy, grid = lying(change)
+    assert set(sent_with_base(grid)) == {HOSTILE}
+    assert len(sent_with_base(grid)) <= 4  # at most once for each message
+    assert strategy.ledger.failures["quarantined"] == 4
+
+
+@pytest.mark.parametrize("lie", [None, "0" * 64, "given"])
+def test_an_explorer_that_lies_about_its_base_is_healed(lie: str | None):
+    def change(head: dict[str, Any]) -> dict[str, Any] | None:
+        if head["phase"] != EXPLORE:
+            return None
+        return {**{key: value for key, value in head.items() if key != "base"}, **({"base": lie} if lie else {})}
+
+    strategy, grid = lying(change)
+    refused = lie == "given"  # no digest: the reply does not count
+    assert strategy.ledger.failures["quarantined"] == refused
+    assert sent_with_base(grid) == ([] if refused else [HOSTILE])
+
+
+@pytest.mark.parametrize("lie", [7, 0.5, True, [1], ["0" * 64], b"0", "0" * 64, "1" * 10**6, "given"])
+def test_a_node_that_lies_in_its_hello_is_healed(lie: Any):
+    strategy, grid = lying(lambda head: {**head, "base": lie} if head["phase"] == HELLO else None)
+    assert strategy.ledger.failures["quarantined"] == 0
+    assert sent_with_base(grid) == []  # it has explored since
+
+
+def test_who_claims_to_hold_it_and_does_not_says_so_when_it_comes_to_it():
+    held = base_digest(forge.LAYOUT, forge.MODEL)
+    grid = LocalGrid(
+        client([]),
+        num_nodes=3,
+        tamper=lambda reply: claim(reply, held),
+    )
+    strategy = AutoFlip(FedAvg(min_available_nodes=3), mask=forge.MASK, outside="initial", seed=1)
+    strategy.start(grid, to_record(forge.MODEL), num_rounds=1)
+    assert sent_with_base(grid).count(HOSTILE) == 1
+    assert not strategy.ledger.incidents
+
+
+def claim(reply: Message, digest: str) -> Message:
+    if reply.metadata.src_node_id == HOSTILE and reply.content[HEADER]["phase"] == HELLO:
+        reply.content[HEADER] = forge.ConfigRecord({**reply.content[HEADER], "base": digest})
+    return reply
 
 
 @pytest.mark.runs

@@ -11,6 +11,7 @@ from torch import nn
 from autoflip_flwr.core.health import problems
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.server.first_mask import warn_of_problems
 
 Shapes = dict[str, tuple[int, ...]]
@@ -129,12 +130,12 @@ def test_arrays_that_are_kept_whole_do_not_make_others_look_bare():
 
 
 def test_one_warning_names_the_arrays_and_says_what_to_do(caplog):
-    warn_of_problems(mask_of({"a": [[1, 1], [0, 0]], "b": [[0, 1]]}))
+    warn_of_problems(Subspace(mask_of({"a": [[1, 1], [0, 0]], "b": [[0, 1]]})))
     (record,) = caplog.records
     assert "no path leads on from a to b" in record.message
     assert "scope='layer', a lower sparsity, or exclude=[...]" in record.message
     caplog.clear()
-    warn_of_problems(mask_of({"a": [[1, 1], [0, 0]], "b": [[1, 0]]}))
+    warn_of_problems(Subspace(mask_of({"a": [[1, 1], [0, 0]], "b": [[1, 0]]})))
     assert not caplog.records
 
 

@@ -31,7 +31,16 @@ from autoflip_flwr.costs.ledger import phase_of
 from autoflip_flwr.costs.message_size import Traffic, message_bytes, message_traffic, record_bytes, reply_traffic
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.wire.keys import EVALUATE, EXAMPLES_PROCESSED, EXPLORE, HEADER, HELLO, MASK_RECORD, TRAIN
+from autoflip_flwr.wire.keys import (
+    BASE_RECORD,
+    EVALUATE,
+    EXAMPLES_PROCESSED,
+    EXPLORE,
+    HEADER,
+    HELLO,
+    MASK_RECORD,
+    TRAIN,
+)
 from autoflip_flwr.wire.messages import make_header
 
 NODES = 4
@@ -346,3 +355,23 @@ def test_an_exploration_that_is_used_again_is_charged_whole_but_to_no_node():
     del costs[0]["seconds"]
     second.charge_exploration(costs[0])
     assert second.messages["exploration"] == 2 * NODES
+
+
+def test_what_stands_outside_the_mask_counts_on_its_own():
+    grid = Tapped(message_app(), forget=lambda node, count: node == 102 and count == 5)
+    told = run(grid, outside="initial", initial="scouts")
+    table, beside = expected(grid)
+    sent = [message for message in grid.sent if BASE_RECORD in message.content]
+    assert len(sent) == NODES + 1
+    size = record_bytes(sent[0].content, BASE_RECORD)
+    assert size == sum(sizes(sent[0].content[BASE_RECORD]).values())
+    assert told.base_down == told.bytes_by_phase()["base_down"] == (NODES + 1) * size
+    assert told.by_node[102]["base_down"] == 2 * size
+    assert told.by_node[101]["base_down"] == size
+    assert sum(own.total() for own in told.by_node.values()) == sum(own.total() for own in table.values())
+    assert told.bytes_by_phase()["total"] == grid.up + grid.down + beside
+    phases = {key: value for key, value in told.bytes_by_phase().items() if key != "total"}
+    assert sum(phases.values()) == grid.up + grid.down + beside
+    zero = run(LocalGrid(message_app(), NODES), initial="scouts")
+    assert "base_down" not in zero.bytes_by_phase()
+    assert not any("base_down" in own for own in zero.bytes_by_node().values())

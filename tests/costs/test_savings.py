@@ -40,6 +40,13 @@ def test_the_table_has_a_line_for_each_phase_that_has_sent_anything():
     ]
 
 
+def test_so_has_what_stands_outside_the_mask():
+    dense = {"train_up": 4_000_000, "train_down": 4_000_000, "total": 8_000_000}
+    found = list(lines({**SENT, "base_down": 600_000}, dense, pruned=True))
+    assert found[3] == "outside them        0.60"
+    assert "base_down" not in SENT  # records of earlier runs lack it
+
+
 def test_bytes_that_were_not_saved_are_told():
     assert saving(150, 100) == "50.0 % more than dense"
     assert saving(100, 100) == "0.0 % saved"

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
@@ -40,3 +42,22 @@ def test_a_mask_that_leaves_a_layer_to_its_floor_is_told_in_the_summary(tmp_path
     assert "Problems of the mask" in summary_table(summary)
     assert summary["mask_problems"][0] in (path / "report.html").read_text()
     assert "Problems of the mask" not in summary_table({**summary, "mask_problems": []})
+
+
+@pytest.mark.parametrize("initial", ["scratch", "scouts"])
+def test_the_app_leaves_what_is_outside_the_mask_where_it_was(initial: str, tmp_path: Path):
+    values = {"output-dir": str(tmp_path), "num-server-rounds": 2, "exploration-epochs": 1, "sparsity": 0.9}
+    values |= {"outside": "initial", "initial": initial, "weight-decay": 0.1}
+    path = server.run(LocalGrid(client.app, 2, values), Config.from_run_config(values))
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["mask_problems"] == []
+    sent = summary["bytes"]
+    assert sent["total"] == sum(count for phase, count in sent.items() if phase != "total")
+    assert ("Outside the mask, down" in summary_table(summary)) == ("base_down" in sent) == (initial == "scouts")
+    model, mask = load_file(path / "model.safetensors"), load_file(path / "mask.safetensors")
+    config = Config.from_run_config(values)
+    start = build(config.model, (1, 8, 8), 10, config.seed).state_dict()
+    for name, keep in mask.items():
+        pruned = ~keep.astype(bool)
+        assert model[name][pruned].any()
+        assert (model[name][pruned] == start[name].numpy()[pruned]).all() == (initial == "scratch")

@@ -111,9 +111,12 @@ def test_a_block_without_backward_is_an_error():
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        with pytest.raises(ValueError, match=r"no gradient came in the block of gradients\(...\): call backward"):
-            with gradients(Net(), context):
-                pass
+        empty = gradients(Net(), context)
+        with (
+            pytest.raises(ValueError, match=r"no gradient came in the block of gradients\(...\): call backward"),
+            empty,
+        ):
+            pass
         content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 3})}
         return Message(RecordDict(content), reply_to=message)
 

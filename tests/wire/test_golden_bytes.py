@@ -22,6 +22,7 @@ from autoflip_flwr.core.choices import VALUES
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.base_record import base_digest, check_base, decode_base, encode_base
 from autoflip_flwr.wire.keys import FORMAT, HEADER
 from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, read_header, unpack_deltas, unpack_values
 from autoflip_flwr.wire.records import fingerprint, make_array
@@ -50,6 +51,9 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
     packed = {spec.name: np.array(plain["packed"][spec.name], spec.dtype) for spec in layout.specs}
     values = {kind: pack_values(masks["bitmap"], packed, kind) for kind in VALUES}
     moves = {name: np.array(array, "f4").reshape(layout[name].shape) for name, array in plain["moves"].items()}
+    base = {
+        name: np.array(array, layout[name].dtype).reshape(layout[name].shape) for name, array in plain["base"].items()
+    }
     records = {name: mask_record.encode_mask(mask) for name, mask in masks.items() if name != "difference"}
     records["difference"] = mask_record.encode_mask(masks["difference"], masks["bitmap"])
     own = ("format", "phase", "round")
@@ -65,6 +69,8 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
         "values": {kind: {key: array.data for key, array in record.items()} for kind, record in values.items()},
         "move_bytes": {key: array.data for key, array in pack_deltas(masks["full"], moves).items()},
         "fingerprints": {"int8": fingerprint(values["int8"]), "long": fingerprint(long)},
+        "base_bytes": {key: array.data for key, array in encode_base(layout, base).items()},
+        "base_digest": base_digest(layout, base),
     }
 
 
@@ -136,6 +142,15 @@ def test_fingerprints_are_the_golden_ones(golden, encoded):
     assert encoded["fingerprints"] == golden["fingerprints"]
 
 
+def test_the_base_is_the_golden_one(golden, encoded, masks):
+    assert encoded["base_bytes"] == golden["base_bytes"]
+    assert encoded["base_digest"] == golden["base_digest"]
+    layout = masks["bitmap"].layout
+    base = decode_base(layout, record_of(golden["base_bytes"]))
+    assert {name: array.reshape(-1).tolist() for name, array in base.items()} == golden["base"]
+    check_base(layout, record_of(golden["base_bytes"]), golden["base_digest"])
+
+
 # --- a reader that is written from docs/wire.md alone, in plain Python -----------------------------------------------
 
 
@@ -204,6 +219,23 @@ def test_the_page_is_enough_for_moves(dtype, golden):
     assert not list(ranges)
 
 
+def test_the_page_is_enough_for_a_base_and_its_digest(golden):
+    digest, data = hashlib.sha256(), {}
+    for dtype, form in (("float32", "f"), ("float16", "e")):
+        whole = payload(golden["base_bytes"][dtype])
+        for name, shape, _, prunable in in_the_order_of_the_wire(golden, dtype):
+            if prunable:
+                size = math.prod(shape) * struct.calcsize(form)
+                data[name], whole = whole[:size], whole[size:]
+                assert list(struct.unpack(f"<{math.prod(shape)}{form}", data[name])) == golden["base"][name]
+        assert not whole
+    for name, shape, dtype, prunable in golden["layout"]:
+        if prunable:
+            sizes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+            digest.update(f"{name} {dtype} ({sizes})\n".encode() + data[name])
+    assert digest.hexdigest() == golden["base_digest"]
+
+
 def test_the_page_is_enough_for_a_fingerprint(golden):
     found = 0
     for image in golden["values"]["int8"].values():
@@ -268,7 +300,17 @@ def plain() -> dict[str, Any]:
             {**head, "phase": "train", "round": 7, **asked, "reply": "int8", "digest": digest, "version": 3},
             {**head, "phase": "train", "round": 7, "digest": digest, "fingerprint": 4023233417, "values": "int8"},
             {**head, "phase": "evaluate", "round": 7, "status": "mask-missing"},
+            {**head, "phase": "hello", "round": 0, "base": "given"},
+            {**head, "phase": "explore", "round": 0, "digest": digest, "version": 0, "base": digest[::-1]},
+            {**head, "phase": "train", "round": 7, "digest": digest, "version": 3, "base": digest[::-1]},
+            {**head, "phase": "train", "round": 7, "status": "base-missing"},
+            {**head, "phase": "evaluate", "round": 7, "status": "mask-and-base-missing"},
         ],
+        "base": {
+            "conv.weight": [(i % 31 - 15) / 16 for i in range(48)],
+            "fc.weight": [(i % 63 - 31) / 32 for i in range(320)],
+            "half.weight": [(i - 5) / 4 for i in range(10)],
+        },
     }
 
 

@@ -82,21 +82,28 @@ def scheduled(counter) -> tuple[Mask, Mask]:
 
 
 @functools.cache
-def pruned(name, coordinates, changing, noise) -> Run:
+def pruned(name, coordinates, changing, noise, outside="zero") -> Run:
     counter = name not in CLIPPED
     inner = digits.STRATEGIES[name](NODES)
     if not noise:
         inner.noise_multiplier = inner.clipped_count_stddev = 0.0
-    options = {"sparsity": SPARSITY, "method": LossExploration(public=True)}
+    options = {"sparsity": SPARSITY, "method": LossExploration(public=True), "outside": outside}
     if changing:
         first, other = scheduled(counter)
-        options = {"mask": first, "mask_schedule": {3: other, 5: first}.get}
+        options = {"outside": outside, "mask": first, "mask_schedule": {3: other, 5: first}.get}
     strategy = AutoFlip(inner, coordinates=coordinates, **options)
     return Run(strategy, *start(strategy, [autoflip_mod, *digits.mods_for(name)], ROUNDS, counter=counter))
 
 
 def respects(arrays, mask):
     return all(not arrays[name][~keep].any() and arrays[name][keep].any() for name, keep in mask.keep.items())
+
+
+def stands_at(arrays, mask, base):
+    """Whether what a mask prunes is the base's, bit for bit, and something else has moved."""
+    return all(np.array_equal(arrays[name][~keep], base[name][~keep]) for name, keep in mask.keep.items()) and any(
+        not np.array_equal(arrays[name], base[name]) for name in mask.keep
+    )
 
 
 def counted(rounds):
@@ -119,10 +126,10 @@ def alone(name):
     return start(digits.STRATEGIES[name](NODES), digits.mods_for(name), 3, counter=False)[0]
 
 
-@pytest.mark.parametrize("coordinates", PACKINGS)
+@pytest.mark.parametrize(("coordinates", "outside"), [("packed", "zero"), ("dense", "zero"), ("packed", "initial")])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(name, coordinates):
-    wrapped = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=0.0, coordinates=coordinates)
+def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(name, coordinates, outside):
+    wrapped = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=0.0, coordinates=coordinates, outside=outside)
     result, _ = start(wrapped, [autoflip_mod, *digits.mods_for(name)], 3, counter=False)
     same_bytes(to_arrays(alone(name).arrays), to_arrays(result.arrays))
     assert alone(name).train_metrics_clientapp == result.train_metrics_clientapp
@@ -151,12 +158,27 @@ def test_masks_that_change_are_respected_in_their_rounds_and_the_model_learns(na
     check_end(run, 0.65, 0.35)
 
 
+@pytest.mark.parametrize("coordinates", PACKINGS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_outside_the_mask_the_start_stands_bit_for_bit_and_the_model_learns(name, coordinates):
+    run = pruned(name, coordinates, True, True, "initial")
+    counter = name not in CLIPPED
+    first, other = scheduled(counter)
+    base = digits.model(counter=counter)
+    same_bytes(run.seen[0], base)
+    for round_, arrays in run.seen.items():
+        assert round_ == 0 or stands_at(arrays, other if round_ in (3, 4) else first, base), round_
+    same_bytes(run.arrays, run.seen[ROUNDS])
+    check_end(run, 0.6, 0.35)
+
+
 @pytest.mark.runs
+@pytest.mark.parametrize("outside", ["zero", "initial"])
 @pytest.mark.parametrize("changing", [False, True], ids=["static", "changing"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_packed_and_dense_coordinates_agree(name, changing):
+def test_packed_and_dense_coordinates_agree(name, changing, outside):
     # without noise: in full arrays it is drawn for the pruned entries too, so the draws differ by construction
-    packed, dense = (pruned(name, coordinates, changing, name not in PRIVATE) for coordinates in PACKINGS)
+    packed, dense = (pruned(name, each, changing, name not in PRIVATE, outside) for each in PACKINGS)
     assert packed.strategy.mask.digest == dense.strategy.mask.digest
     if name not in ACROSS_PACKINGS:
         same_bytes(packed.arrays, dense.arrays)

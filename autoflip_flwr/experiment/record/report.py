@@ -19,7 +19,14 @@ from autoflip_flwr.experiment.record.summary import BYTE_TITLES
 from autoflip_flwr.storage.files import write_atomic
 
 # The Okabe-Ito colours, which stay apart for colour-blind readers, one a kind of message.
-_KINDS = {"exploration": "#e69f00", "mask": "#009e73", "train": "#0072b2", "evaluate": "#cc79a7", "other": "#777777"}
+_KINDS = {
+    "exploration": "#e69f00",
+    "mask": "#009e73",
+    "base": "#56b4e9",
+    "train": "#0072b2",
+    "evaluate": "#cc79a7",
+    "other": "#777777",
+}
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999999")
 _ROUND, _SENT = "Round", "Sent so far, both ways (MB)"
 _INK, _PALE = "#333333", "#e4e4e4"

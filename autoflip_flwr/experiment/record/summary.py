@@ -16,6 +16,7 @@ BYTE_TITLES: Mapping[str, str] = {
     "exploration_up": "Exploration, up",
     "exploration_down": "Exploration, down",
     "mask_down": "Mask, down",
+    "base_down": "Outside the mask, down",
     "train_up": "Training, up",
     "train_down": "Training, down",
     "evaluate_up": "Evaluation, up",

@@ -174,7 +174,7 @@ class Tracker:
             "resumed_after": self._resumed,
             "residuals_restarted": bool(self._resumed) and (self._config.values_up or self._config.values) == "int8",
             "mask": None if mask is None else {"version": mask.version, "digest": mask.digest},
-            "mask_problems": [] if mask is None else problems(mask),
+            "mask_problems": [] if mask is None or self._config.outside == "initial" else problems(mask),
             "density_by_layer": {}
             if mask is None
             else {

@@ -1,0 +1,83 @@
+"""Which node has the base: it goes along to the nodes that are known to lack it, and to no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.wire.base_record import base_digest, encode_base
+from autoflip_flwr.wire.keys import BASE_RECORD, EXPLORE, GIVEN, HEADER, HELLO, MISSING
+
+Told = dict[int, str]
+"""By node: the digest of the base that it holds, ``GIVEN`` for a model of its user's, "" for none."""
+
+_LONGEST = 64  # of a digest: nothing longer is kept of what a node says
+
+
+def learn(told: Told, message: Message, reply: Message) -> None:
+    """Note what a reply says of the base that its node holds: to hello, to an exploration that names one, or a lack.
+
+    A node that lies does so to its own loss: it is sent what it lacks when it says so, and nothing it does not.
+    """
+    head = reply.content.get(HEADER) if reply.has_content() else None
+    if not isinstance(head, ConfigRecord):
+        return
+    asked = message.content.config_records.get(HEADER, ConfigRecord())
+    lacks = BASE_RECORD in missing_of(reply)
+    if lacks or asked.get("phase") == HELLO or (asked.get("phase") == EXPLORE and "base" in asked):
+        base = head.get("base")
+        known = isinstance(base, str) and len(base) <= _LONGEST and not lacks
+        told[message.metadata.dst_node_id] = str(base) if known else ""
+
+
+def missing_of(reply: Message) -> tuple[str, ...]:
+    """Return the records that a reply says its node lacks."""
+    head = reply.content.get(HEADER) if reply.has_content() else None
+    status = head.get("status") if isinstance(head, ConfigRecord) else None
+    return MISSING.get(status, ()) if isinstance(status, str) else ()
+
+
+class BaseDelivery:
+    """Name the base in headers, and put it into the messages of the nodes that lack it.
+
+    A node of which nothing is known may hold it: it says so if it does not, and is sent it in the same round.
+
+    Parameters
+    ----------
+    layout : Layout
+        The model's arrays.
+    arrays : dict[str, ndarray] | None
+        What stands outside the mask: full arrays by name. ``None``: zero, of which nothing is said.
+    told : dict[int, str]
+        What the nodes have told so far; kept up to date here.
+    """
+
+    def __init__(self, layout: Layout, arrays: Arrays | None, told: Told) -> None:
+        self.arrays = arrays
+        self._layout, self._told = layout, told
+        self._digest = "" if arrays is None else base_digest(layout, arrays)
+        self._encoded: ArrayRecord | None = None
+
+    def digest(self, mask: Mask) -> str:
+        """Return the digest that messages under a mask name; "" where zero, or nothing, is outside of it."""
+        return "" if mask.is_full else self._digest
+
+    def confirm(self, nodes: Iterable[int], mask: Mask) -> None:
+        """Note that these nodes have worked under this mask, and so hold what messages under it name."""
+        if digest := self.digest(mask):
+            self._told |= dict.fromkeys(nodes, digest)
+
+    def put(self, content: RecordDict, node: int, mask: Mask) -> None:
+        """Put the base into the content of a message to a node that is known to lack it."""
+        if self.digest(mask) and self._told.get(node, GIVEN) not in (self._digest, GIVEN):
+            content[BASE_RECORD] = self.record
+
+    @property
+    def record(self) -> ArrayRecord:
+        """The base's record; made once, and only if a node lacks it."""
+        if self._encoded is None:
+            self._encoded = encode_base(self._layout, self.arrays or {})
+        return self._encoded
