@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from apps import message_app, record
-from autoflip_flwr.server.plans import model_of
 from flwr.app import Array, ArrayRecord
 from flwr.server import Server, ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging
 
 from autoflip_flwr import AutoFlip
+from autoflip_flwr.server.first_mask import model_of
 from autoflip_flwr.testing import LocalGrid
 
 

@@ -19,6 +19,9 @@ REFUSED = "the SuperLink refused the message: the node has left"
 UNSENT = "the message was not sent: Flower's log says why"
 GONE = "no reply: the node has left"
 
+REPEATS = 2
+"""How often a message may be sent again in one exchange: a node may lack the mask, then what stands outside it."""
+
 LOOK = 10.0
 """Seconds after which it is looked again whether the nodes whose replies are awaited are still connected."""
 
@@ -140,10 +143,10 @@ class OrderedGrid(Grid):
         replies = self.exchange(batch, timeout)
         self.exchanges += 1
         sent, new = {message.metadata.message_id: message for message in batch}, replies
-        while self.repeat is not None and new:  # twice at most: a node lacks the mask, then what stands outside it
+        for _ in range(REPEATS if self.repeat is not None else 0):
             repeats: dict[str, Message] = {}
             for reply in new:
-                again = self.repeat(sent[reply.metadata.reply_to_message_id], reply)
+                again = self.repeat and self.repeat(sent[reply.metadata.reply_to_message_id], reply)
                 if again is not None:
                     repeats[reply.metadata.reply_to_message_id] = again
             if not repeats:

@@ -44,7 +44,7 @@ def test_a_mask_that_leaves_a_layer_to_its_floor_is_told_in_the_summary(tmp_path
     assert "Problems of the mask" not in summary_table({**summary, "mask_problems": []})
 
 
-@pytest.mark.parametrize("initial", ["scratch", "scouts"])
+@pytest.mark.parametrize("initial", ["scratch", "explorers"])
 def test_the_app_leaves_what_is_outside_the_mask_where_it_was(initial: str, tmp_path: Path):
     values = {"output-dir": str(tmp_path), "num-server-rounds": 2, "exploration-epochs": 1, "sparsity": 0.9}
     values |= {"outside": "initial", "initial": initial, "weight-decay": 0.1}
@@ -53,7 +53,7 @@ def test_the_app_leaves_what_is_outside_the_mask_where_it_was(initial: str, tmp_
     assert summary["mask_problems"] == []
     sent = summary["bytes"]
     assert sent["total"] == sum(count for phase, count in sent.items() if phase != "total")
-    assert ("Outside the mask, down" in summary_table(summary)) == ("base_down" in sent) == (initial == "scouts")
+    assert ("Outside the mask, down" in summary_table(summary)) == ("base_down" in sent) == (initial == "explorers")
     model, mask = load_file(path / "model.safetensors"), load_file(path / "mask.safetensors")
     config = Config.from_run_config(values)
     start = build(config.model, (1, 8, 8), 10, config.seed).state_dict()

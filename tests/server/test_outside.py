@@ -20,7 +20,9 @@ from autoflip_flwr import (
     current_mask,
     current_subspace,
 )
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.costs.message_size import record_bytes
+from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.base_record import base_digest
 from autoflip_flwr.wire.keys import BASE_RECORD, EXPLORE, HEADER, HELLO, MASK_RECORD
@@ -36,7 +38,7 @@ def half(seed=0) -> Mask:
 
 def run(app=None, inner=FedAvg, *, rounds=3, grid=None, arrays=None, **options):
     """The strategy, the model before and after each round, and the grid."""
-    options = {"sparsity": 0.5, "exploration_epochs": 1, "outside": "initial", "seed": 1, **options}
+    options = {"sparsity": 0.5, "method": LossExploration(epochs=1), "outside": "initial", "seed": 1, **options}
     strategy = AutoFlip(inner(), **options)
     grid = LocalGrid(message_app() if app is None else app, NODES) if grid is None else grid
     seen = {}
@@ -91,7 +93,7 @@ def test_the_rounds_start_from_the_model_as_it_was_given():
 
 
 def test_or_from_the_explorers_average_which_then_stands_outside():
-    strategy, seen, grid = run(initial="scouts")
+    strategy, seen, grid = run(method=LossExploration(initial="explorers"))
     assert any((seen[0][name] != model()[name]).any() for name in strategy.mask.keep)
     for round_ in (1, 2, 3):
         stands_at(seen[round_], strategy.mask, seen[0])
@@ -99,10 +101,10 @@ def test_or_from_the_explorers_average_which_then_stands_outside():
 
 
 @pytest.mark.parametrize("values", ["bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("ways", ["values", "values_up", "values_down"])
+@pytest.mark.parametrize("ways", [("up", "down"), ("up",), ("down",)])
 @pytest.mark.parametrize("coordinates", ["packed", "dense"])
 def test_coded_values_leave_it_exact(values, ways, coordinates):
-    strategy, seen, _ = run(**{ways: values}, coordinates=coordinates)
+    strategy, seen, _ = run(values=Values(**dict.fromkeys(ways, values)), coordinates=coordinates)
     for round_ in (1, 2, 3):
         stands_at(seen[round_], strategy.mask, model())
 
@@ -257,7 +259,7 @@ def test_explorers_hold_what_they_were_sent():
 
 
 def test_explorers_that_were_sent_rounded_values_are_sent_it_with_their_first_message():
-    strategy, _, grid = run(values_down="bfloat16")
+    strategy, _, grid = run(values=Values(down="bfloat16"))
     assert bases_sent(grid) == [(100, 1), (101, 1), (102, 1)]
     assert strategy.ledger.messages["train"] == 3 * NODES  # no message is sent twice
     sizes = [record_bytes(message.content, BASE_RECORD) for message in grid.sent if BASE_RECORD in message.content]
@@ -266,7 +268,7 @@ def test_explorers_that_were_sent_rounded_values_are_sent_it_with_their_first_me
 
 
 def test_so_are_nodes_that_have_not_explored_and_those_that_come_later_once():
-    strategy, _, grid = run(explorers=0.3, min_explorers=1)
+    strategy, _, grid = run(method=LossExploration(explorers=0.3, min_explorers=1))
     assert bases_sent(grid) == [(node, 1) for node in grid.contexts if node not in explorers(grid)]
     assert strategy.ledger.messages["train"] == 3 * NODES
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from apps import same_bytes
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_messages import LAYOUT, MASK, Arrays, messages, mutations, quick, same, sent
+from test_messages import LAYOUT, MASK, Arrays, messages, mutations, quick, sent
 
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
@@ -33,7 +34,7 @@ def use(mask: Mask) -> None:
     """All that a client does with a mask."""
     zeros = {s.name: np.zeros(mask.packed_shape(s.name), s.dtype) for s in mask.layout.specs}
     assert len(mask.digest) == 64
-    same(mask.gather(mask.scatter(unpack_values(mask, pack_values(mask, zeros)))), zeros)
+    same_bytes(mask.gather(mask.scatter(unpack_values(mask, pack_values(mask, zeros)))), zeros)
 
 
 # A mask that stands alone
