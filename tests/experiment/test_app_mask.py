@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.runs
 def trained(decay: float, config: dict[str, object]) -> np.ndarray:
     torch.manual_seed(0)
     settings = Config(weight_decay=decay, local_epochs=1)
-    one = client.LocalClient(settings, 0, torch.rand(20, 1, 8, 8), torch.arange(20) % 10, 10, None)
+    one = client.LocalClient(
+        settings, 0, torch.rand(20, 1, 8, 8), torch.arange(20) % 10, 10, Context(1, 1, {}, RecordDict(), {})
+    )
     arrays, _, _ = one.fit([p.detach().numpy().copy() for p in one._model.state_dict().values()], config)
     return np.concatenate([array.ravel() for array in arrays])
 
