@@ -1,4 +1,4 @@
-"""What a client's reply holds where values are coded: its update, and what the coding has lost of earlier ones."""
+"""Error feedback: send updates at low precision, add the rounding error to the next one."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Ledger:
         Floating-point operations of one example, forward and backward, through the dense model.
     incidents : list[dict[str, int or str or None]]
         What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``odd``: the reply counts, though
-        its update is longer than anything explains; ``rested``: the node gets no messages for a while; ``unchanged``:
+        its update is longer than anything explains; ``paused``: the node gets no messages for a while; ``unchanged``:
         the round leaves the model as it was), ``phase``, ``round``, ``node`` (its partition id where that is known;
         ``None`` for the round) and ``reason``.
     """

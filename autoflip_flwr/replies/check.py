@@ -225,7 +225,7 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
 
 
 def explain_error(error: Error) -> str:
-    """The reason of an error reply; where a mod of Flower's has met our records, that it stands in the wrong place."""
+    """Explain an error reply; if another mod choked on our records, say that autoflip_mod must come first."""
     reason = last_words((error.reason or f"error {error.code}")[-30_000:])[:2000]
     met_ours = error.code == MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
     return f"{reason.rstrip('.')}: {MOD_FIRST}" if met_ours else reason

@@ -1,4 +1,4 @@
-"""What is done about replies that are left out: noted, and nodes that send them again and again get no messages."""
+"""Records rejected replies and pauses nodes rejected several times in a row."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ReplyRules:
         A reply that weighs more (``num-examples``) is left out, > 0.
     min_replies : int
         A round in which fewer replies count keeps the model as it was, >= 1.
-    strikes, rest : int
-        A node whose replies were left out so many times in a row gets no messages for ``rest`` rounds; both >= 1.
+    strikes, pause : int
+        A node whose replies were left out so many times in a row gets no messages for ``pause`` rounds; both >= 1.
 
     Raises
     ------
@@ -44,14 +44,14 @@ class ReplyRules:
     max_examples: float = 1e9
     min_replies: int = 1
     strikes: int = 3
-    rest: int = 5
+    pause: int = 5
 
     def __post_init__(self) -> None:
         if not self.norm_factor > 1:
             raise ValueError(f"norm_factor = {self.norm_factor}: must be a number > 1")
         if not self.max_examples > 0:
             raise ValueError(f"max_examples = {self.max_examples}: must be a number > 0")
-        for name in ("min_replies", "strikes", "rest"):
+        for name in ("min_replies", "strikes", "pause"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
 
@@ -93,10 +93,10 @@ class Quarantine:
             return
         self._strikes[node] += 1
         if self._strikes[node] >= self.rules.strikes:
-            self._until[node] = last = round_ + self.rules.rest
+            self._until[node] = last = round_ + self.rules.pause
             reason = f"{self._strikes[node]} replies in a row were left out: no messages until round {last}"
             log(WARNING, "node %d: %s", node, reason)
-            self._ledger.note("rested", node, phase, round_, reason)
+            self._ledger.note("paused", node, phase, round_, reason)
 
     def judge_norms(self, updates: Mapping[int, Update], phase: str, round_: int) -> dict[int, str]:
         """Find the nodes whose updates are too long, with the reason; note what is odd, and learn from what counts."""

@@ -221,7 +221,7 @@ def _content(method: Method, template: RecordDict, packed: ArrayRecord, ours: Re
 
 
 def _names(grid: OrderedGrid) -> dict[int, int]:
-    """Connected nodes -> what each is known by when it comes back under another id: the partition that it alone has."""
+    """Map each node to a stable name: its partition id if unique, else its node id."""
     nodes = grid.get_node_ids()
     told = {node: grid.partitions.get(node, node) for node in nodes}
     claims = Counter(told.values())

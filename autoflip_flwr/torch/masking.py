@@ -88,7 +88,7 @@ class _Masking:
                 ) from error
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zero pruned gradients again; at an optimizer's first step also its moments, and weights that were loaded."""
+        """Zero pruned gradients again before each step, and pruned optimiser state the first time."""
         new = optimizer not in self._known
         self._known.add(optimizer)
         if new:

@@ -6,8 +6,8 @@ same size everywhere is the right one, which is what a logarithmic code has. Eac
     moves = for each prunable array: top (float32), step (float32); then, in one zlib stream, for each floating array:
             a byte a parameter if it is prunable, else its moves as they are
 
-Code 0 is no move; code +-k, k from 1 to 127, is +-top * exp((k - 127) * step). The smallest 5 % of an array's moves are
-not told apart: they get code 1, or 0 below half of that.
+Code 0 is no move; code +-k, k from 1 to 127, is +-top * exp((k - 127) * step). The smallest 5 % of an array's deltas
+share one code: 1, or 0 below half of that.
 
 What is never pruned is not coded: a mean of exact differences never leaves the range of what the explorers hold, so
 that a running variance that starts from it cannot be negative.

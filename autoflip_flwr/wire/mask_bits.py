@@ -209,7 +209,7 @@ def _unit_shape(spec: ArraySpec) -> tuple[int, int, int]:
 
 
 def _told(shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """The axes whose flags travel."""
+    """Return the lengths of the axes for which keep-flags are sent."""
     return shape[:2] if shape[1] > 1 else shape[:1]
 
 

@@ -53,7 +53,7 @@ def weight_entry(name: str) -> dict[str, str]:
 
 
 def value_entries(**chosen: str) -> dict[str, str]:
-    """What a header says of the coding of values (``values``: these, ``reply``: the reply's); nothing of float32."""
+    """Return header entries for the value encodings, of these or of the reply; defaults are omitted."""
     return {key: kind for key, kind in chosen.items() if kind != "float32"}
 
 

@@ -35,7 +35,12 @@ def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, g
         messages = list(copy.deepcopy(strategy).configure_train(1, arrays, config, grid))
     except Exception as error:  # a lock or a file cannot be copied; what its own start sets is not there yet
         name = type(strategy).__name__
-        log(WARNING, "a copy of %s cannot be asked (%r): explorers get the train config alone", name, error)
+        log(
+            WARNING,
+            "could not copy %s to see its round-1 messages (%r); explorers receive only train_config",
+            name,
+            error,
+        )
     finally:
         random.setstate(state)
     if messages:

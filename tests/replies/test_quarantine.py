@@ -268,7 +268,7 @@ def test_fewer_replies_than_wanted_keep_the_model():
 
 
 def test_a_node_that_is_left_out_again_and_again_rests():
-    strategy, _, grid = federation([hostile(BAD["NaN"])], ReplyRules(strikes=2, rest=3), rounds=9)
+    strategy, _, grid = federation([hostile(BAD["NaN"])], ReplyRules(strikes=2, pause=3), rounds=9)
     trained = {}
     for message in grid.sent:
         head = message.content.get("autoflip")
@@ -278,8 +278,8 @@ def test_a_node_that_is_left_out_again_and_again_rests():
         True, True, False, False, False, True, False, False, False,
     ]  # fmt: skip
     assert all(trained[round_] >= set(range(1, NODES)) for round_ in trained)
-    rested = [each for each in strategy.ledger.incidents if each["kind"] == "rested"]
-    assert [each["round"] for each in rested] == [2, 6]
+    paused = [each for each in strategy.ledger.incidents if each["kind"] == "paused"]
+    assert [each["round"] for each in paused] == [2, 6]
     assert strategy.ledger.failure_counts()["quarantined"] == 3
 
 
@@ -323,7 +323,7 @@ def test_a_second_answer_and_an_old_one_do_not_count():
 
 
 @pytest.mark.parametrize(
-    "options", [{"norm_factor": 1.0}, {"norm_factor": math.nan}, {"max_examples": 0}, {"min_replies": 0}, {"rest": 0}]
+    "options", [{"norm_factor": 1.0}, {"norm_factor": math.nan}, {"max_examples": 0}, {"min_replies": 0}, {"pause": 0}]
 )
 def test_rules_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -332,9 +332,9 @@ def test_rules_out_of_range_are_refused(options):
 
 def test_the_count_goes_on_after_a_restart():
     ledger = Ledger(partitions={7: 0})
-    before = Quarantine(ReplyRules(strikes=2, rest=3), ledger)
+    before = Quarantine(ReplyRules(strikes=2, pause=3), ledger)
     before.strike(7, "train", 1, "bad")
-    after = Quarantine(ReplyRules(strikes=2, rest=3), ledger)
+    after = Quarantine(ReplyRules(strikes=2, pause=3), ledger)
     after.load(before.state())
     after.strike(7, "train", 2, "bad")
     assert after.active([7, 8], 3, needed=1) == [8]
