@@ -21,15 +21,22 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from autoflip_flwr.core.choices import VALUES
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.request import Request
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.base_record import base_digest, check_base, decode_base, encode_base
 from autoflip_flwr.wire.keys import FORMAT, HEADER
 from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, read_header, unpack_deltas, unpack_values
 from autoflip_flwr.wire.records import fingerprint, make_array
+from autoflip_flwr.wire.request import pack_statistics, read_ask, unpack_statistics
 
 FILE = Path(__file__).parents[1] / "golden" / f"wire-{FORMAT}.json"
 MASKS = ("full", "bitmap", "gaps", "units", "difference")
 HEX = "hex:"
+ASK = ["gradient pruned float32", "saliency all log8", "mine kept float32"]
+
+
+def asked() -> tuple[Request, ...]:
+    return read_ask({"ask": ASK})
 
 
 def read(thing: Any) -> Any:
@@ -54,6 +61,7 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
     base = {
         name: np.array(array, layout[name].dtype).reshape(layout[name].shape) for name, array in plain["base"].items()
     }
+    told = {request.name: moves for request in asked()}
     records = {name: mask_record.encode_mask(mask) for name, mask in masks.items() if name != "difference"}
     records["difference"] = mask_record.encode_mask(masks["difference"], masks["bitmap"])
     own = ("format", "phase", "round")
@@ -71,6 +79,7 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
         "fingerprints": {"int8": fingerprint(values["int8"]), "long": fingerprint(long)},
         "base_bytes": {key: array.data for key, array in encode_base(layout, base).items()},
         "base_digest": base_digest(layout, base),
+        "statistics": {name: array.data for name, array in pack_statistics(masks["bitmap"], asked(), told).items()},
     }
 
 
@@ -185,6 +194,25 @@ def test_the_page_is_enough_for_a_mask_and_its_digest(golden):
     ]
     data = f"[{', '.join(rows)}]".encode("ascii") + b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
     assert hashlib.sha256(data).hexdigest() == golden["digests"]["gaps"]
+
+
+def test_statistics_are_the_golden_ones(golden, encoded, masks):
+    mask = masks["bitmap"]
+    for data in (golden["statistics"], encoded["statistics"]):
+        found = unpack_statistics(mask, asked(), record_of(data))
+        for request in asked():
+            for name, keep in mask.keep.items():
+                wanted = {"all": True, "kept": keep, "pruned": ~keep}[request.over]
+                expected = np.where(wanted, np.array(golden["moves"][name]).reshape(keep.shape), 0)
+                np.testing.assert_allclose(found[request.name][name], expected, rtol=1e-5)
+
+
+def test_the_page_is_enough_for_statistics(golden):
+    keep = [flag == "0" for flag in golden["keep"]["bitmap"]]
+    moves = [value for name, _, _, prunable in golden["layout"] if prunable for value in golden["moves"][name]]
+    data = payload(golden["statistics"]["gradient"])
+    pruned = [value for value, wanted in zip(moves, keep, strict=True) if wanted]
+    np.testing.assert_allclose(struct.unpack(f"<{len(pruned)}f", data), pruned, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -305,6 +333,8 @@ def plain() -> dict[str, Any]:
             {**head, "phase": "train", "round": 7, "digest": digest, "version": 3, "base": digest[::-1]},
             {**head, "phase": "train", "round": 7, "status": "base-missing"},
             {**head, "phase": "evaluate", "round": 7, "status": "mask-and-base-missing"},
+            {**head, "phase": "explore", "round": 0, "reply": "none", "digest": digest, "ask": ["saliency all log8"]},
+            {**head, "phase": "train", "round": 7, "digest": digest, "ask": ASK},
         ],
         "base": {
             "conv.weight": [(i % 31 - 15) / 16 for i in range(48)],
