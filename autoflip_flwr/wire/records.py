@@ -49,7 +49,7 @@ def fingerprint(record: ArrayRecord) -> int:
     found = 0
     for array in record.values():
         data = np.frombuffer(array.data, np.uint8)
-        found = zlib.crc32(data[:: data.size // SAMPLE_BYTES | 1].tobytes(), found)  # an odd step samples all bytes of a float
+        found = zlib.crc32(data[:: data.size // SAMPLE_BYTES | 1].tobytes(), found)  # odd: hits all bytes of floats
     return found
 
 
