@@ -95,8 +95,8 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], Arrays, Arrays | None, Arrays | None] | None:
         """Open the folder, and return state, arrays, shadow and base of the last finished round.
 
-        The shadow holds the last values of pruned entries, the base their values in training. Return ``None`` if there
-        is no finished round to resume from.
+        The shadow holds the last values of entries before they were pruned, the base their fixed values while pruned.
+        Return ``None`` if there is no finished round to resume from.
 
         Parameters
         ----------
@@ -179,9 +179,9 @@ class Checkpoints:
         """Write the state after a round, then remove the oldest; a failure is logged, and the run continues.
 
         ``shadow`` is the version of the current mask, and the last values of the entries that it prunes (full arrays by
-        name). They are written to a separate file, once per version. ``base`` holds the values of pruned entries in
-        training. It is written to a separate file, once. Either is ``None`` if its values are those of the initial
-        model, which a resumed run is given again.
+        name). They are written to a separate file, once per version. ``base`` holds the fixed values of entries while
+        they are pruned. It is written to a separate file, once. Either is ``None`` if its values are those of the
+        initial model, which a resumed run is given again.
         """
         path = self._folder / f"round-{round_:06d}.safetensors"
         whole = {**state, "extra": self._extra()}
