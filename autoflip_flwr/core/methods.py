@@ -136,7 +136,7 @@ class Snip(_Asks):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LossExploration(_Asks):
-    """Keep the entries with large deltas on which explorers agree: AutoFLIP (arXiv 2405.10271), FedLEx (2506.18640).
+    """Keep entries with large deltas that explorers agree on: AutoFLIP (arXiv 2405.10271), FedLEx (arXiv 2506.18640).
 
     Before round 1, explorers train from the same W0. The score of a parameter combines the size of its deltas and the
     explorers' agreement on them (:func:`~autoflip_flwr.core.scores.scores`).
@@ -146,8 +146,8 @@ class LossExploration(_Asks):
     explorers, min_explorers, batches, weighting, timeout, public
         See :class:`~autoflip_flwr.core.method.Method`.
     epochs, patience : int
-        Sent to the explorers: the maximum number of epochs, and the number of epochs without a better mean training
-        loss after which to stop; both >= 1.
+        Sent to the explorers: train for at most ``epochs`` epochs, and stop after ``patience`` epochs without a better
+        mean training loss; both >= 1.
     scope : str
         See :class:`Scored`.
     normalisation : str
