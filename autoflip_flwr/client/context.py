@@ -1,4 +1,4 @@
-"""What a client's own code asks of its context: the mask in force, and the layout of the model that was sent."""
+"""What a client's own code can get from its context: the current mask, and the layout of the model that was sent."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from autoflip_flwr.wire.keys import (
 )
 
 LAYOUT = "autoflip.layout"
-"""Record of an explorer's state: the layout of the model that it was sent."""
+"""Name of the record of an explorer's state with the layout of the model that it was sent."""
 
 
 def current_mask(context: Context) -> Mask | None:
-    """The mask in force for the message that is being handled, or ``None`` (exploration, or no AutoFLIP).
+    """Return the mask for the current message, or ``None`` (exploration, or no AutoFLIP).
 
-    A client trains under it by setting the pruned weights back after every step, to zero, or to what
-    :func:`current_subspace` says: :func:`apply_mask` does so for NumPy arrays,
+    To train under the mask, a client resets the pruned weights after every step, to zero or to the values of
+    :func:`current_subspace`. :func:`apply_mask` does so for NumPy arrays,
     :func:`autoflip_flwr.torch.masked_training` for a PyTorch model. ``mask.keep[name]`` is a boolean array in the shape
     of the weight of that name.
     """
@@ -40,19 +40,19 @@ def current_mask(context: Context) -> Mask | None:
 
 
 def current_subspace(context: Context) -> Subspace | None:
-    """The mask in force for the message that is being handled, and what stands outside it; ``None`` as there.
+    """Return the mask for the current message with the values of pruned entries; ``None`` if there is no mask.
 
-    Its ``base`` is None where the server prunes to zero (``outside="zero"``), else the prunable arrays by name,
-    read-only: pruned entries stand at its values.
+    Its ``base`` is None if the server prunes to zero (``outside="zero"``). Otherwise it holds the prunable arrays by
+    name, read-only, with the values of the pruned entries.
     """
     mask = current_mask(context)
     return None if mask is None else Subspace(mask, base_in_force(context, mask.layout))
 
 
 def subspace_and_layout(mask: Mask | Subspace | Context | None) -> tuple[Subspace | None, Layout | None]:
-    """The subspace in force, and the layout of the model that the server sent; a mask alone: zero outside it.
+    """Return the current subspace, and the layout of the model that the server sent; for a mask, zero is its base.
 
-    While a client explores there is a layout without a mask: names can be checked before the exploration is spent.
+    During exploration there is a layout without a mask, so that names are checked before the client spends its effort.
     """
     if isinstance(mask, Context):
         phase = mask.state.get(HEADER, ConfigRecord()).get("phase")
@@ -64,12 +64,12 @@ def subspace_and_layout(mask: Mask | Subspace | Context | None) -> tuple[Subspac
 
 
 def sent_array(layout: Layout, name: str, shape: tuple[int, ...]) -> ArraySpec:
-    """The array of this name and shape that the server sent.
+    """Return the spec of the array of this name and shape that the server sent.
 
     Raises
     ------
     ValueError
-        If there is none. The text says what was sent, and which of it fits.
+        If there is none. The text lists what was sent, and which array fits.
     """
     if name not in layout:
         sent = [spec.name for spec in layout.specs][:5]
@@ -81,23 +81,23 @@ def sent_array(layout: Layout, name: str, shape: tuple[int, ...]) -> ArraySpec:
 
 
 def apply_mask(arrays: Mapping[str, NDArray[np.generic]], mask: Mask | Subspace | Context | None) -> None:
-    """Set the pruned entries of NumPy arrays to what stands outside the mask, in place: zero, or the base's values.
+    """Reset the pruned entries of NumPy arrays in place, to zero or to the base's values.
 
-    A client calls it after each step of its training: ``apply_mask({"coef": model.coef_}, context)``. While it explores
-    nothing is changed, and names and shapes are checked.
+    A client calls it after each training step: ``apply_mask({"coef": model.coef_}, context)``. During exploration,
+    nothing is changed, but names and shapes are checked.
 
     Parameters
     ----------
     arrays : Mapping[str, ndarray]
-        Some or all of the model's arrays, under the names that the server sent them by.
+        Some or all of the model's arrays, under the server's names.
     mask : Mask | Subspace | Context | None
-        The context of the Flower client: then it is :func:`current_subspace` of it. Or a subspace; or a mask alone,
-        outside of which all is zero. ``None`` changes nothing.
+        The context of the Flower client, to use its :func:`current_subspace`; or a subspace; or a mask, to set pruned
+        entries to zero. ``None`` changes nothing.
 
     Raises
     ------
     ValueError
-        If a name or shape is not that of an array that the server sent; then nothing is changed.
+        If a name or shape is not that of an array that the server sent; nothing is changed in that case.
     """
     subspace, layout = subspace_and_layout(mask)
     if layout is None:

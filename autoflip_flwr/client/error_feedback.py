@@ -1,4 +1,4 @@
-"""Error feedback: send updates at low precision, add the rounding error to the next one."""
+"""Error feedback: send quantised updates, and add the rounding error to the next update."""
 
 from __future__ import annotations
 
@@ -20,30 +20,29 @@ RESIDUAL = "autoflip.residual"
 def pack_reply(
     context: Context, mask: Mask, kind: str, packed: Mapping[str, NDArray[Any]], start: Mapping[str, NDArray[Any]]
 ) -> ArrayRecord:
-    """Pack a client's reply; with 8-bit values, with error feedback in the node's state.
+    """Pack a client's reply; 8-bit values use error feedback from the node's state.
 
-    Where values are coded, those of the update are (what the client returns less what it was sent), since an error of
-    rounding is relative to what is coded. What int8 loses of it is kept in ``context.state``, itself in int8, and
-    added to the node's next update under the same mask. A node that has lost its state has lost that remainder, and
-    nothing else.
+    If values are quantised, the reply holds the update (returned values minus sent values), since the rounding error is
+    relative to what is quantised. The rounding error of int8 is kept in ``context.state``, itself in int8, and added to
+    the node's next update under the same mask. A node that loses its state loses only this remainder.
 
     Parameters
     ----------
     context : Context
-        Of the Flower client.
+        Context of the Flower client.
     mask : Mask
         The mask under which the reply is packed.
     kind : str
-        How its values are coded, one of :data:`~autoflip_flwr.core.choices.VALUES`.
+        Encoding of the values, one of :data:`~autoflip_flwr.core.choices.VALUES`.
     packed : Mapping[str, ndarray]
         The packed arrays that the client returns.
     start : Mapping[str, ndarray]
-        The flat vectors that it was sent, by dtype.
+        The flat vectors that the client was sent, by dtype.
 
     Raises
     ------
     WireError
-        If an update that is to be coded is not finite.
+        If an update that is to be quantised is not finite.
     """
     if kind == "float32":
         return pack_values(mask, packed)
@@ -69,7 +68,7 @@ def pack_reply(
 
 
 def _remainder(before: Any, mask: Mask, dtype: str, kept: int, size: int) -> NDArray[np.float32] | float:
-    """What the last coding under this mask has lost; 0 if there was none."""
+    """Return the rounding error of the last reply under this mask; 0 if there was none."""
     data = before.get(dtype, b"")
     if before.get("digest") != mask.digest or len(data) != coded_size("int8", kept, size):
         return 0.0

@@ -1,7 +1,7 @@
-"""What stands outside the mask, at a client: where the node has it from, and how its own code gets at it.
+"""The base (the values of pruned entries) at a client: where the node gets it from, and how client code reads it.
 
-A node holds the base that a message names because it explored from it or was sent it (then it is in ``context.state``),
-or because its user gave the mod the same model (then a note of its digest is).
+A node has the base that a message names in one of two ways. Either it explored from it or was sent it; then
+``context.state`` holds the base. Or its user gave the mod the same model; then ``context.state`` holds its digest.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from autoflip_flwr.wire.keys import BASE_RECORD, GIVEN, HEADER
 from autoflip_flwr.wire.records import WireError
 
 Source = Mapping[str, Any] | Callable[[], Mapping[str, Any] | None]
-"""Arrays by the server's names, or a function that returns them, or None where this client has none."""
+"""Arrays by the server's names, or a function that returns them, or returns None if this client has none."""
 
 _BASE, _HELD, _GIVEN = "base", "held", "given"
-"""Notes of the node's state: digests of the base in force, of the one in the state, of what the user gave."""
+"""Notes of the node's state: digests of the current base, of the base in the state, of the user's model."""
 
 _matching: dict[str, Arrays] = {}
-"""By digest: what a user gave, where a message has named it. A node's state has no copy of it."""
+"""User's models by digest, once a message has named them. A node's state has no copy of them."""
 
 
 class Given:
-    """The model that the user gave to the mod, read when a message first names a base.
+    """The model that the user gave to the mod; it is read when a message first names a base.
 
     Parameters
     ----------
     source : Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None
-        Arrays of NumPy, tensors of PyTorch or what else ``numpy.asarray`` takes, by the server's names; more of them
-        than the server sends do no harm. Or a function that returns them: called at most once; one that returns None
-        or raises OSError (the file is not there) leaves the client to be sent the base. ``None``: nothing was given.
+        NumPy arrays, PyTorch tensors or anything that ``numpy.asarray`` takes, by the server's names. Arrays that the
+        server does not send are ignored. Or a function that returns them, which is called at most once. If it returns
+        None or raises OSError (the file is missing), the server sends the base. ``None``: nothing was given.
 
     Raises
     ------
     TypeError
-        If it is anything else.
+        If ``source`` is anything else.
     """
 
     def __init__(self, source: Source | None) -> None:
@@ -56,7 +56,7 @@ class Given:
         return self._source is not None
 
     def fits(self, layout: Layout, digest: str) -> bool:
-        """Whether it is the base of this digest; then :func:`base_in_force` finds it in this process."""
+        """Return whether the model is the base of this digest; :func:`base_in_force` then finds it in this process."""
         model = self._read()
         if model is None:
             return False
@@ -76,7 +76,7 @@ class Given:
 
     def _read(self) -> Mapping[str, Any] | None:
         if callable(self._source):
-            load, self._source = self._source, None  # once, whatever comes of it
+            load, self._source = self._source, None  # only once, whatever the result
             try:
                 found = load()
             except OSError as error:
@@ -99,7 +99,7 @@ def _check_type(source: object, told: str) -> None:
 
 
 def _array(model: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """One array of the user's model in the server's dtype; a view where it can be."""
+    """Return one array of the user's model in the server's dtype; a view if possible."""
     if name not in model:
         raise ValueError(f"it has no {name!r}")
     found = model[name]
@@ -113,22 +113,22 @@ def _array(model: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: s
 
 
 def told(context: Context, given: Given) -> dict[str, str]:
-    """Return what a reply to hello says of the base that the node holds."""
+    """Return the header entry of a reply to hello that names the node's base; empty if it has none."""
     notes = context.state.get(HEADER, ConfigRecord())
     known = notes.get(_HELD) or notes.get(_GIVEN) or (GIVEN if given else "")
     return {"base": str(known)} if known else {}
 
 
 def holds_base(message: Message, context: Context, digest: str, layout: Layout | None, given: Given) -> bool:
-    """Whether the node has the base that a message names, or has got it with the message; it is then in force.
+    """Return whether the node has the base that a message names, or gets it with the message; it becomes current.
 
-    Without a ``layout``, which comes with the mask, nothing can be compared: then only what was known before counts,
-    and what has come along or was given is not missed yet.
+    Without a ``layout``, which comes with the mask, nothing can be compared or become current. The node then counts as
+    having the base if the message contains one, if it is known from before, or if the user's model may match.
 
     Raises
     ------
     WireError
-        If a base came along that is not what the format says, or not the one that is meant.
+        If the message contains a base that does not follow the format, or is not the one that the header names.
     """
     record = message.content.get(BASE_RECORD)
     if not digest:
@@ -152,7 +152,7 @@ def holds_base(message: Message, context: Context, digest: str, layout: Layout |
 
 
 def keep_explored(context: Context, digest: str, layout: Layout, full: Arrays, given: Given) -> bool:
-    """Keep the model that an explorer was sent, if that is, as it came, the base of this digest; whether it has it."""
+    """Keep the model that an explorer was sent if it is the base of this digest; return whether the node has it."""
     if given and given.fits(layout, digest):
         _note(context, {_GIVEN: digest})
         return True
@@ -164,12 +164,12 @@ def keep_explored(context: Context, digest: str, layout: Layout, full: Arrays, g
 
 
 def base_in_force(context: Context, layout: Layout) -> Arrays | None:
-    """Return what stands outside the mask in the message that is being handled: the prunable arrays; ``None``: zero.
+    """Return the base for the current message: the prunable arrays; ``None`` if pruned entries are zero.
 
     Raises
     ------
     RuntimeError
-        If this process is not the one in which the mod has handled the message.
+        If the mod has handled the message in another process.
     """
     notes = context.state[HEADER]
     digest = str(notes.get(_BASE, ""))
@@ -186,7 +186,7 @@ def base_in_force(context: Context, layout: Layout) -> Arrays | None:
 
 
 def no_base(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the notes of a node's state with no base in force."""
+    """Return the notes of a node's state without the current base."""
     return {key: value for key, value in notes.items() if key != _BASE}
 
 

@@ -1,4 +1,4 @@
-"""The client side: a Flower mod that unpacks what arrives and packs what leaves."""
+"""Client side: a Flower mod that unpacks messages and packs replies."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ from autoflip_flwr.wire.records import WireError, array_bytes, fingerprint, make
 from autoflip_flwr.wire.request import read_ask
 
 EXPLORED = "explored."
-"""Records of ``context.state`` whose names begin so outlive the exploration; a client's others are as before it."""
+"""Prefix of the records of ``context.state`` that survive the exploration; the client's other records are restored."""
 
 
 def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower client mod of AutoFLIP; the first (outermost) of the client's mods.
+    """Unpack messages and pack replies: the Flower client mod of AutoFLIP, to be the client's first (outermost) mod.
 
     The client's own code, and the mods behind this one, see exactly the records that they would see without AutoFLIP:
-    full arrays under their names. What they return is packed before it leaves. It works in front of Message-API
-    functions (``@app.train``) and of a ``client_fn`` with a ``NumPyClient`` alike, and lets the messages of other
-    Message-API strategies pass, so that the same client serves a plain FedAvg too.
+    full arrays under their names. Their results are packed before they are sent. The mod works with Message-API
+    functions (``@app.train``) and with a ``client_fn`` that makes a ``NumPyClient``. It passes on messages of other
+    Message-API strategies, so that the same client also works with plain FedAvg.
 
-    The mask is kept in ``context.state``; a client that wants it during training calls :func:`current_mask`. A node
-    that has lost it says so and is sent it again in the same round. So is what stands outside the mask, where the
-    server keeps it (``outside="initial"``) and :func:`autoflip_mod_with` has not been given it.
+    The mask is kept in ``context.state``; a client gets it during training with :func:`current_mask`. A node that has
+    lost the mask reports it, and is sent it again in the same round. The same holds for the values of pruned entries,
+    if the server keeps them (``outside="initial"``) and :func:`autoflip_mod_with` was not given them.
 
     Examples
     --------
@@ -72,23 +72,23 @@ def autoflip_mod(message: Message, context: Context, call_next: ClientAppCallabl
 
 
 def autoflip_mod_with(*, base: held.Source) -> Mod:
-    """Make an :func:`autoflip_mod` that has the pretrained model already, so that the server need not send it.
+    """Make an :func:`autoflip_mod` that already has the pretrained model, so that the server need not send it.
 
-    With ``AutoFlip(outside="initial")`` a client needs the values with which training began: where it has not explored
-    from them, it is sent them once, as many bytes as the prunable arrays take. One that reads the same file itself is
-    not: the mod compares digests, and what does not match is sent after all.
+    With ``AutoFlip(outside="initial")``, a client needs the initial values of the pruned entries. A client that has not
+    explored from them is sent them once, which takes as many bytes as the prunable arrays. A client that reads the same
+    model itself saves these bytes. The mod compares digests; if they differ, the server sends the values.
 
     Parameters
     ----------
     base : Mapping[str, array] | Callable[[], Mapping[str, array] | None]
-        The model's arrays by the names that the server sends them by, of NumPy or tensors of PyTorch
-        (``model.state_dict()``); or a function that returns them, called at most once in a process, and only where a
-        message names a base. None, and a file that is not there, leave the client to be sent the base.
+        The model's arrays by the server's names: NumPy arrays or PyTorch tensors (``model.state_dict()``). Or a
+        function that returns them, which is called at most once per process, and only if a message names a base. If it
+        returns None or its file is missing, the server sends the base.
 
     Raises
     ------
     TypeError
-        If ``base`` is anything else; of what a function returns, when it is called.
+        If ``base`` is anything else. If a function returns anything else, the error is raised when it is called.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def _handle(message: Message, context: Context, call_next: ClientAppCallable, gi
             state, own = context.state.get(HEADER), message.metadata.message_id
             if own and state is not None and state.get("message") == own:
                 raise WireError("it is twice in ClientApp(mods=[...]): once is enough, as the first")
-            if state is not None:  # another strategy's message: no mask is in force, but the node still has it
+            if state is not None:  # another strategy's message: no current mask, but the node keeps it
                 context.state[HEADER] = ConfigRecord({**state, "phase": HELLO})  # type: ignore[dict-item]
             plain = len(message.content.array_records) == 1
             return numpy_client.call(message, context, call_next) if plain else call_next(message, context)
@@ -132,7 +132,7 @@ def _handle(message: Message, context: Context, call_next: ClientAppCallable, gi
 
 
 def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> Mask | None:
-    """The mask under which the message is packed: its own, or the node's if that is the one meant."""
+    """Return the mask under which the message is packed: its own, or the node's if the digests are equal."""
     record = message.content.get(MASK_RECORD)
     exploring = head["phase"] == EXPLORE
     state = {"phase": EXPLORE if exploring else TRAIN, "message": message.metadata.message_id}
@@ -162,7 +162,7 @@ def _run(
     mask: Mask,
     given: held.Given,
 ) -> Message:
-    """Unpack, let the client's own code run, pack."""
+    """Unpack the message, run the client's own code, and pack the reply."""
     inner = RecordDict({k: v for k, v in message.content.items() if k not in (HEADER, MASK_RECORD, BASE_RECORD)})
     keys = list(inner.array_records)
     if len(keys) != 1:
@@ -183,7 +183,7 @@ def _run(
     message.content = inner
     with _state_set_aside(context) if head["phase"] == EXPLORE else nullcontext():
         reply = numpy_client.call(message, context, call_next, str(head.get("weight-key", "num-examples")))
-    if reply.has_error():  # some of Flower's mods answer the reply that they refuse, not the message
+    if reply.has_error():  # some of Flower's mods reply to the reply that they reject, not to the message
         return Message(reply.error, reply_to=message)
     content = RecordDict(dict(reply.content))
     if head["phase"] == EVALUATE:
@@ -208,7 +208,7 @@ def _run(
 
 @contextmanager
 def _state_set_aside(context: Context) -> Iterator[None]:
-    """Give ``context.state`` back as it was: round 1 does not begin with what a client kept of the full model."""
+    """Restore ``context.state`` on exit, so that round 1 does not start with state from training the full model."""
 
     def stays(key: str) -> bool:
         return key == HEADER or key.startswith((f"{HEADER}.", EXPLORED))
@@ -223,9 +223,9 @@ def _state_set_aside(context: Context) -> Iterator[None]:
 
 
 def _result(content: RecordDict, mask: Mask, *, exploring: bool) -> tuple[str, Arrays]:
-    """The full arrays that the client's own code returned, in the model's dtypes.
+    """Return the key and the full arrays that the client's own code returned, in the model's dtypes.
 
-    An explorer's must be weights: integers in the place of floats are codes of something, and no weights.
+    An explorer must return weights. Integers in place of floats are quantised values, and are rejected.
     """
     records = content.array_records
     if len(records) != 1:

@@ -1,4 +1,4 @@
-"""``NumPyClient`` apps (``client_fn``) behind the Message API: their records, there and back."""
+"""Convert between records of the Message API and those of ``NumPyClient`` apps (``client_fn``)."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _OK = 0
 
 
 def call(message: Message, context: Context, call_next: ClientAppCallable, weight_key: str = "num-examples") -> Message:
-    """Call the client's own code, in the records of the API that it is written for.
+    """Call the client's own code with the records of the API that it is written for.
 
-    A ``client_fn`` app gives itself away by asking for the record ``fitins.parameters`` (or ``evaluateins...``) before
-    it does anything; it is then called again with those, and the node's state remembers it.
+    A ``client_fn`` app is detected when it first reads the record ``fitins.parameters`` (or ``evaluateins...``). It is
+    then called again with such records, and the node's state remembers it.
 
     Parameters
     ----------
     message : Message
-        Its content holds one ArrayRecord (full arrays by name) and at most one ConfigRecord.
+        A message whose content holds one ArrayRecord (full arrays by name) and at most one ConfigRecord.
     weight_key : str
-        Metric name under which the number of examples is returned.
+        Name of the metric that returns the number of examples.
 
     Returns
     -------
     Message
-        A reply in the Message API's form, whichever API the client is written for; positional results have got the
-        names of the message's arrays back.
+        A reply in the form of the Message API, whichever API the client is written for. Positional results get the
+        names of the message's arrays.
     """
     kind = "fit" if message.metadata.message_type.partition(".")[0] == MessageType.TRAIN else "evaluate"
     content = message.content
@@ -55,7 +55,7 @@ def call(message: Message, context: Context, call_next: ClientAppCallable, weigh
     arrays_key, arrays = next(iter(content.array_records.items()))
     message.content = RecordDict(
         {
-            # by position, as the client's arrays come back: Flower's clipping mods compare the names
+            # named by position, like the arrays that the client returns: Flower's clipping mods compare the names
             f"{kind}ins.parameters": ArrayRecord({str(i): array for i, array in enumerate(arrays.values())}),
             f"{kind}ins.config": ConfigRecord(
                 _without_lists(next(iter(content.config_records.values()), ConfigRecord()))
@@ -96,5 +96,5 @@ def _modern(result: RecordDict, kind: str, arrays_key: str, names: list[str], we
 
 
 def _without_lists(config: ConfigRecord) -> dict[str, ConfigRecordValues]:
-    """What a ``NumPyClient``'s config can hold: lists are left out."""
+    """Return a config without lists, which a ``NumPyClient``'s config cannot hold."""
     return {key: value for key, value in config.items() if not isinstance(value, list)}

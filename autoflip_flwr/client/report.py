@@ -1,4 +1,4 @@
-"""What the server asks of a client beside its result: statistics of single parameters."""
+"""Report statistics per parameter that the server requests in addition to the client's result."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _REPORTED = f"{HEADER}.reported."
 
 
 def current_request(context: Context) -> tuple[Request, ...]:
-    """Return the statistics that the server asks for with the message that is being handled.
+    """Return the statistics that the server requests with the current message.
 
-    A client that can reports each with :func:`report`. A client that does not trains as usual; where the server needs
-    its answer for the first mask, it goes on with the others'.
+    A client reports each with :func:`report` if it can. Otherwise it trains as usual. If the server needs statistics
+    for the first mask, it uses those of the other clients.
     """
     return to_report(read_ask(context.state.get(HEADER, ConfigRecord())))
 
 
 def report(context: Context, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Report a statistic; what the server does not ask for is dropped.
+    """Report a statistic; one that the server did not request is ignored.
 
     Parameters
     ----------
     context : Context
-        Of the Flower client.
+        Context of the Flower client.
     name : str
-        Of the statistic: one of :func:`current_request`'s.
+        Name of the statistic, one of those in :func:`current_request`.
     arrays : Mapping[str, ndarray]
-        A full floating array for each prunable array that the server sent, under its name. Entries that are not asked
-        for are not sent, whatever they are.
+        A full floating array for each prunable array that the server sent, under its name. Entries that were not
+        requested are not sent; their values do not matter.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def report(context: Context, name: str, arrays: Mapping[str, NDArray[Any]]) -> N
 
 
 def note_asked(context: Context, asked: tuple[Request, ...]) -> None:
-    """Note what is asked with this message; what was reported before it is forgotten."""
+    """Note the requests of this message, and delete earlier reports."""
     for key in [key for key in context.state if key.startswith(_REPORTED)]:
         del context.state[key]
     state = {key: value for key, value in context.state.get(HEADER, ConfigRecord()).items() if key != ASK}
@@ -71,12 +71,12 @@ def note_asked(context: Context, asked: tuple[Request, ...]) -> None:
 
 
 def add_reported(context: Context, mask: Mask, content: RecordDict, *, required: bool) -> None:
-    """Put what the client's own code has reported into its reply.
+    """Add what the client's own code has reported to its reply.
 
     Raises
     ------
     WireError
-        If a value is not finite, or (``required``) a statistic is missing.
+        If a value is not finite or too large, or (``required``) a statistic is missing.
     """
     asked = current_request(context)
     found = {each.name: context.state.pop(_REPORTED + each.name, None) for each in asked}

@@ -1,4 +1,4 @@
-"""Budgets: how many entries are kept, among which arrays."""
+"""Budgets: how many entries of which arrays are kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from autoflip_flwr.core.mask import Mask
 
 
 class Budget(dict[tuple[str, ...], int]):
-    """Names of arrays that are ranked together -> how many of their entries are kept.
+    """Number of entries to keep in each group of arrays; the keys are the names of the arrays in a group.
 
-    Each prunable array belongs to one group. The four usual ones:
+    The entries of a group are ranked together. Each prunable array belongs to exactly one group.
 
     >>> import numpy as np
     >>> layout = Layout.of({"a": np.zeros((4, 5)), "b": np.zeros((2, 5))})
@@ -37,8 +37,9 @@ class Budget(dict[tuple[str, ...], int]):
     def erk(cls, layout: Layout, sparsity: float) -> Budget:
         """Give each array the density ``eps * sum(dims) / prod(dims)`` (Erdos-Renyi kernel; Evci et al. 2020, RigL).
 
-        Arrays that would get more than 1 are dense, and leave the sum. The total is exact: what is left after rounding
-        down goes to the largest remainders. No array gets fewer entries than its floor.
+        Arrays whose density would exceed 1 stay dense, and ``eps`` is computed for the others. The total is exact:
+        entries left over after rounding down go to the arrays with the largest remainders. No array gets fewer entries
+        than its floor.
         """
         total = layout.prunable_size - pruned_count(sparsity, layout.prunable_size)
         dense: set[str] = set()
@@ -55,12 +56,12 @@ class Budget(dict[tuple[str, ...], int]):
 
     @classmethod
     def explored(cls, mask: Mask) -> Budget:
-        """Keep of each array as many entries as a mask does (FLASH: what an exploration finds is the densities)."""
+        """Keep as many entries of each array as a given mask keeps (FLASH: the exploration sets the densities)."""
         return cls({(name,): kept for name, kept in mask.kept_by_name.items()})
 
 
 BUDGETS = dict(zip(SCOPES, (Budget.whole, Budget.by_layer, Budget.erk), strict=True))
-"""The budgets that are made of a sparsity alone, by scope."""
+"""Budgets that need only a sparsity, by scope."""
 
 
 def pruned_count(sparsity: float, size: int) -> int:
@@ -77,7 +78,10 @@ def pruned_count(sparsity: float, size: int) -> int:
 
 
 def floors_of(layout: Layout) -> dict[str, int]:
-    """Return how many entries each prunable array keeps at least, by name: one, or one per certain output unit."""
+    """Return the minimum number of entries that each prunable array keeps, by name.
+
+    It is one per unit for the output layers that are not guessed, and one for every other array.
+    """
     units = {name: layout[name].shape[axis] for name, axis in layout.output.items() if name not in layout.guesses}
     return {spec.name: units.get(spec.name, 1) for spec in layout.prunable}
 
@@ -87,7 +91,7 @@ def _dims(spec: ArraySpec) -> int:
 
 
 def _rounded(layout: Layout, wanted: Mapping[str, Fraction], total: int) -> dict[str, int]:
-    """Whole numbers with this total, near to what is wanted, between each array's floor and its size."""
+    """Round the wanted numbers so that they add up to ``total``, each between its array's floor and size."""
     floors = floors_of(layout)
     kept = {name: max(math.floor(share), floors[name]) for name, share in wanted.items()}
     by_remainder = sorted(wanted, key=lambda name: math.floor(wanted[name]) - wanted[name])
@@ -100,7 +104,7 @@ def _rounded(layout: Layout, wanted: Mapping[str, Fraction], total: int) -> dict
     while missing < 0:
         largest = max(kept, key=lambda name: kept[name] - floors[name])
         if kept[largest] == floors[largest]:
-            break  # the floors cannot be kept: choosing the mask says so
+            break  # the floors do not fit into the budget: `select` raises the error
         kept[largest] -= 1
         missing += 1
     return kept

@@ -1,42 +1,42 @@
-"""The values that settings of a fixed choice allow: constants alone, which the command line reads without NumPy."""
+"""Allowed values of settings with a fixed choice. Only constants, so that the command line needs no NumPy."""
 
 SCOPES = ("global", "layer", "erk")
-"""Where scores are ranked: over the whole model, or per array, of equal density or by ERK."""
+"""Where scores are ranked: over the whole model, or per array with equal densities or ERK densities."""
 
 NORMALISATIONS = ("none", "layer", "per-client")
-"""Of the deviations, before they are ranked."""
+"""How deviations are normalised before they are ranked."""
 
 INITIALS = ("scratch", "explorers")
-"""What round 1 starts from: the initial weights, or the explorers' average."""
+"""Model at the start of round 1: the initial weights, or the explorers' average."""
 
 OUTSIDE = ("zero", "initial")
-"""What stands where the mask prunes."""
+"""Value of pruned entries: zero, or their initial value."""
 
 WEIGHTINGS = ("uniform", "examples")
-"""How explorers count in their average."""
+"""How explorers are weighted in their average."""
 
 LOG8 = "log8"
-"""The coding of deltas with a byte a parameter, or less."""
+"""Logarithmic encoding of deltas: at most one byte per parameter."""
 
 DELTAS = (LOG8, "float32")
-"""How explorers' deltas, and other statistics, travel."""
+"""Encodings of explorers' deltas and of other statistics."""
 
 CODED = ("bfloat16", "float16", "int8")
 VALUES = ("float32", *CODED)
-"""How values travel in the rounds; ``float32`` is the model's own dtype, whatever it is: nothing is coded."""
+"""Encodings of values in the rounds; ``float32`` means unquantised, in the model's own dtype (whatever it is)."""
 
 PACKINGS = ("packed", "dense")
 COORDINATES = ("auto", *PACKINGS)
-"""What the wrapped strategy sees: kept values, or full arrays."""
+"""What the wrapped strategy sees: packed (only kept values) or dense (full arrays)."""
 
 OVER = ("kept", "pruned", "all")
-"""Which entries a statistic is asked for."""
+"""Which entries a statistic is requested for."""
 
-# Of the shipped app alone.
+# Used only by the shipped app.
 METHODS = ("autoflip", "fedavg", "snip", "magnitude", "random")
 PRUNING = tuple(method for method in METHODS if method != "fedavg")
 ASKING = ("autoflip", "snip")
-"""Methods that ask clients before training."""
+"""Methods that request statistics from clients before training."""
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 SPLITS = ("iid", "dirichlet", "pathological")
 MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")

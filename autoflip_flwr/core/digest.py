@@ -1,4 +1,4 @@
-"""The digest of a model: it tells whether two models are equal, bit for bit."""
+"""Digest of a model, to check whether two models are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Return the SHA-256 (hex) of arrays: their names, dtypes, shapes and values, in their order."""
+    """Return the SHA-256 (hex) of the arrays' names, dtypes, shapes and values, in the given order."""
     digest = hashlib.sha256()
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -1,4 +1,4 @@
-"""What explorers' moves tell of the clients: nothing moved, updates for weights, weight decay."""
+"""Checks of the explorers' deltas: unchanged arrays, updates returned instead of weights, weight decay."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.statistics import Exploration
 
 UPDATE_COSINE = 0.3
-"""What an explorer returned may be an update if it points so little in the direction of W0. Weights of real trainings
-point there more (0.4 and above) as long as they are no longer than twice W0, and those that decay point there most."""
+"""Largest cosine to W0 at which returned arrays may be an update. Trained weights have a cosine of 0.4 or more as long
+as their norm is at most twice that of W0; weights that only decayed have the largest."""
 
 UPDATE_LENGTH, DOUBTFUL_LENGTH = 0.7, 2.0
-"""It is taken for one if it is no longer than so many times W0. Up to the second it is only warned of: weights that
-have forgotten where they began, as in a small convex problem, look the same."""
+"""Norms, in units of W0's: up to the first, returned arrays count as an update; up to the second, they cause a warning.
+In a small convex problem, trained weights may no longer depend on W0, and then look the same."""
 
 DECAY_RESIDUAL = 0.01
-"""Share of an array's squared move, at most, that is no multiple of W0 where the move is taken for weight decay."""
+"""Largest share of an array's squared delta that may deviate from a multiple of W0 to count as weight decay."""
 
 _TOO_FEW = 8
-"""Of so few entries a move may be a multiple of W0 by chance."""
+"""Up to this many entries, a delta may be a multiple of W0 by chance."""
 
 _CHUNK = 2**16
 
 
 def unmoved(exploration: Exploration) -> list[str]:
-    """Names of the prunable arrays that no explorer moved."""
+    """Return the names of the prunable arrays that no explorer changed."""
     return [name for name, deviation in exploration.deviation.items() if not deviation.any()]
 
 
 def check_moved(exploration: Exploration) -> None:
-    """Raise ``RuntimeError`` if no explorer moved any prunable parameter."""
+    """Raise ``RuntimeError`` if no explorer changed any prunable parameter."""
     if len(unmoved(exploration)) == len(exploration.deviation):
         raise RuntimeError(
             "no explorer moved any prunable parameter, and a mask would say nothing: do the clients train the arrays "
@@ -45,9 +45,9 @@ def check_moved(exploration: Exploration) -> None:
 
 
 class Updates:
-    """Counts the explorers that seem to have returned updates (new - old) instead of weights.
+    """Counter of explorers that seem to have returned updates (new - old) instead of weights.
 
-    Their moves are then ``(W_k - W0) - W0``, and the mask would follow the size of the initial weights.
+    Their deltas are then ``(W_k - W0) - W0``, and the mask would follow the magnitude of the initial weights.
 
     Parameters
     ----------
@@ -60,17 +60,17 @@ class Updates:
     def __init__(self, layout: Layout, initial: Mapping[str, NDArray[Any]]) -> None:
         self._initial = {spec.name: initial[spec.name].reshape(-1) for spec in layout.prunable}
         self._square = sum(_dot(values, values) for values in self._initial.values())
-        self._lengths: list[float] = []  # of what each returned, in units of W0; infinite where it points along W0
+        self._lengths: list[float] = []  # norm of what each returned, in units of W0's; inf: not an update
 
     def add(self, moves: Mapping[str, NDArray[Any]]) -> None:
-        """Look at the moves of one explorer."""
+        """Add the deltas of one explorer."""
         along = square = 0.0
         for name, values in self._initial.items():
             if values.any():
                 move = moves[name].reshape(-1)
                 along += _dot(move, values)
                 square += _dot(move, move)
-        # what it returned is W0 + move: its length and its product with W0, in units of W0
+        # the explorer returned W0 + move: its norm, and its inner product with W0, in units of W0's norm
         length, product = math.inf, math.inf
         if self._square > 0:
             length = math.sqrt(max(1 + (square + 2 * along) / self._square, 0.0))
@@ -78,12 +78,12 @@ class Updates:
         self._lengths.append(length if product <= UPDATE_COSINE * length else math.inf)
 
     def check(self) -> str:
-        """Return what to warn of if most explorers may have returned updates, else "".
+        """Return a warning if most explorers may have returned updates, else "".
 
         Raises
         ------
         RuntimeError
-            If most have.
+            If most explorers have returned updates.
         """
         for longest, raises in ((UPDATE_LENGTH, True), (DOUBTFUL_LENGTH, False)):
             number = sum(length <= longest for length in self._lengths)
@@ -102,10 +102,10 @@ class Updates:
 
 
 def decayed(layout: Layout, initial: Arrays, exploration: Exploration) -> list[str]:
-    """Names of the prunable arrays whose mean move is a constant share of W0, as weight decay alone makes it.
+    """Return the names of the prunable arrays whose mean delta is a multiple of W0, as under weight decay alone.
 
-    Such explorers agree everywhere, and the mask follows the size of the initial weights. The share is that of least
-    squares. Arrays of one value, or of very few, say nothing.
+    The explorers then agree everywhere, and the mask follows the magnitude of the initial weights. The factor is found
+    by least squares. Constant arrays and very small arrays are skipped.
     """
     found = []
     for spec in layout.prunable:
@@ -119,7 +119,7 @@ def decayed(layout: Layout, initial: Arrays, exploration: Exploration) -> list[s
 
 
 def shortest(names: Sequence[str], among: Sequence[str]) -> list[str]:
-    """One shell-style pattern that matches just these of all names, if there is a plain one; else the names."""
+    """Return one shell-style pattern that matches exactly these names, if a simple one exists; else the names."""
     if len(names) < 2:
         return list(names)
     start, end = _common(names), _common([name[::-1] for name in names])[::-1]
@@ -131,14 +131,14 @@ def shortest(names: Sequence[str], among: Sequence[str]) -> list[str]:
 
 
 def _common(names: Sequence[str]) -> str:
-    """What all names begin with."""
+    """Return the common prefix of the names."""
     first, last = min(names), max(names)
     same = [one == other for one, other in zip(first, last, strict=False)]
     return first[: same.index(False) if False in same else len(same)]
 
 
 def _dot(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """The inner product of two 1-D arrays, summed in float64."""
+    """Return the inner product of two 1-D arrays, summed in float64."""
     return sum(
         float(np.dot(one[at : at + _CHUNK].astype(np.float64), other[at : at + _CHUNK].astype(np.float64)))
         for at in range(0, one.size, _CHUNK)

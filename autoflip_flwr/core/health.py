@@ -1,4 +1,4 @@
-"""Whether a mask cuts a network in two, as far as its arrays' names, shapes and order tell."""
+"""Checks whether a mask disconnects a network, as far as array names, shapes and order show."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from autoflip_flwr.core.weights import leaf, weights_of
 Bools = NDArray[np.bool_]
 
 _FEW = 8
-"""An output unit of so many inputs that keeps one of them has lost its layer."""
+"""Minimum number of inputs per output unit at which keeping only one input per unit is a problem."""
 
 
 def problems(mask: Mask) -> list[str]:
-    """What is wrong with a mask, in words; nothing for one that leaves paths from the inputs to the outputs.
+    """Return descriptions of what is wrong with a mask; an empty list if inputs stay connected to outputs.
 
-    Two kinds are told: arrays of which no more is left than the floors keep (an entry, or one for each output unit),
-    unless they are so small that it could not be more; and places where all units that still hear of the inputs are
-    ignored by the weights that follow. A residual connection may lead around such a place.
+    There are two kinds of problems. First, arrays that keep no more than their floor (one entry, or one per output
+    unit), unless they are so small that more cannot be expected. Second, weights that keep no entry from any unit that
+    is still connected to the inputs. A residual connection may bypass such a weight.
 
     Parameters
     ----------
     mask : Mask
-        Its layout tells the output layers, where it is the server's.
+        The mask to check. Only the server's layout names the output layers.
     """
     found = []
     if bare := _bare(mask):
@@ -39,7 +39,7 @@ def problems(mask: Mask) -> list[str]:
 
 
 def _bare(mask: Mask) -> list[str]:
-    """Arrays of which no more is left than a floor, with how many entries that is."""
+    """Describe the arrays that keep no more than their floor, each with its number of kept entries."""
     bare = []
     pruned = [spec for spec in mask.layout.prunable if mask.kept_by_name[spec.name] < spec.size]
     density = sum(mask.kept_by_name[spec.name] for spec in pruned) / max(sum(spec.size for spec in pruned), 1)
@@ -53,7 +53,7 @@ def _bare(mask: Mask) -> list[str]:
 
 
 def _cuts(mask: Mask) -> list[str]:
-    """Where no kept weight takes up a unit that still hears of the inputs."""
+    """Describe the weights that keep no entry from a unit that is still connected to the inputs."""
     layout = mask.layout
     connecting = weights_of({spec.name: spec.shape for spec in layout.specs})
     weights = [
@@ -71,12 +71,15 @@ def _cuts(mask: Mask) -> list[str]:
         alive[name] = _units(name, _inputs(name, sources[name], alive, layout), mask)
         if not alive[name].any():
             cuts.append(f"from {' or '.join(sources[name]) or 'the inputs'} to {name}")
-            alive[name][:] = True  # so that what follows is judged by itself
+            alive[name][:] = True  # so that later weights are checked on their own
     return cuts
 
 
 def _feeds(weights: list[str], layout: Layout) -> dict[str, str]:
-    """Weight -> the one that takes its units: the next that can, else the first before it that nobody feeds."""
+    """Map each weight to the one that takes its units as inputs.
+
+    That is the next weight that can, else the first earlier one that no other weight feeds.
+    """
     shapes = {name: layout[name].shape for name in weights}
     feeds: dict[str, str] = {}
     for number, name in enumerate(weights):
@@ -101,7 +104,7 @@ def _reaches(start: str, end: str, feeds: dict[str, str]) -> bool:
 
 
 def _in_order(weights: list[str], feeds: dict[str, str], sources: dict[str, list[str]]) -> list[str]:
-    """The weights, each after all that feed it."""
+    """Return the weights sorted so that each comes after all that feed it."""
     waiting = {name: len(before) for name, before in sources.items()}
     ready = [name for name in weights if not waiting[name]]
     for name in ready:
@@ -113,13 +116,13 @@ def _in_order(weights: list[str], feeds: dict[str, str], sources: dict[str, list
 
 
 def _inputs(name: str, sources: list[str], alive: dict[str, Bools], layout: Layout) -> Bools:
-    """Which inputs of a weight hear of the model's inputs: all, where nothing is known to feed it."""
+    """Return which inputs of a weight are connected to the model's inputs: all, if no weight is known to feed it."""
     shape = layout[name].shape
     count = shape[input_axis(name, shape)]
     inputs = np.full(count, not sources)
     for source in sources:
         units: Any = alive[source]
-        if count < units.size:  # a grouped convolution, or an image that is made of units
+        if count < units.size:  # a grouped convolution, or units reshaped to an image
             units = np.any(units.reshape(-1, count), axis=0) if units.size % count == 0 else np.ones(count, bool)
         elif leaf(name) == "kernel":  # flattened with the channels last
             units = np.tile(units, count // units.size)
@@ -130,7 +133,7 @@ def _inputs(name: str, sources: list[str], alive: dict[str, Bools], layout: Layo
 
 
 def _units(name: str, inputs: Bools, mask: Mask) -> Bools:
-    """Which units of a weight keep an entry from one of these inputs."""
+    """Return which units of a weight keep an entry from at least one of these inputs."""
     shape = mask.layout[name].shape
     units = shape[unit_axis(name, shape)]
     if name not in mask.keep:

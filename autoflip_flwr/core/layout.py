@@ -1,4 +1,4 @@
-"""The layout of a model: its arrays in order, and which of them may be pruned entry by entry."""
+"""Layout of a model: its arrays in order, and which of them may be pruned entry by entry."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from autoflip_flwr.core.weights import biases_of, weights_of
 
 Arrays = dict[str, NDArray[np.generic]]
 Rule = str | Sequence[str] | Callable[[str, tuple[int, ...]], bool]
-"""Chooses arrays: shell-style patterns of names (``"encoder.*.weight"``), or a function of name and shape."""
+"""Choice of arrays: shell-style patterns of names (``"encoder.*.weight"``), or a function of name and shape."""
 
 Output = str | Sequence[str] | Mapping[str, int]
-"""Names or patterns of the output layers' weights, or these with the axis of their units."""
+"""Output layers: names or patterns of their weights, or a mapping of these to the axis of their units."""
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a model: its name, shape, NumPy dtype name and whether single entries of it may be pruned."""
+    """One array of a model: its name, shape, NumPy dtype name and whether its entries may be pruned."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class ArraySpec:
 
     @property
     def floating(self) -> bool:
-        """Whether it holds floating-point numbers (only those are averaged and pruned)."""
+        """Whether the array holds floating-point numbers (only those are averaged and pruned)."""
         return np.dtype(self.dtype).kind == "f"
 
 
@@ -53,10 +53,10 @@ class Layout:
     specs : tuple[ArraySpec, ...]
         The arrays.
     output : dict[str, int]
-        The weights of the output layers -> the axis of their units. Each unit keeps at least one incoming weight.
-        ``None`` is made an empty one: no such floor.
+        Name of each output layer's weight -> the axis of its units. Each unit keeps at least one incoming weight.
+        ``None`` is replaced by an empty dict: no such floor.
     guesses : tuple[str, ...]
-        Those of them that are guesses: they give way where a sparsity cannot be had with them.
+        Names in ``output`` that are guesses. They lose their floor where it would make the sparsity impossible.
     """
 
     specs: tuple[ArraySpec, ...]
@@ -85,30 +85,30 @@ class Layout:
         biases: bool = False,
         output: Output | None = AUTO,
     ) -> Layout:
-        """Describe a model given by its arrays.
+        """Make the layout of a model from its arrays.
 
         Parameters
         ----------
         arrays : Mapping[str, ndarray]
             Name -> array, in the model's order.
         prunable : str | Sequence[str] | Callable[[str, tuple[int, ...]], bool] | None
-            Which floating arrays are pruned entry by entry: patterns of names, or a function of name and shape.
+            Floating arrays that are pruned entry by entry: patterns of names, or a function of name and shape.
             Default: weights (:mod:`autoflip_flwr.core.weights`), and biases if ``biases``.
         exclude : the same, or None
-            Which of them are not.
+            Exceptions from ``prunable``.
         biases : bool
-            Prune arrays named ``*bias*`` that stand beside a weight of the same prefix (the authors' code does;
-            normalisation layers are never meant).
+            Whether to prune arrays named ``*bias*`` that belong to the same layer as a weight (as the authors' code
+            does). Biases of normalisation layers are never pruned by this setting.
         output : str | Sequence[str] | Mapping[str, int] | None
-            The output layers' weights: names or patterns, or these -> the axis of their units, negative ones counted
-            from the end (default: 0, of a ``kernel`` the last). ``"auto"``: those that can be outputs
-            (:mod:`autoflip_flwr.core.outputs`), the last prunable weight first. ``None``: none.
+            Weights of the output layers: names or patterns, or a mapping of these to the axis of their units. Negative
+            axes count from the end (default: 0; the last axis of a ``kernel``). ``"auto"``: the weights that can be
+            outputs (:mod:`autoflip_flwr.core.outputs`), the last prunable weight first. ``None``: none.
 
         Raises
         ------
         ValueError
-            If an array is neither a number nor a bool, a pattern matches no array, ``output`` names no prunable one, or
-            an axis is out of range.
+            If an array holds neither numbers nor bools, a pattern matches no array, ``output`` names no prunable array,
+            or an axis is out of range.
         """
         names = list(arrays)
         chosen = None if prunable is None else _predicate(prunable, "prunable", names)
@@ -148,7 +148,7 @@ class Layout:
 
     @cached_property
     def by_dtype(self) -> dict[str, list[ArraySpec]]:
-        """The arrays of each dtype in the order of its flat vector on the wire: those that are pruned first."""
+        """Arrays of each dtype, in the order of that dtype's flat vector on the wire: prunable arrays first."""
         specs: dict[str, list[ArraySpec]] = {}
         for spec in sorted(self.specs, key=lambda spec: not spec.prunable):
             specs.setdefault(spec.dtype, []).append(spec)
@@ -161,7 +161,7 @@ class Layout:
 
     @cached_property
     def prunable_size(self) -> int:
-        """Number of prunable entries, the ``n`` that the sparsity refers to."""
+        """Number of prunable entries; the sparsity is a share of it."""
         return sum(spec.size for spec in self.prunable)
 
     @cached_property
@@ -170,7 +170,7 @@ class Layout:
         return sum(spec.size for spec in self.specs)
 
     def cast(self, arrays: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        """Floating arrays in the model's dtypes, where they are the model's; others as they are."""
+        """Return arrays with the model's floating arrays cast to the model's dtypes; others are unchanged."""
         return {
             name: array.astype(self[name].dtype, copy=False)
             if name in self and self[name].floating and array.dtype.kind == "f"
@@ -179,13 +179,13 @@ class Layout:
         }
 
     def is_finite(self, arrays: Mapping[str, NDArray[np.generic]]) -> bool:
-        """Whether the floating arrays hold neither NaN nor infinity in the model's dtypes."""
+        """Return whether the floating arrays hold neither NaN nor infinity after a cast to the model's dtypes."""
         with np.errstate(over="ignore"):
             cast = self.cast(arrays).values()
         return all(bool(np.isfinite(array).all()) for array in cast if array.dtype.kind == "f")
 
     def check(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        """Raise ``ValueError``, naming the array, unless ``arrays`` have these names and shapes, and real numbers."""
+        """Raise ``ValueError``, naming the array, unless ``arrays`` have the layout's names and shapes, and numbers."""
         missing = [spec.name for spec in self.specs if spec.name not in arrays]
         extra = [name for name in arrays if name not in self]
         if missing or extra:
@@ -210,11 +210,11 @@ def _predicate(rule: Rule, parameter: str, names: Sequence[str]) -> Callable[[st
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)  # a name may hold what is special in a pattern
+    return name == pattern or fnmatchcase(name, pattern)  # a name may contain special characters of patterns
 
 
 def _outputs(output: Output, specs: Sequence[ArraySpec]) -> dict[str, int]:
-    """The arrays that the user's names and patterns mean -> the axis of their units."""
+    """Map each array that the user's names and patterns match to the axis of its units."""
     wanted = output if isinstance(output, Mapping) else dict.fromkeys([output] if isinstance(output, str) else output)
     found: dict[str, int] = {}
     for pattern, axis in wanted.items():

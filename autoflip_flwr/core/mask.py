@@ -1,4 +1,4 @@
-"""The mask: a frozen value that names the kept coordinates of a model (NumPy only)."""
+"""Mask of a model: an immutable record of which entries are kept (NumPy only)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autoflip_flwr.core.layout import Arrays, Layout
 
 
 def unpack_bits(bits: bytes, count: int) -> NDArray[np.bool_]:
-    """The flags ``(count,)`` that bits hold, most significant bit of a byte first."""
+    """Unpack bits to boolean flags of shape ``(count,)``, most significant bit of a byte first."""
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool)
 
 
@@ -27,18 +27,17 @@ def check_unused(bits: bytes, count: int) -> None:
 
 @dataclass(frozen=True)
 class Mask:
-    """The kept coordinates of a model.
+    """The kept entries of a model.
 
     Parameters
     ----------
     layout : Layout
         The model's arrays.
     bits : bytes
-        One bit for each prunable entry, in the layout's order, most significant bit first; 1 = kept. Unused bits of
-        the last byte are 0.
+        One bit per prunable entry, in the layout's order, most significant bit first; 1 = kept. Unused bits of the last
+        byte are 0.
     version : int
-        Counts the masks of one run. Two masks with the same bits and layout have the same ``digest`` whatever their
-        version.
+        Number of the mask within a run. It does not enter ``digest``.
 
     Raises
     ------
@@ -66,7 +65,7 @@ class Mask:
 
     @classmethod
     def from_bool(cls, layout: Layout, keep: Mapping[str, NDArray[np.bool_]], version: int = 0) -> Mask:
-        """Make a mask of boolean arrays (``True`` = kept), one for each prunable array, in its shape."""
+        """Make a mask from boolean arrays (``True`` = kept), one per prunable array, in its shape."""
         for spec in layout.prunable:
             if spec.name not in keep or keep[spec.name].shape != spec.shape:
                 raise ValueError(f"the mask of {spec.name!r} must be there and have shape {spec.shape}")
@@ -75,7 +74,7 @@ class Mask:
 
     @classmethod
     def full(cls, layout: Layout, version: int = 0) -> Mask:
-        """Keep everything."""
+        """Make a mask that keeps everything."""
         return cls(layout, np.packbits(np.ones(layout.prunable_size, dtype=bool)).tobytes(), version)
 
     @cached_property
@@ -119,24 +118,24 @@ class Mask:
 
     @property
     def density_all(self) -> float:
-        """Share of all entries of the model that are kept; what is never pruned counts as kept."""
+        """Share of all entries of the model that are kept; entries that are never pruned count as kept."""
         return 1.0 - (self.layout.prunable_size - self.kept) / self.layout.size if self.layout.size else 1.0
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the layout and the bits: it identifies the mask on the wire."""
+        """SHA-256 (hex) of the layout and the bits; identifies the mask on the wire."""
         specs = [[s.name, list(s.shape), s.dtype, s.prunable] for s in self.layout.specs]
         return hashlib.sha256(json.dumps(specs).encode() + b"\0" + self.bits).hexdigest()
 
     def packed_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an array in packed coordinates: ``(kept,)`` if it is prunable, else its own."""
+        """Return the shape of an array when packed: ``(kept,)`` if it is prunable, else its own shape."""
         spec = self.layout[name]
         return (self.kept_by_name[name],) if spec.prunable else spec.shape
 
     def gather(self, arrays: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        """Pack a model: prunable arrays become 1-D arrays of their kept values, others are taken as they are.
+        """Pack a model: prunable arrays become 1-D arrays of their kept values, others are unchanged.
 
-        Dtypes are kept. Arrays come in the layout's order, whatever the order of ``arrays``.
+        Dtypes are preserved. The result is in the layout's order, whatever the order of ``arrays``.
 
         Raises
         ------
@@ -152,12 +151,12 @@ class Mask:
     def scatter(
         self, packed: Mapping[str, NDArray[np.generic]], into: Mapping[str, NDArray[np.generic]] | None = None
     ) -> Arrays:
-        """Unpack to full arrays, in the dtypes of ``packed``; pruned entries are 0, or those of ``into``.
+        """Unpack to full arrays, in the dtypes of ``packed``; pruned entries are 0, or taken from ``into``.
 
         Raises
         ------
         ValueError
-            If names or shapes are not those that ``gather`` gives.
+            If names or shapes are not those that ``gather`` returns.
         """
         if into is not None:
             self.layout.check(into)
@@ -181,5 +180,5 @@ class Mask:
         return full
 
     def apply(self, arrays: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        """Set the pruned entries of full arrays to 0 (copies; never-pruned arrays are taken as they are)."""
+        """Return copies of full arrays with pruned entries set to 0; never-pruned arrays are not copied."""
         return self.scatter(self.gather(arrays))

@@ -1,7 +1,7 @@
-"""What a pruning method is: what it asks of clients, and the masks that it makes of their answers.
+"""Interface of a pruning method: what it requests from clients, and the masks that it makes from their replies.
 
-AutoFLIP is one method (:class:`~autoflip_flwr.core.methods.LossExploration`), its rivals are others. A method is maths
-alone: who is asked, what travels and when is the server's affair.
+AutoFLIP is one method (:class:`~autoflip_flwr.core.methods.LossExploration`); the baselines are others. A method only
+computes. The server decides which clients to ask, and sends the messages.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from autoflip_flwr.core.statistics import Statistics
 
 
 class Method:
-    """A pruning method; the base of all.
+    """Base class of all pruning methods.
 
-    A method of your own overrides :meth:`first`, and what else it needs. Those that ask something before training
-    (round 0) may set who answers; the class attributes are the defaults.
+    A method of your own overrides :meth:`first`, and other methods as needed. A method that requests something before
+    training (round 0) may set the attributes below; the class attributes are the defaults.
 
     Attributes
     ----------
     explorers : float
         Share of the connected nodes that are asked in round 0, in (0, 1].
     min_explorers : int
-        The mask is made of the answers if they are at least this many.
+        Minimum number of replies needed to make the mask.
     batches : int
-        Number of batches in which they are asked, of different nodes each, all from W0.
+        Number of batches in which the nodes are asked. Each batch has different nodes, and all start from W0.
     weighting : str
         ``"uniform"`` (the authors' code), or ``"examples"``: by number of examples (our reading).
     timeout : float or None
-        Seconds per batch, > 0; ``None``: the rounds' own.
+        Timeout in seconds per batch, > 0; ``None``: the timeout of the rounds.
     public : bool
-        Declares that what clients report may be known: under a differential-privacy wrapper they are asked only then.
+        Whether clients' reports may become known. Under a differential-privacy wrapper, clients are asked only if True.
     initial : str
         ``"scratch"`` if training begins at W0; anything else if :meth:`begin` returns another model.
     squares : Collection[str]
-        Statistics whose squares are averaged too.
+        Names of the statistics whose squares are averaged too.
     """
 
     explorers: float = 1.0
@@ -56,28 +56,28 @@ class Method:
     squares: ClassVar[Collection[str]] = ()
 
     def request(self, round_: int) -> tuple[Request, ...]:
-        """Return what is asked of clients in a round; round 0 is before training. Nothing by default."""
+        """Return the statistics to request from clients in a round (round 0: before training); default: none."""
         return ()
 
     def config(self) -> dict[str, bool | int | float | str]:
-        """Return what round 0 tells clients in their config, under these names after ``autoflip-``."""
+        """Return config entries for the clients in round 0; each name gets the prefix ``autoflip-``."""
         return {}
 
     def look(self, layout: Layout, found: dict[str, Arrays]) -> Mapping[str, Mapping[str, NDArray[Any]]]:
-        """Turn what one client reports (statistic -> arrays by name) into what is averaged; by default the same."""
+        """Convert one client's statistics (statistic -> arrays by name) to those that are averaged; default: as is."""
         return found
 
     def spared(self, layout: Layout, seen: Statistics | None) -> Collection[str]:
-        """Return the names of prunable arrays that keep all of their entries, and do not count in the sparsity."""
+        """Return the names of prunable arrays that keep all entries and do not count in the sparsity."""
         return ()
 
     def inspect(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Iterable[str]:
-        """Return what the user is warned of before the first mask is chosen.
+        """Return warnings for the user before the first mask is chosen.
 
         Raises
         ------
         RuntimeError
-            If no mask can be made of what clients reported.
+            If no mask can be made from what clients reported.
         """
         return ()
 
@@ -89,53 +89,54 @@ class Method:
         sparsity : float
             Share of the prunable entries to prune, in (0, 1).
         layout : Layout
-            The arrays to choose from: the model's, less second names of tied weights and what is :meth:`spared`.
+            The model's layout without duplicate names of tied weights; :meth:`spared` arrays are not prunable in it.
         initial : dict[str, ndarray]
             W0, full arrays by name.
         seen : Statistics | None
-            What clients reported in round 0; ``None`` if nothing was asked.
+            What clients reported in round 0; ``None`` if nothing was requested.
 
         Raises
         ------
         ValueError
-            If the settings and the model do not allow one.
+            If the settings and the model do not allow a mask.
         RuntimeError
-            If what clients reported does not.
+            If what clients reported does not allow a mask.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method first(sparsity, layout, initial, seen)")
 
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
-        """Return the mask for a round > 1, or ``None`` to keep the one in force.
+        """Return the mask for a round > 1, or ``None`` to keep the current one.
 
-        ``model`` is that of the round before (full arrays by name, read-only), ``seen`` what clients reported in it.
+        ``model`` is the model after the previous round (full arrays by name, read-only). ``seen`` is what clients
+        reported in that round.
         """
         return None
 
     def begin(self, initial: Arrays, seen: Statistics | None) -> Arrays:
-        """Return the model from which training begins; by default W0."""
+        """Return the model from which training begins; default: W0."""
         return initial
 
     def exploring(self) -> object:
-        """Return what decides the statistics of round 0: as long as it is equal, they are used again."""
+        """Return the settings on which round 0's statistics depend; if they are equal, statistics can be reused."""
         return type(self), vars(self)
 
     def state(self) -> object:
-        """Return what a checkpoint keeps of the method: numbers, text, arrays, and lists and dicts of those."""
+        """Return the method's state for a checkpoint: numbers, text, arrays, and lists and dicts of those."""
         return None
 
     def load(self, state: object) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
 
 def check_method(method: Method) -> None:
-    """Check what the server reads of a method.
+    """Check the attributes of a method that the server reads, and its requests of round 0.
 
     Raises
     ------
     TypeError
-        If an attribute is of another type.
+        If an attribute has the wrong type.
     ValueError
-        If one is out of range, or a request of round 0 is not one.
+        If an attribute is out of range, or a request of round 0 is invalid.
     """
     name = type(method).__name__
     whole = dict.fromkeys(("min_explorers", "batches"), (numbers.Integral, "a whole number"))
@@ -158,14 +159,14 @@ def check_method(method: Method) -> None:
 
 
 def check_requests(method: Method, round_: int) -> tuple[Request, ...]:
-    """Return what a method asks in a round, checked.
+    """Return a method's requests for a round after checking them.
 
     Raises
     ------
     TypeError
-        If it is no tuple of requests.
+        If the method does not return a tuple of requests.
     ValueError
-        If one is out of range, or two have the same name.
+        If a request is invalid, or two have the same name.
     """
     asked = method.request(round_)
     name = f"{type(method).__name__}.request({round_})"

@@ -1,4 +1,4 @@
-"""Pruning methods: AutoFLIP's loss exploration, and the rivals that need nothing but a score."""
+"""Pruning methods: AutoFLIP's loss exploration, and baselines that keep the highest scores."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from autoflip_flwr.core.statistics import Exploration, Floats, Statistics, minma
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(Method):
-    """A method that keeps the highest scores; the base of those here.
+    """Base class of methods that keep the entries with the highest scores.
 
     Parameters
     ----------
     scope : str
-        Which entries are ranked together, and how many are kept: ``"global"``: one quantile over all (the authors'
-        code); ``"layer"``: one per array; ``"erk"``: per array, by its dimensions
+        Which entries are ranked together, and how many are kept. ``"global"``: one quantile over all (the authors'
+        code). ``"layer"``: one quantile per array. ``"erk"``: per array, with densities from the arrays' dimensions
         (:meth:`Budget.erk <autoflip_flwr.core.budget.Budget.erk>`).
     """
 
@@ -43,22 +43,22 @@ class Scored(Method):
         return f"{type(self).__name__}({', '.join(told)})"
 
     def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
-        """Return the score of each prunable entry, finite; low = unimportant."""
+        """Return a finite score for each prunable entry; low = unimportant."""
         raise NotImplementedError
 
     def first(self, sparsity: float, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mask:
-        """Keep the highest scores within the budget of the scope."""
+        """Keep the entries with the highest scores, as many as the scope's budget says."""
         return select(layout, self.score(layout, initial, seen), BUDGETS[self.scope](layout, sparsity))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Random(Scored):
-    """Keep entries by chance.
+    """Keep entries at random.
 
     Parameters
     ----------
     seed : int
-        Of the choice.
+        Seed of the random scores.
     scope : str
         See :class:`Scored`.
     """
@@ -72,7 +72,7 @@ class Random(Scored):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Magnitude(Scored):
-    """Keep the entries of W0 that are largest in size.
+    """Keep the entries of W0 with the largest magnitude.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ class Magnitude(Scored):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class _Asks(Scored):
-    """A method that asks clients before training; its parameters are :class:`Method`'s attributes."""
+    """Method that asks clients before training; its parameters are the attributes of :class:`Method`."""
 
     explorers: float = 1.0
     min_explorers: int = 2
@@ -105,9 +105,9 @@ class _Asks(Scored):
 class Snip(_Asks):
     """Keep the entries on which the clients' losses depend most: the mean of ``|gradient x weight|`` at W0.
 
-    SNIP (Lee et al. 2019) on federated data, as SSFL (Flower's baseline ``ssfl``) has it. Each client reports the
-    statistic ``saliency``, averaged over as many minibatches as it likes
-    (:func:`autoflip_flwr.torch.gradients` does it for PyTorch).
+    This is SNIP (Lee et al. 2019) on federated data, as in SSFL (Flower's baseline ``ssfl``). Each client reports the
+    statistic ``saliency``, averaged over any number of minibatches (:func:`autoflip_flwr.torch.gradients` computes it
+    for PyTorch).
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Snip(_Asks):
     """
 
     def request(self, round_: int) -> tuple[Request, ...]:
-        """Ask for the saliency before training."""
+        """Request the saliency before training."""
         return (Request("saliency", over="all"),) if round_ == 0 else ()
 
     def inspect(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Iterable[str]:
@@ -136,28 +136,28 @@ class Snip(_Asks):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LossExploration(_Asks):
-    """Keep what the explorers moved far and alike: AutoFLIP (arXiv 2405.10271), FedLEx (arXiv 2506.18640).
+    """Keep entries with large deltas that explorers agree on: AutoFLIP (arXiv 2405.10271), FedLEx (arXiv 2506.18640).
 
-    Before round 1, explorers train from the same W0. How far each parameter moved, and whether they agree on it, is its
-    score (:func:`~autoflip_flwr.core.scores.scores`).
+    Before round 1, explorers train from the same W0. The score of a parameter combines the size of its deltas and the
+    explorers' agreement on them (:func:`~autoflip_flwr.core.scores.scores`).
 
     Parameters
     ----------
     explorers, min_explorers, batches, weighting, timeout, public
         See :class:`~autoflip_flwr.core.method.Method`.
     epochs, patience : int
-        Sent to the explorers: at most so many epochs, stopping after ``patience`` epochs without a better mean
-        training loss; both >= 1.
+        Sent to the explorers: train for at most ``epochs`` epochs, and stop after ``patience`` epochs without a better
+        mean training loss; both >= 1.
     scope : str
         See :class:`Scored`.
     normalisation : str
-        Of the deviations: ``"none"``, ``"layer"`` (the authors' code) or ``"per-client"`` (FedLEx).
+        Normalisation of the deviations: ``"none"``, ``"layer"`` (the authors' code) or ``"per-client"`` (FedLEx).
     gamma : float
-        Power of the client agreement, >= 0 (our reading); 0 ignores it.
+        Exponent of the client agreement, >= 0 (our reading); 0 ignores the agreement.
     initial : str
-        Training begins at ``"scratch"`` (W0), or from the ``"explorers"``' average.
+        Model from which training begins: ``"scratch"`` (W0), or ``"explorers"`` (their average).
     prune_unmoved : bool
-        Prune what no explorer moved (first of all) instead of keeping it whole.
+        Whether arrays that no explorer changed are pruned first. Default: they are kept whole.
     """
 
     epochs: int = 5
@@ -185,31 +185,31 @@ class LossExploration(_Asks):
             raise ValueError(f"LossExploration: gamma = {self.gamma}: must be a number >= 0")
 
     def request(self, round_: int) -> tuple[Request, ...]:
-        """Ask for the deltas of an exploration before training."""
+        """Request the deltas of an exploration before training."""
         return (Request(DELTA, over="all"),) if round_ == 0 else ()
 
     def config(self) -> dict[str, bool | int | float | str]:
-        """Tell explorers how long to train; weight decay would move all of them alike."""
+        """Return how long explorers train, and weight decay 0, since it would change all weights in the same way."""
         return {"epochs": self.epochs, "patience": self.patience, "weight-decay": 0.0}
 
     def look(self, layout: Layout, found: dict[str, Arrays]) -> Mapping[str, Mapping[str, NDArray[Any]]]:
-        """Add each explorer's own normalised deviation where it is asked for."""
+        """Add the explorer's normalised deviation if the normalisation is per client."""
         if self.normalisation != "per-client":
             return found
         own = {name: minmax(np.asarray(found[DELTA][name], np.float64) ** 2) for name in layout.prunable_names}
         return {**found, "normalised": own}
 
     def exploring(self) -> object:
-        """Return what the explorers' deltas depend on."""
+        """Return the settings on which the explorers' statistics depend."""
         how = (self.explorers, self.min_explorers, self.batches, self.weighting, self.epochs, self.patience)
         return type(self), how, self.normalisation == "per-client"
 
     def spared(self, layout: Layout, seen: Statistics | None) -> Collection[str]:
-        """Return what no explorer moved, unless it is to be pruned."""
+        """Return the arrays that no explorer changed, or none if ``prune_unmoved``."""
         return [] if seen is None or self.prune_unmoved else evidence.unmoved(Exploration.of(seen))
 
     def inspect(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Iterable[str]:
-        """Warn of what no explorer moved, and of what weight decay alone seems to have moved."""
+        """Warn of arrays that no explorer changed, and of arrays that seem to be changed by weight decay alone."""
         assert seen is not None
         exploration = Exploration.of(seen)
         evidence.check_moved(exploration)
@@ -230,7 +230,7 @@ class LossExploration(_Asks):
             )
 
     def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
-        """Return guidance times agreement."""
+        """Return guidance times agreement to the power gamma."""
         assert seen is not None
         return scores(Exploration.of(seen), self.normalisation, self.gamma)
 

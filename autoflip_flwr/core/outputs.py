@@ -1,14 +1,14 @@
-"""Which weights can be a model's outputs, and which of them feed which, as far as names, shapes and order tell.
+"""Find output layers, and which weight can feed which, from array names, shapes and order.
 
 A weight has its units on axis 0 and its inputs on axis 1, as in PyTorch. A Keras or Flax ``kernel`` has its units on
-the last axis and its inputs on the one before. An output is
+the last axis and its inputs on the one before. A weight can be an output if
 
-- the last weight of the model;
-- a weight that is named so (``head``, ``classifier``, ``logits``, ``fc_out``, ...), before any number in its name;
-- a weight whose units no other weight takes as its inputs.
+- it is the last weight of the model;
+- its name says so (``head``, ``classifier``, ``logits``, ``fc_out``, ...) before any number in the name;
+- no other weight can take its units as inputs.
 
-No outputs, unless last, are embeddings, and what a recurrent or an attention layer multiplies its inputs by. Nor are
-those that another weight of the same head takes its inputs from.
+Unless they are last, embeddings and the input projections of recurrent or attention layers are no outputs. Neither are
+weights that feed another weight of the same head.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ _EMBEDDING = re.compile(r"emb.*|wte|wpe|tok|token|tokens|pos|position|positional
 _INNER = re.compile(r"weight_[ih]h_l.*|recurrent_kernel|(in|[qkv]+)_?proj.*|.*qkv.*")
 
 _IMAGE_CHANNELS = 4
-"""A convolution of no more inputs is taken for the model's first."""
+"""Up to this many input channels, a convolution is taken for the first layer of the model."""
 
 
 def unit_axis(name: str, shape: tuple[int, ...]) -> int:
-    """The axis along which a weight's units lie."""
+    """Return the axis of a weight's units."""
     return len(shape) - 1 if leaf(name) == "kernel" else 0
 
 
 def input_axis(name: str, shape: tuple[int, ...]) -> int:
-    """The axis along which a weight's inputs lie."""
+    """Return the axis of a weight's inputs."""
     return len(shape) - 2 if leaf(name) == "kernel" else 1
 
 
 def takes(name: str, other: str, shapes: Shapes) -> bool:
-    """Whether a weight's inputs can be another weight's units, by their numbers.
+    """Return whether the inputs of weight ``name`` can be the units of weight ``other``, judged by their numbers.
 
-    A convolution's channels may be flattened before a linear layer, and the other way round; those of a grouped
-    convolution, with as many outputs as inputs, are divided among its groups.
+    The channels of a convolution may be flattened before a linear layer, and the units of a linear layer may be
+    reshaped to an image. A grouped convolution with as many outputs as inputs divides the inputs among its groups.
     """
     shape, before = shapes[name], shapes[other]
     inputs, units = shape[input_axis(name, shape)], before[unit_axis(other, before)]
     if len(shape) > 2 and len(before) > 2:
         grouped = units == shape[unit_axis(name, shape)] and inputs > 0 and units % inputs == 0
         return inputs == units or (grouped and units > 1)
-    if len(shape) > 2:  # a linear layer whose units are made an image of
+    if len(shape) > 2:  # a linear layer whose units are reshaped to an image
         return units > inputs > _IMAGE_CHANNELS and units % inputs == 0
     if len(before) > 2:
         return inputs % units == 0
@@ -59,21 +59,21 @@ def takes(name: str, other: str, shapes: Shapes) -> bool:
 
 
 def outputs_of(shapes: Shapes, candidates: Sequence[str], weights: Collection[str]) -> dict[str, int]:
-    """The weights that can be outputs.
+    """Find the weights that can be outputs.
 
     Parameters
     ----------
     shapes : Mapping[str, tuple[int, ...]]
-        The shapes of all these arrays.
+        Shapes of all arrays, by name.
     candidates : Sequence[str]
-        Names of the arrays to choose from, of two or more dimensions, in the model's order.
+        Names of the arrays to choose from, in the model's order; each has two or more dimensions.
     weights : Collection[str]
         Names of all weights.
 
     Returns
     -------
     dict[str, int]
-        Name -> the axis of its units; the last candidate comes first, the others follow in the model's order.
+        Name -> the axis of its units. The last candidate comes first, the others follow in the model's order.
     """
     if not candidates:
         return {}
@@ -96,7 +96,7 @@ def _is_output(name: str, takers: Sequence[str]) -> bool:
 
 
 def _head(name: str) -> str:
-    """The part of a name, up to and with the word that calls it an output; "" if none does."""
+    """Return the start of a name up to and including the part that marks an output; "" if there is none."""
     parts = name.lower().replace("/", ".").split(".")
     for number, part in enumerate(parts):
         if part.isdigit():
@@ -107,9 +107,9 @@ def _head(name: str) -> str:
 
 
 def _takers(candidates: Sequence[str], weights: Collection[str], shapes: Shapes) -> dict[str, list[str]]:
-    """The other weights that can take each one's units as their inputs; one unit alone tells nothing."""
+    """Map each candidate to the other weights that can take its units as inputs; none if it has only one unit."""
     found: dict[str, list[str]] = {}
-    known: dict[tuple[object, ...], list[str]] = {}  # models repeat their shapes
+    known: dict[tuple[object, ...], list[str]] = {}  # a cache, since models repeat their shapes
     for name in candidates:
         shape = shapes[name]
         key = (shape, unit_axis(name, shape))

@@ -1,24 +1,24 @@
-"""What a server may ask of clients beside their results: statistics of single parameters."""
+"""Requests for statistics per parameter, which a server may send to clients in addition to training."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 DELTA = "delta"
-"""The statistic that every client's result holds already: what it returns less what it was sent."""
+"""Name of the statistic that every result already contains: the returned values minus the sent values."""
 
 
 class Request(NamedTuple):
-    """A statistic that the server asks of clients.
+    """A statistic that the server requests from clients.
 
     Parameters
     ----------
     name : str
-        ``"delta"``, ``"gradient"``, ``"gradient-square"``, ``"saliency"``, or a name of the method's own.
+        ``"delta"``, ``"gradient"``, ``"gradient-square"``, ``"saliency"``, or a name that the method defines.
     over : str
-        Which prunable entries it is asked for: the ``"kept"`` ones, the ``"pruned"`` ones or ``"all"``.
+        Prunable entries for which it is requested: ``"kept"``, ``"pruned"`` or ``"all"``.
     code : str
-        How it travels: ``"log8"``, a byte per entry or less, or ``"float32"``.
+        Encoding: ``"log8"`` (at most one byte per entry) or ``"float32"``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Scores from statistics: how important each parameter is.
+"""Importance scores of parameters, computed from statistics.
 
 Sources: the AutoFLIP paper (arXiv 2405.10271) and the code its authors published, FedLEx (arXiv 2506.18640). What
 neither settles is marked "our reading".
@@ -17,9 +17,9 @@ from autoflip_flwr.core.statistics import Exploration, Floats, minmax
 
 
 def agreement(deviation: Floats, signed_mean: Floats) -> Floats:
-    """Client agreement ``a = A ** 2 / D`` in [0, 1], float64 (our reading).
+    """Return the client agreement ``a = A ** 2 / D`` in [0, 1], float64 (our reading).
 
-    1 where the explorers moved a parameter the same way, 0 where they cancel or nobody moved it.
+    It is 1 where all explorers have the same delta, and 0 where their deltas cancel or are all 0.
     """
     square = np.asarray(signed_mean, np.float64) ** 2
     share = np.divide(square, deviation, out=np.zeros_like(square), where=deviation > 0)
@@ -27,17 +27,17 @@ def agreement(deviation: Floats, signed_mean: Floats) -> Floats:
 
 
 def scores(exploration: Exploration, normalisation: str = "none", gamma: float = 1.0) -> dict[str, Floats]:
-    """Score of each prunable parameter: guidance times agreement to the power gamma.
+    """Return the score of each prunable parameter: guidance times agreement to the power gamma.
 
     Parameters
     ----------
     exploration : Exploration
-        What the explorers found.
+        Statistics of the explorers.
     normalisation : str
-        ``"none"``: G = D. ``"layer"``: D min-max normalised per array (the authors' code). ``"per-client"``: each
-        explorer's deviation normalised, then averaged (FedLEx).
+        How the guidance G is computed. ``"none"``: G = D. ``"layer"``: D min-max normalised per array (the authors'
+        code). ``"per-client"``: each explorer's deviation is normalised, then averaged (FedLEx).
     gamma : float
-        Power of the agreement, ``>= 0``; 0 ignores it. ``"none"`` with 1 ranks by the squared signed mean.
+        Exponent of the agreement, ``>= 0``; 0 ignores it. ``"none"`` with 1 ranks by the squared signed mean.
 
     Returns
     -------
@@ -65,11 +65,11 @@ def scores(exploration: Exploration, normalisation: str = "none", gamma: float =
 
 
 def magnitude(layout: Layout, model: Mapping[str, NDArray[np.generic]]) -> dict[str, Floats]:
-    """Score each prunable parameter by its size."""
+    """Score each prunable parameter by its magnitude (float64)."""
     return {spec.name: np.abs(np.asarray(model[spec.name], np.float64)) for spec in layout.prunable}
 
 
 def random_scores(layout: Layout, seed: int) -> dict[str, Floats]:
-    """Score each prunable parameter by chance, in [0, 1)."""
+    """Score each prunable parameter at random, in [0, 1)."""
     rng = np.random.default_rng(seed)
     return {spec.name: rng.random(spec.shape) for spec in layout.prunable}

@@ -1,4 +1,4 @@
-"""From scores to a mask: exact counts, floors, ties."""
+"""Select a mask from scores, with exact counts, floors and rules for ties."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def select(
     out: Mapping[str, Bools] | None = None,
     version: int = 0,
 ) -> Mask:
-    """Keep the entries with the highest scores: exactly as many of each group as the budget says.
+    """Keep the entries with the highest scores: exactly as many per group as the budget says.
 
-    Ties are broken by index: of equal scores the earlier entry is pruned first. Each array keeps at least one entry
-    and each unit of the output layers at least one incoming weight (:func:`protected_outputs`); where such a floor
-    binds, the next-lowest entries make up the count.
+    Ties are broken by index: of equal scores, the earlier entry is pruned first. Each array keeps at least one entry,
+    and each unit of the output layers at least one incoming weight (:func:`protected_outputs`). Where such a floor
+    keeps an entry, the entry with the next-lowest score is pruned instead.
 
     Parameters
     ----------
     layout : Layout
         The model's arrays.
     score : Mapping[str, ndarray]
-        A finite score for each prunable entry, in the arrays' shapes.
+        A finite score per prunable entry, in the arrays' shapes.
     budget : Mapping[tuple[str, ...], int]
-        Arrays that are ranked together -> entries to keep (:class:`~autoflip_flwr.core.budget.Budget`). Each prunable
-        array belongs to one group.
+        Group of arrays that are ranked together -> number of entries to keep
+        (:class:`~autoflip_flwr.core.budget.Budget`). Each prunable array belongs to one group.
     out : Mapping[str, ndarray] | None
-        Entries (True) that are pruned whatever their scores, since whole units have taken them; they count as pruned.
-        A unit or an array of which nothing else is left has no floor.
+        Entries (True) that are pruned whatever their scores, since their whole unit is pruned. They count as pruned. A
+        unit or an array with no other entries has no floor.
     version : int
         Version of the mask.
 
@@ -50,7 +50,7 @@ def select(
     ------
     ValueError
         If nothing is prunable, an array is in no group or in two, a count is out of range, a score is not finite, or
-        the floors cannot be kept.
+        the budget is too small for the floors.
     """
     if not layout.prunable:
         raise ValueError("no array of the model is prunable: weights have two or more dimensions; else give `prunable`")
@@ -80,9 +80,9 @@ def select(
 
 
 def protected_outputs(layout: Layout, budget: Mapping[tuple[str, ...], int]) -> dict[str, int]:
-    """Find the output layers of which each unit keeps an incoming weight -> the axis of their units.
+    """Map each output layer whose units all keep an incoming weight to the axis of its units.
 
-    Of the layout's guesses those are left out, the later first, with which there are fewer entries left than must stay.
+    Guessed output layers are included in the layout's order, as long as their floors fit into the budget.
     """
     floors = floors_of(layout)
     left = {names: kept - sum(floors[name] for name in names) for names, kept in budget.items()}
@@ -99,10 +99,10 @@ def protected_outputs(layout: Layout, budget: Mapping[tuple[str, ...], int]) -> 
 def tied_weights(
     layout: Layout, initial: Mapping[str, NDArray[np.generic]], seen: Statistics | None = None
 ) -> dict[str, str]:
-    """Find the prunable arrays that are a weight known by another name too -> the first of its names.
+    """Map each prunable array that is the same weight as an earlier one to the first of its names.
 
-    Tied weights (an embedding that is the output layer as well) come under each of their names with the same values,
-    and clients report the same of them. Arrays of one value, or of which a statistic is zero throughout, say nothing.
+    Tied weights (such as an embedding that is also the output layer) appear under several names with the same values,
+    and with the same statistics from clients. Constant arrays, and arrays with a statistic of only zeros, are skipped.
     """
     parts = [] if seen is None else [*seen.mean_square.values(), *seen.mean.values()]
     alike = [initial, *(part for part in parts if part.keys() >= set(layout.prunable_names))]
@@ -120,7 +120,7 @@ def tied_weights(
 
 
 def narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -> Layout:
-    """The layout without second names (:func:`tied_weights`), in which what is spared is not prunable."""
+    """Return the layout without duplicate names of :func:`tied_weights`, with ``spared`` arrays not prunable."""
     specs = (replace(spec, prunable=spec.prunable and spec.name not in spared) for spec in layout.specs)
     output = {tied.get(name, name): axis for name, axis in layout.output.items()}
     return Layout(
@@ -131,7 +131,7 @@ def narrowed(layout: Layout, tied: Mapping[str, str], spared: Collection[str]) -
 
 
 def widened(layout: Layout, mask: Mask, tied: Mapping[str, str], spared: Collection[str]) -> Mask:
-    """Return a mask of :func:`narrowed`'s layout as one of the whole: second names get the mask of the first."""
+    """Convert a mask of :func:`narrowed`'s layout to the whole layout; duplicate names get the mask of the first."""
     keep = {**mask.keep, **{name: np.ones(layout[name].shape, bool) for name in spared}}
     keep |= {name: keep[other] for name, other in tied.items()}
     return Mask.from_bool(layout, keep, mask.version)
@@ -149,12 +149,12 @@ def _check_budget(layout: Layout, budget: Mapping[tuple[str, ...], int]) -> None
 
 
 def _protected(values: Floats, taken: Bools, shape: tuple[int, ...], axis: int | None) -> Bools:
-    """The entry that is pruned last of the array, or of each unit along the axis of an output layer; 1-D."""
+    """Return 1-D flags of the protected entries: the best one of the array, or of each unit of an output layer."""
     protected = np.zeros(values.size, dtype=bool)
     units = shape[axis] if axis is not None else 1
     free = np.where(taken, -np.inf, values).reshape(shape)
     rows = np.moveaxis(free, axis or 0, 0).reshape(units, -1) if shape else free.reshape(1, 1)
-    # the last of equal maxima, since of equal scores the earlier entry is pruned first
+    # take the last of equal maxima, since of equal scores the earlier entry is pruned first
     top = rows.shape[1] - 1 - np.argmax(rows[:, ::-1], axis=1)
     places = np.arange(values.size).reshape(shape)
     places = np.moveaxis(places, axis or 0, 0).reshape(units, -1) if shape else places.reshape(1, 1)

@@ -1,4 +1,4 @@
-"""Statistics of clients: the mean, and the mean square, of what each of them reports of each parameter.
+"""Statistics of clients: the mean, and the mean square, of what clients report per parameter.
 
 Sources: the AutoFLIP paper (arXiv 2405.10271) and the code its authors published, FedLEx (arXiv 2506.18640).
 """
@@ -21,20 +21,20 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Statistics(NamedTuple):
-    """What clients have reported, averaged over them.
+    """Statistics that clients have reported, averaged over the clients.
 
-    It is summed in float64 and held in float32, array by array, unless an array has values beyond what float32 tells
-    apart (squares of tiny deltas, say) or is of float64 itself: that one stays in float64.
+    Sums are in float64. Each averaged array is stored in float32. It stays in float64 if float32 cannot represent its
+    values (such as squares of tiny deltas), or if the model's array is float64.
 
     Parameters
     ----------
     mean : dict[str, dict[str, ndarray]]
         Name of a statistic -> name of an array -> ``sum_k p_k x_k``, in the array's shape. Entries that the statistic
-        was not asked for are 0.
+        was not requested for are 0.
     mean_square : dict[str, dict[str, ndarray]]
-        The same of ``x_k ** 2``, of prunable arrays; only of the statistics of which it was asked for.
+        The same for ``x_k ** 2``, for prunable arrays. Only for statistics whose squares are averaged.
     clients : int
-        How many clients reported.
+        Number of clients that reported.
     """
 
     mean: dict[str, dict[str, Floats]]
@@ -43,14 +43,14 @@ class Statistics(NamedTuple):
 
 
 class Accumulator:
-    """Average what clients report, one client at a time: memory does not grow with their number.
+    """Running average of clients' statistics; memory does not grow with the number of clients.
 
     Parameters
     ----------
     layout : Layout
         The model's arrays.
     squares : Collection[str]
-        Statistics whose squares are averaged too.
+        Names of the statistics whose squares are averaged too.
 
     Examples
     --------
@@ -66,13 +66,13 @@ class Accumulator:
         self._layout, self._squares = layout, squares
         self._mean: dict[str, dict[str, NDArray[np.float64]]] = {}
         self._mean_square: dict[str, dict[str, NDArray[np.float64]]] = {}
-        self._total: dict[str, float] = {}  # by statistic: a client need not report all
+        self._total: dict[str, float] = {}  # per statistic, since a client need not report all
         self._clients = 0
 
     def add(self, weight: float, found: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> None:
-        """Add what one client reports: name of a statistic -> arrays by name, in the layout's shapes.
+        """Add the statistics of one client: name of a statistic -> arrays by name, in the layout's shapes.
 
-        ``weight`` is its ``p_k`` before these are divided by their sum: 1, or its number of examples.
+        ``weight`` is the client's ``p_k`` before normalisation: 1, or its number of examples.
 
         Raises
         ------
@@ -95,12 +95,12 @@ class Accumulator:
                     _add(square, spec.name, weight * values**2)
 
     def result(self) -> Statistics:
-        """Return the averages, and forget the sums.
+        """Return the averages, and discard the sums.
 
         Raises
         ------
         ValueError
-            If nobody has reported.
+            If no client has reported.
         """
         if not self._clients:
             raise ValueError("no client has reported")
@@ -121,12 +121,12 @@ def _add(sums: dict[str, NDArray[np.float64]], name: str, values: NDArray[np.flo
     if name in sums:
         sums[name] += values
     else:
-        sums[name] = 0.0 + values  # as zeros to which it is added: no negative zero
+        sums[name] = 0.0 + values  # as if added to zeros: no negative zero
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What the explorers found, averaged over those that answered.
+    """Statistics of the explorers, averaged over those that replied.
 
     Parameters
     ----------
@@ -135,10 +135,10 @@ class Exploration:
     signed_mean : dict[str, ndarray]
         ``A = sum_k p_k Delta_k`` of each floating array.
     normalised : dict[str, ndarray]
-        ``sum_k p_k minmax(Delta_k ** 2)`` of each prunable array: each explorer's deviation min-max normalised per
-        array before averaging (FedLEx). Empty where it was not asked for.
+        ``sum_k p_k minmax(Delta_k ** 2)`` of each prunable array: each explorer's deviation is min-max normalised per
+        array before averaging (FedLEx). Empty if it was not requested.
     explorers : int
-        How many explorers answered.
+        Number of explorers that replied.
     """
 
     deviation: dict[str, Floats]
@@ -148,28 +148,28 @@ class Exploration:
 
     @classmethod
     def of(cls, seen: Statistics) -> Exploration:
-        """Name the statistics of an exploration."""
+        """Make an exploration from the statistics of round 0."""
         return cls(seen.mean_square["delta"], seen.mean["delta"], seen.mean.get("normalised", {}), seen.clients)
 
     @property
     def statistics(self) -> Statistics:
-        """What it holds, as statistics."""
+        """The same content as :class:`Statistics`."""
         mean = {"delta": self.signed_mean} | ({"normalised": self.normalised} if self.normalised else {})
         return Statistics(mean, {"delta": self.deviation}, self.explorers)
 
 
 def named(seen: Statistics) -> Exploration | Statistics:
-    """Return statistics of round 0 as users know them."""
+    """Return an :class:`Exploration` if the statistics contain squared deltas, else the statistics themselves."""
     return Exploration.of(seen) if "delta" in seen.mean_square else seen
 
 
 def statistics_of(found: Exploration | Statistics | None) -> Statistics | None:
-    """Return the statistics of what :func:`named` returned."""
+    """Return the statistics from the result of :func:`named`."""
     return found.statistics if isinstance(found, Exploration) else found
 
 
 def _held(values: Floats, dtype: str) -> Floats:
-    """The values in float32 if that tells them apart as well as it does a model's of this dtype, else as they are."""
+    """Return the values in float32 if their range allows it and the model's dtype is no wider, else unchanged."""
     if np.dtype(dtype).itemsize > 4:
         return values
     size = np.abs(values)
@@ -178,7 +178,7 @@ def _held(values: Floats, dtype: str) -> Floats:
 
 
 def minmax(values: Floats) -> NDArray[np.float64]:
-    """``(x - min) / (max - min)``, float64; all 0 where max equals min."""
+    """Return ``(x - min) / (max - min)`` in float64; all 0 if max equals min."""
     values = np.asarray(values, np.float64)
     low, high = values.min(), values.max()
     if not high > low:
@@ -188,7 +188,7 @@ def minmax(values: Floats) -> NDArray[np.float64]:
 
 
 def start_arrays(initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> Arrays:
-    """The explorers' average ``W0 + A`` (``initial = "scouts"``), in the dtypes of ``initial``."""
+    """Return the explorers' average ``W0 + A`` in the dtypes of ``initial``."""
     return {
         name: np.asarray(array.astype(np.float64) + exploration.signed_mean[name], array.dtype)
         if name in exploration.signed_mean

@@ -1,4 +1,4 @@
-"""The subspace in which rounds run: the kept coordinates, and what stands at the others."""
+"""Subspace in which the rounds train: a mask, and the values of the pruned entries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from autoflip_flwr.core.mask import Mask
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """The models that agree outside of a mask.
+    """Set of models whose pruned entries have fixed values.
 
     Parameters
     ----------
     mask : Mask
-        The kept coordinates.
+        The kept entries.
     base : dict[str, ndarray] | None
-        What stands outside the mask: full arrays by name, of which only the pruned entries of prunable arrays matter.
+        Values of the pruned entries: full arrays by name, of which only the pruned entries of prunable arrays are used.
         ``None``: zero.
 
     Examples
@@ -41,12 +41,12 @@ class Subspace:
         return self.mask.gather(full)
 
     def unpack(self, packed: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        """Return full arrays of kept values, in their dtypes, with the base outside the mask."""
+        """Return full arrays in the dtypes of ``packed``, with the base's values at pruned entries."""
         if self.base is None:
             return self.mask.scatter(packed)
-        # what is never pruned comes with the kept values
+        # arrays that are never pruned are taken from `packed`
         return self.mask.scatter(packed, into={**packed, **{name: self.base[name] for name in self.mask.keep}})
 
     def project(self, full: Mapping[str, NDArray[np.generic]]) -> Arrays:
-        """Return full arrays with the base outside the mask (copies; never-pruned arrays are taken as they are)."""
+        """Return copies of full arrays with the base's values at pruned entries; never-pruned arrays are not copied."""
         return self.unpack(self.pack(full))

@@ -1,13 +1,13 @@
-"""Which arrays of a model are weights, as far as their names and shapes tell.
+"""Find the weights of a model from array names and shapes.
 
-A weight connects units, so it has two or more dimensions. Some arrays with as many connect nothing: biases, and what a
-normalisation scales and shifts by. They are one value for each unit (or for each place of an image), and are known by
+A weight connects units, so it has two or more dimensions. Some other arrays have as many dimensions: biases, and the
+scale and shift of normalisation layers. They hold one value per unit (or per image position), and are recognised by
 
-- their own last name: a part of it is ``bias``, ``beta``, ``gamma``, ``scale`` or ``intercept`` (and none ``weight`` or
-  ``kernel``), or it is ``b`` beside a larger ``w``, ``weight`` or ``kernel``;
-- their layer's name, whose last word ends in ``norm`` or is ``bn``, ``gn`` or ``ln``;
-- a partner of the same layer and shape: ``weight`` beside ``bias``, as ``LayerNorm([C, H, W])`` has them;
-- weight normalisation's magnitudes: ``weight_g`` beside ``weight_v``, ``original0`` beside ``original1``.
+- the last part of their name: it contains the word ``bias``, ``beta``, ``gamma``, ``scale`` or ``intercept`` (but not
+  ``weight`` or ``kernel``), or it is ``b`` and the layer has a larger ``w``, ``weight`` or ``kernel``;
+- the name of their layer: its last word ends in ``norm``, or is ``bn``, ``gn`` or ``ln``;
+- a ``weight`` and a ``bias`` of the same shape in one layer, as in ``LayerNorm([C, H, W])``;
+- the magnitudes of weight normalisation: ``weight_g`` with ``weight_v``, ``original0`` with ``original1``.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _MAGNITUDES = {"weight_g": "weight_v", "original0": "original1"}
 
 
 def prefix(name: str) -> str:
-    """The name of the layer that an array belongs to; "" if it has none."""
+    """Return the name of the layer that an array belongs to; "" if it has none."""
     return name.replace("/", ".").rpartition(".")[0]
 
 
 def leaf(name: str) -> str:
-    """The last part of an array's name, in lower case."""
+    """Return the last part of an array's name, in lower case."""
     return name.replace("/", ".").rpartition(".")[2].lower()
 
 
 def words(part: str) -> list[str]:
-    """The words of one part of a name, in lower case: ``attn_LayerNorm_0`` -> ``attn``, ``layernorm``."""
+    """Return the words of one part of a name, in lower case: ``attn_LayerNorm_0`` -> ``attn``, ``layernorm``."""
     return [word for word in re.split(r"[^a-z]+", part.lower()) if word]
 
 
 def weights_of(shapes: Shapes) -> set[str]:
-    """Names of the arrays that are weights (see the module)."""
+    """Return the names of the arrays that are weights (see the module)."""
     return {name for layer in _layers(shapes) for name in layer if _is_weight(name, layer)}
 
 
 def biases_of(shapes: Shapes) -> set[str]:
-    """Names of the arrays that are named as biases and stand beside a weight of their layer."""
+    """Return the names of the arrays that are named as biases and have a weight in their layer."""
     return {
         name
         for layer in _layers(shapes)
@@ -56,7 +56,7 @@ def biases_of(shapes: Shapes) -> set[str]:
 
 
 def _layers(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of each layer's arrays."""
+    """Return the shapes of each layer's arrays, by name."""
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         layers.setdefault(prefix(name), {})[name] = shape

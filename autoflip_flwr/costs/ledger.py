@@ -1,4 +1,4 @@
-"""The ledger: bytes by phase, direction and node as Flower moves them, failures, seconds, examples and FLOPs."""
+"""Ledger of a run: bytes by phase, direction and node as Flower transfers them, failures, seconds, examples, FLOPs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CHARGED_PHASES = ("exploration", "train", "evaluate", "other")
 LATE = "no reply in time"
 
 MAX_REASON = 300
-"""Characters of a node's own words that are noted."""
+"""Maximum number of characters noted of a node's error message."""
 
 _PHASE_OF_HEADER = {EXPLORE: "exploration", TRAIN: "train", EVALUATE: "evaluate", HELLO: "other"}
 
 
 def phase_of(message: Message) -> str:
-    """The phase that a message is charged to, one of ``CHARGED_PHASES``."""
+    """Return the phase that a message is charged to, one of ``CHARGED_PHASES``."""
     head = message.content.get(HEADER) if message.has_content() else None
     if head is not None:
         return _PHASE_OF_HEADER.get(str(head.get("phase")), "other")
@@ -42,24 +42,24 @@ def phase_of(message: Message) -> str:
 
 
 def examples_processed(content: RecordDict) -> int | None:
-    """Examples that a reply says it has processed, ``None`` if it does not say; it need not have been judged."""
+    """Return the number of processed examples that a reply states, or ``None``; works on unchecked replies."""
     counts = [record.get(EXAMPLES_PROCESSED) for record in content.metric_records.values()]
     return next((int(count) for count in counts if isinstance(count, int | float) and 0 <= count < 2**63), None)
 
 
 def why_absent(incidents: Iterable[Mapping[str, object]]) -> str:
-    """Why messages have no reply, by the ledger's incidents: each reason once."""
+    """Return why messages have no reply, from the ledger's incidents; each reason once."""
     return "; ".join(dict.fromkeys(str(each["reason"]) for each in incidents if each["kind"] == "absent")) or LATE
 
 
 def _short(reason: str) -> str:
-    """A node's own words: what its exception said, and the end of that where it is long."""
+    """Return the message of a node's exception; only its end if it is long."""
     plain = last_words(reason[-100 * MAX_REASON :])
     return plain if len(plain) <= MAX_REASON else f"... {plain[-MAX_REASON:]}"
 
 
 def round_of(message: Message) -> int:
-    """The round that a message belongs to, by our header, or else by the config of Flower's own strategies."""
+    """Return the round of a message, from AutoFLIP's header or else from the config of Flower's strategies; else 0."""
     if not message.has_content():
         return 0
     head = message.content.get(HEADER)
@@ -74,22 +74,22 @@ def round_of(message: Message) -> int:
 
 @dataclass
 class Ledger:
-    """What a run has cost so far. ``AutoFlip`` and :class:`~autoflip_flwr.server.grid.OrderedGrid` keep it.
+    """Costs of a run so far. ``AutoFlip`` and :class:`~autoflip_flwr.server.grid.OrderedGrid` update it.
 
     Attributes
     ----------
     up, down : Counter[str]
-        Bytes from and to the nodes, by phase (``CHARGED_PHASES``). Masks count in ``mask_down``, and what stands
-        outside them in ``base_down``, not in ``down``.
+        Bytes from and to the nodes, by phase (``CHARGED_PHASES``). ``down`` excludes masks (``mask_down``) and the
+        values of pruned entries (``base_down``).
     mask_down, base_down : int
         Bytes of mask records, and of base records.
     by_node : dict[int, Counter[str]]
         The same bytes by node id, under the keys of :meth:`bytes_by_node`.
     partitions : dict[int, int]
-        Partition ids of the nodes, as far as they are known.
+        Partition ids by node id, as far as they are known.
     failures : Counter[str]
-        ``errors`` (error replies), ``absent`` (no reply in time, or the node has left), ``quarantined`` (replies left
-        out by the firewall), and the other kinds of incidents.
+        Number of incidents by kind: ``errors`` (error replies), ``absent`` (no reply in time, or the node has left),
+        ``quarantined`` (replies rejected by the firewall), and the others.
     examples : Counter[str]
         Examples that clients said they processed, by phase.
     messages, replies : Counter[str]
@@ -99,10 +99,10 @@ class Ledger:
     flops_per_example : float
         Floating-point operations of one example, forward and backward, through the dense model.
     incidents : list[dict[str, int or str or None]]
-        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``odd``: the reply counts, though
-        its update is longer than anything explains; ``paused``: the node gets no messages for a while; ``unchanged``:
-        the round leaves the model as it was), ``phase``, ``round``, ``node`` (its partition id where that is known;
-        ``None`` for the round) and ``reason``.
+        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``odd``: the reply is used, though
+        its update is unusually long; ``paused``: the node gets no messages for a while; ``unchanged``: the round does
+        not change the model), ``phase``, ``round``, ``node`` (its partition id if known, else its node id; ``None`` for
+        the whole round) and ``reason``.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -120,7 +120,7 @@ class Ledger:
     incidents: list[dict[str, int | str | None]] = field(default_factory=list)
 
     def note(self, kind: str, node: int | None, phase: str, round_: int, reason: str) -> None:
-        """Count a failure of ``kind``, and note the node (``None``: of the whole round), phase, round and reason."""
+        """Count an incident of ``kind``, and note its node (``None``: the whole round), phase, round and reason."""
         self.failures[kind] += 1
         self.incidents.append(
             {
@@ -148,7 +148,7 @@ class Ledger:
     def received(self, message: Message, reply: Message) -> None:
         """Charge a reply to the phase and the node of the message that it answers."""
         phase, node = phase_of(message), message.metadata.dst_node_id
-        if reply.metadata.src_node_id == node:  # else the SuperLink answers for a node that is gone
+        if reply.metadata.src_node_id == node:  # otherwise the SuperLink replies for a node that has left
             self._charge(phase, node, reply_traffic(reply))
         if reply.has_error():
             reason = str(reply.error.reason or f"error {reply.error.code}")
@@ -159,7 +159,7 @@ class Ledger:
             self.examples[phase] += count
 
     def absorb(self, earlier: Mapping[str, Any]) -> None:
-        """Add what an interrupted run has cost, given by its ledger's attributes."""
+        """Add the costs of an interrupted run, given by the attributes of its ledger."""
         for name in ("up", "down", "failures", "examples", "messages", "replies"):
             getattr(self, name).update(earlier[name])
         self.mask_down += earlier["mask_down"]
@@ -183,9 +183,9 @@ class Ledger:
             own["base_down"] += base
 
     def bytes_by_phase(self) -> dict[str, int]:
-        """``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``.
+        """Return ``{"exploration_up": ..., "exploration_down": ..., "mask_down": ..., ..., "total": ...}``.
 
-        It has ``base_down`` only where a base was sent.
+        The key ``base_down`` is present only if a base was sent.
         """
         table = {
             f"{phase}_{way}": count[phase]
@@ -198,10 +198,10 @@ class Ledger:
         return table | {"total": sum(table.values())}
 
     def dense_bytes_by_phase(self, model: ArrayRecord) -> dict[str, int]:
-        """Bytes that the rounds' messages and replies would have been with plain FedAvg.
+        """Return the bytes that the rounds' messages and replies would take with plain FedAvg.
 
         ``{"train_up": ..., "train_down": ..., "evaluate_up": ..., "evaluate_down": ..., "total": ...}``; FedAvg has
-        neither exploration nor masks. ``model`` is the full model as it is given to ``start``.
+        neither exploration nor masks. ``model`` is the full model that is given to ``start``.
         """
         message, *replies = dense_traffic(model)
         table = {
@@ -212,32 +212,33 @@ class Ledger:
         return table | {"total": sum(table.values())}
 
     def bytes_by_node(self) -> dict[int, dict[str, int]]:
-        """Bytes by node, phase and direction: ``{0: {"train_up": ..., "mask_down": ..., "total": ...}, 1: ...}``.
+        """Return bytes by node, phase and direction.
 
-        Nodes go by their partition id where that is known, else by their node id; what is 0 is left out. An
-        exploration of an earlier run (:meth:`charge_exploration`) is no node's.
+        ``{0: {"train_up": ..., "mask_down": ..., "total": ...}, 1: ...}``; the keys are partition ids if known, else
+        node ids. Entries that are 0 are omitted. An exploration of an earlier run (:meth:`charge_exploration`) belongs
+        to no node.
         """
         table: dict[int, Counter[str]] = {}
         for node, own in self.by_node.items():
-            # a node that has lost its id comes back under another one, with the same partition
+            # a node that lost its id returns with another id and the same partition
             table.setdefault(self.partitions.get(node, node), Counter()).update(own)
         return {name: {**+table[name], "total": table[name].total()} for name in sorted(table)}
 
     def failure_counts(self) -> dict[str, int]:
-        """``{"quarantined": ..., "errors": ..., "absent": ...}``."""
+        """Return ``{"quarantined": ..., "errors": ..., "absent": ...}``."""
         return {key: self.failures[key] for key in ("quarantined", "errors", "absent")}
 
     def flops(self) -> dict[str, float]:
-        """Floating-point operations of the clients by phase: examples processed times ``flops_per_example``.
+        """Return the clients' floating-point operations by phase: processed examples times ``flops_per_example``.
 
-        They are those of the dense model: an unstructured mask saves bytes, not operations.
+        They are counted for the dense model: an unstructured mask saves bytes, not operations.
         """
         return {
             phase: self.examples[phase] * self.flops_per_example for phase in CHARGED_PHASES if self.examples[phase]
         }
 
     def exploration_only(self) -> dict[str, float]:
-        """What the exploration alone has cost, to be charged again to a run that reuses it."""
+        """Return the costs of the exploration alone, to charge them to a run that reuses it."""
         return {
             "up": self.up["exploration"],
             "down": self.down["exploration"],
@@ -249,7 +250,7 @@ class Ledger:
         }
 
     def charge_exploration(self, cost: Mapping[str, float]) -> None:
-        """Charge an exploration that an earlier run has made (:meth:`exploration_only`)."""
+        """Charge the costs of an earlier run's exploration (from :meth:`exploration_only`)."""
         self.mask_down += int(cost["mask_down"])
         for key in ("up", "down", "examples", "messages", "replies"):
             getattr(self, key)["exploration"] += int(cost[key])

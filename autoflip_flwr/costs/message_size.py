@@ -1,19 +1,19 @@
-"""What a message costs: the bytes that Flower moves for it, worked out from lengths.
+"""Compute the bytes that Flower transfers for a message, from the lengths of its parts.
 
-Bytes are those that a deployment moves between a node and the SuperLink, both ways, and that ``flwr list --format
-json`` adds up as the run's network traffic. For a message to a node:
+They are the bytes that a deployment transfers between a node and the SuperLink, in both directions, and that
+``flwr list --format json`` reports as the run's network traffic. For a message to a node:
 
-- down: its objects as Flower serialises them, and one protobuf message with its metadata and the tree of their ids;
-- up: the node's request for it.
+- down: its objects as Flower serialises them, and one protobuf message with its metadata and the tree of object ids;
+- up: the node's request for the message.
 
 For a node's reply:
 
-- up: its objects, and one protobuf message with its metadata and the tree of their ids;
-- down: the SuperLink's answer, which lists the objects that the node is to push.
+- up: its objects, and one protobuf message with its metadata and the tree of object ids;
+- down: the SuperLink's answer, which lists the objects that the node must push.
 
-Each message counts by itself: an object that several nodes fetch counts for each, as in Flower. All of it is worked
-out from lengths; nothing is serialised or hashed but small records. HTTP's own headers, heartbeats, empty polls and
-the app's archive (FAB) are in neither count.
+Each message counts separately: an object that several nodes fetch counts for each, as in Flower. Sizes are computed
+from lengths; only small records are serialised or hashed. HTTP headers, heartbeats, empty polls and the app's archive
+(FAB) are counted neither here nor by Flower.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-# An object is "<class> <ids of its children> <length>\0<body>"; an id is a SHA-256 in hex, so equal siblings are one.
+# An object is "<class> <ids of its children> <length>\0<body>". An id is a SHA-256 in hex; equal siblings count once.
 
-_CHUNK = int(os.getenv("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(5 * 2**20)))  # Flower cuts arrays, and reads this too
+_CHUNK = int(os.getenv("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(5 * 2**20)))  # Flower's chunk size of arrays
 _SMALL = 4096
 _NO_ID = "0" * 64
 _EMPTY = RecordDict()
@@ -43,7 +43,7 @@ class Traffic(NamedTuple):
 
 
 class _Size(NamedTuple):
-    """An object with all that it holds: bytes of the objects, bytes of the tree of their ids, number of objects."""
+    """Size of an object with its children: bytes of the objects, bytes of the tree of ids, number of objects."""
 
     content: int
     tree: int
@@ -51,16 +51,16 @@ class _Size(NamedTuple):
 
 
 def message_traffic(message: Message) -> Traffic:
-    """Bytes that a message to a node moves."""
+    """Return the bytes transferred for a message to a node."""
     size, metadata = _message(message)
     return Traffic(_node(message.metadata.dst_node_id), size.content + metadata + _proto(size.tree))
 
 
 def reply_traffic(reply: Message) -> Traffic:
-    """Bytes that a node's reply moves."""
+    """Return the bytes transferred for a node's reply."""
     size, metadata = _message(reply)
     runtime = _proto(8)
-    receipt = _proto(2) + _proto(_proto(64) + 2) + _proto(36)  # when to connect again, a result, a session's id
+    receipt = _proto(2) + _proto(_proto(64) + 2) + _proto(36)  # time of the next connection, a result, a session id
     return Traffic(
         size.content + metadata + _proto(size.tree) + _node(reply.metadata.src_node_id) + runtime,
         receipt + size.objects * _proto(64),
@@ -68,15 +68,15 @@ def reply_traffic(reply: Message) -> Traffic:
 
 
 def message_bytes(message: Message) -> int:
-    """Bytes that a message moves in its own direction: down to a node, up if it is a reply."""
+    """Return the bytes of a message in its own direction: down to a node, or up if it is a reply."""
     return reply_traffic(message).up if message.metadata.reply_to_message_id else message_traffic(message).down
 
 
 def dense_traffic(model: ArrayRecord) -> tuple[Traffic, Traffic, Traffic]:
-    """Bytes of plain FedAvg's messages for a model: one to a node, a train reply to it, and an evaluation reply.
+    """Return the bytes of plain FedAvg for a model: a message to a node, a train reply, and an evaluation reply.
 
-    Clients are taken to return a loss and their number of examples, and no two arrays to be equal, as some are that
-    training has not reached yet.
+    Clients are assumed to return a loss and their number of examples. The model's arrays are assumed to be pairwise
+    different, although some may be equal before training.
     """
     random = np.random.default_rng(0)
     model = ArrayRecord(
@@ -90,7 +90,7 @@ def dense_traffic(model: ArrayRecord) -> tuple[Traffic, Traffic, Traffic]:
 
 
 def record_bytes(content: RecordDict, key: str) -> int:
-    """Bytes of the serialised objects of one record of a message."""
+    """Return the bytes of the serialised objects of one record of a message."""
     record = content[key]
     return _array_record(record).content if isinstance(record, ArrayRecord) else len(record.deflate())
 
@@ -100,7 +100,7 @@ def _varint(value: int) -> int:
 
 
 def _proto(size: int) -> int:
-    """Bytes of a protobuf field that holds ``size`` bytes."""
+    """Return the bytes of a protobuf field with ``size`` bytes of content."""
     return 1 + _varint(size) + size
 
 
@@ -135,7 +135,7 @@ def _array(array: Array) -> _Size:
 def _array_record(record: ArrayRecord) -> _Size:
     distinct: dict[tuple[str, tuple[int, ...], bytes], list[Array]] = {}
     for array in record.values():
-        # only arrays that end alike are compared in full, and they are large: else there could be very many of them
+        # only arrays with equal last bytes are compared in full; the full data of small ones is the key already
         end = array.data[-64:] if len(array.data) > _SMALL else array.data
         alike = distinct.setdefault((array.dtype, array.shape, end), [])
         if array not in alike:
@@ -155,17 +155,17 @@ def _record_dict(content: RecordDict) -> _Size:
 
 
 def _message(message: Message) -> tuple[_Size, int]:
-    """The message's objects, and the bytes of its metadata (and error) as sent along with the tree of ids."""
+    """Return the size of the message's objects, and of its metadata (and error) as sent with the tree of ids."""
     hollow = copy.copy(message)
     if message.has_content():
         hollow.content = _EMPTY
     own = hollow.deflate()
     body = own[own.index(b"\0") + 1 :]
-    # the body is a protobuf message whose first field is the metadata without the message's own id
+    # the body is a protobuf message; its first field is the metadata without the message id
     metadata = body[1] if body[1] < 128 else body[1] - 128 + (body[2] << 7)
     sent = len(body) - _proto(metadata) + _proto(metadata + _proto(64))
     if not message.has_content():
         return _Size(len(own), _proto(64), 1), _proto(sent)
     content = _record_dict(message.content)
     size = _Size(len(own) + content.content, _proto(64) + _proto(content.tree), 1 + content.objects)
-    return size, _proto(sent + _proto(0))  # an empty content stands for the one in the objects
+    return size, _proto(sent + _proto(0))  # an empty field in place of the content, which the objects hold

@@ -1,4 +1,4 @@
-"""What an exception said, out of the wrappings that Flower and Ray put around it on its way to the server."""
+"""Extract a client's exception message from the text that Flower and Ray wrap around it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _FLOWERS_OWN = re.compile(r"(?:[\w.]*ClientAppException:)?\s*Exception ClientApp
 
 
 def last_words(text: str) -> str:
-    """The exception's class and message on one line, without colours, tracebacks and what has passed it on.
+    """Return an exception's class and message on one line, without colours, tracebacks and wrapping exceptions.
 
-    A text of another kind is returned on one line as it is.
+    Any other text is returned unchanged on one line.
     """
     plain = COLOURS.sub("", text).strip()
     if wrapped := _WRAPPED.fullmatch(plain):
@@ -21,7 +21,7 @@ def last_words(text: str) -> str:
         if not kind.endswith(("ClientAppException", "ClientAppException)")):
             plain = f"{kind}: {plain}"
     said = [_end_of_traceback(part) for part in _CHAINED.split(plain)]
-    # Flower's own exception repeats the message of the one before it, but not its class
+    # Flower's exception repeats the message of the original one, but not its class
     words = said[-1]
     if passed_on := _FLOWERS_OWN.match(words):
         words = said[-2] if len(said) > 1 else words[passed_on.end() :]
@@ -33,7 +33,7 @@ def _end_of_traceback(part: str) -> str:
     frames = [number for number, line in enumerate(lines) if re.match(r'\s+File "', line)]
     if not frames:
         return part
-    # the frame's source, and the marks below it, are indented
+    # the source line of a frame, and the markers below it, are indented
     end = next(
         (number for number in range(frames[-1] + 1, len(lines)) if not lines[number].startswith(" ")), len(lines)
     )

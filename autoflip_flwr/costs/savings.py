@@ -1,4 +1,4 @@
-"""What a run says at its end: the bytes that it has sent, beside those of plain FedAvg."""
+"""Report at the end of a run: the bytes that it sent, compared with those of plain FedAvg."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ROWS = {
 
 
 def lines(sent: Mapping[str, int], dense: Mapping[str, int], *, pruned: bool) -> Iterator[str]:
-    """The lines of the report, at most 68 characters each: a table by phase, or one line where nothing is pruned.
+    """Yield the lines of the report, at most 68 characters each: a table by phase, or one line if nothing is pruned.
 
     Parameters
     ----------
     sent : Mapping[str, int]
-        :meth:`Ledger.bytes_by_phase() <autoflip_flwr.costs.ledger.Ledger.bytes_by_phase>`.
+        Bytes of the run, from :meth:`Ledger.bytes_by_phase() <autoflip_flwr.costs.ledger.Ledger.bytes_by_phase>`.
     dense : Mapping[str, int]
-        The same of plain FedAvg, :meth:`~autoflip_flwr.costs.ledger.Ledger.dense_bytes_by_phase`.
+        Bytes of plain FedAvg, from :meth:`~autoflip_flwr.costs.ledger.Ledger.dense_bytes_by_phase`.
     pruned : bool
-        Whether anything is.
+        Whether anything is pruned.
     """
     digits = 2 if sent["total"] >= 1e6 else 4
     if not pruned:
@@ -42,7 +42,7 @@ def lines(sent: Mapping[str, int], dense: Mapping[str, int], *, pruned: bool) ->
 
 
 def saving(sent: int, dense: int) -> str:
-    """How much less, or more, has been sent than dense messages would have been."""
+    """Return the share of bytes that was saved, or sent in addition, compared with dense messages, as text."""
     if not dense:
         return "no rounds"
     share = 100 * (1 - sent / dense)

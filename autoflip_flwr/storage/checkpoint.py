@@ -1,4 +1,4 @@
-"""Checkpoints on disk: all of a run's state after each finished round, written so that no crash can lose one."""
+"""Checkpoints on disk: the whole state of a run after each finished round, written so that a crash cannot lose it."""
 
 from __future__ import annotations
 
@@ -37,33 +37,36 @@ _BASE = "base.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, of another run, or in the way; the message says which file, and what to do."""
+    """A checkpoint is damaged, belongs to another run, or must not be overwritten.
+
+    The message names the file, and says what to do.
+    """
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that cannot be read, or is not as it was written."""
+    """A checkpoint cannot be read, or was changed after it was written."""
 
 
 @dataclass
 class Checkpoints:
-    """Where ``AutoFlip(checkpoints=...)`` keeps what it takes to go on after a crash, bit for bit.
+    """Folder of checkpoints, from which ``AutoFlip(checkpoints=...)`` can resume a run bit for bit after a crash.
 
     Parameters
     ----------
     folder : Path or str
-        One folder for each run; made if it is not there. It must be as safe from others as the model itself.
+        Folder of this run only; it is made if it does not exist. Protect it as well as the model itself.
     resume : bool
-        Go on after the last finished round in the folder, or within the exploration if none is there. False: the
-        folder must hold no checkpoint.
+        Whether to resume after the last finished round in the folder, or within the exploration if no round is
+        finished. If False, the folder must not contain checkpoints.
     keep : int
-        So many rounds are kept, at least 1.
+        Number of rounds whose checkpoints are kept, at least 1.
     settings : Mapping[str, object]
-        More that must be the same when the run goes on, as JSON can hold it: what the run's own code depends on.
+        Settings of your own code that must be the same when the run is resumed (JSON-serialisable).
     extra : Callable[[], object] or None
-        Called for each checkpoint, of a round or of the exploration; what it returns, as JSON can hold it, is kept.
+        Called for each checkpoint, of a round or of the exploration. Its result (JSON-serialisable) is stored too.
     restore : Callable[[Any], None] or None
-        Called with what ``extra`` returned for the checkpoint from which the run goes on, before it does; with
-        ``None`` if the run was interrupted before the first.
+        Called before the run is resumed, with the result of ``extra`` from the checkpoint; with ``None`` if the run was
+        interrupted before the first checkpoint.
 
     Raises
     ------
@@ -83,30 +86,33 @@ class Checkpoints:
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}: must be at least 1")
         self._settings: dict[str, Any] = {}
-        self._shadow: tuple[Arrays, list[str]] | None = None  # the last one, and its file's name and digest
-        self._base: tuple[Arrays, list[str]] | None = None  # the same of the base
-        self._needed: dict[str, str] = {}  # by the file of a round: that of its shadow
+        self._shadow: tuple[Arrays, list[str]] | None = None  # the last shadow, and its file's name and digest
+        self._base: tuple[Arrays, list[str]] | None = None  # the same for the base
+        self._needed: dict[str, str] = {}  # file of a round -> file of its shadow
 
     def open(
         self, settings: Mapping[str, object]
     ) -> tuple[dict[str, Any], Arrays, Arrays | None, Arrays | None] | None:
-        """State, arrays, shadow and base of the last finished round, or ``None`` if the run begins.
+        """Open the folder, and return state, arrays, shadow and base of the last finished round.
+
+        The shadow holds the last values of entries before they were pruned, the base their fixed values while pruned.
+        Return ``None`` if there is no finished round to resume from.
 
         Parameters
         ----------
         settings : Mapping[str, object]
-            All that must be the same when the run goes on, as JSON can hold it.
+            All settings that must be the same when the run is resumed (JSON-serialisable).
 
         Raises
         ------
         CheckpointError
-            If there are checkpoints but nothing is to be resumed; if the last one is damaged, or of other settings.
+            If there are checkpoints but ``resume`` is False; if the last one is damaged, or has other settings.
         OSError
             If the folder cannot be made.
         """
         folder = self._folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)  # replies, and the state of the generator that noise is drawn from
+        folder.mkdir(mode=0o700, exist_ok=True)  # private: it holds replies and the state of the noise generator
         (folder / EXPLORERS).mkdir(exist_ok=True)
         _lock(folder / LOCK)
         self._settings = json.loads(json.dumps({**settings, "own": dict(self.settings)}, default=_name))
@@ -118,10 +124,10 @@ class Checkpoints:
                 )
             return None
         for left in [*folder.glob(".*.tmp"), *(folder / EXPLORERS).glob(".*.tmp")]:
-            left.unlink()  # what was being written when the run ended
+            left.unlink()  # files that were incomplete when the run ended
         if not rounds:
             found = self.read_exploration()
-            self.explorers()  # refuses others' before anything is touched
+            self.explorers()  # raises for another run's files before anything changes
             self._restore(None if found is None else found.checkpoint["extra"])
             return None
         try:
@@ -139,7 +145,7 @@ class Checkpoints:
         return state, arrays, self._read_beside(path, state["shadow"]), self._read_beside(path, state["base"])
 
     def _read_beside(self, path: Path, beside: list[str] | None) -> Arrays | None:
-        """The arrays of another file that a round needs, given by its name and digest."""
+        """Return the arrays of another file that a round needs, given by its name and digest."""
         if beside is None:
             return None
         name, digest = beside
@@ -155,7 +161,7 @@ class Checkpoints:
         return values
 
     def _offer(self, rounds: list[Path]) -> str:
-        """From where the run can go on without its last checkpoint."""
+        """Return the end of an error text: from which earlier round the run can be resumed; "" if from none."""
         for path in reversed(rounds):
             with suppress(CheckpointError):
                 self._read_round(path)
@@ -170,12 +176,12 @@ class Checkpoints:
         shadow: tuple[int, Arrays] | None = None,
         base: Arrays | None = None,
     ) -> None:
-        """Keep the state after a round, then let go of the oldest; a failure is logged, and the run goes on.
+        """Write the state after a round, then remove the oldest; a failure is logged, and the run continues.
 
-        ``shadow`` is the version of the mask in force, and the last values of what that prunes (full arrays by name):
-        they go to a file of their own, once for each version. ``base`` is what stands outside the mask: it goes to a
-        file of its own, once. ``None`` where they are those of the initial model, which a run that goes on is given
-        again.
+        ``shadow`` is the version of the current mask, and the last values of the entries that it prunes (full arrays by
+        name). They are written to a separate file, once per version. ``base`` holds the fixed values of entries while
+        they are pruned. It is written to a separate file, once. Either is ``None`` if its values are those of the
+        initial model, which a resumed run is given again.
         """
         path = self._folder / f"round-{round_:06d}.safetensors"
         whole = {**state, "extra": self._extra()}
@@ -196,13 +202,13 @@ class Checkpoints:
             log(ERROR, "the checkpoint of round %d could not be written: %s; the one before it stays", round_, error)
 
     def _write_shadow(self, version: int, arrays: Arrays) -> list[str]:
-        """Name and digest of the file that holds a shadow; it is written where the last one was another."""
+        """Return name and digest of the file of a shadow; write it if the shadow has changed."""
         if self._shadow is None or self._shadow[0] is not arrays:
             self._shadow = arrays, self._write_beside(_SHADOW.format(version), arrays)
         return self._shadow[1]
 
     def _write_base(self, arrays: Arrays) -> list[str]:
-        """Name and digest of the file that holds the base; it is written once."""
+        """Return name and digest of the file of the base; write it if the base has changed."""
         if self._base is None or self._base[0] is not arrays:
             self._base = arrays, self._write_beside(_BASE, arrays)
         return self._base[1]
@@ -213,9 +219,9 @@ class Checkpoints:
         return [name, digest]
 
     def write_exploration(self, found: StoredExploration) -> None:
-        """Keep a finished exploration, in place of its explorers' answers; a failure is logged, and the run goes on.
+        """Write a finished exploration, and remove its explorers' replies; a failure is logged, and the run continues.
 
-        ``found.checkpoint`` is what this run needs on top to go on; other runs may use the file too.
+        ``found.checkpoint`` is what this run needs in addition to be resumed. Other runs may use the file too.
         """
         on_top = {"settings": self._settings, "state": found.checkpoint, "extra": self._extra()}
         try:
@@ -227,10 +233,10 @@ class Checkpoints:
             answer.unlink()
 
     def read_exploration(self) -> StoredExploration | None:
-        """The finished exploration, or ``None``; raises :class:`CheckpointError` as :meth:`open` does.
+        """Return the finished exploration, or ``None``; raise :class:`CheckpointError` as :meth:`open` does.
 
-        Its ``checkpoint["state"]`` is what :meth:`write_exploration` was given.
-        One that is damaged is only warned of where a round is there: that has the mask.
+        Its ``checkpoint["state"]`` is the ``checkpoint`` that :meth:`write_exploration` was given. A damaged file
+        causes only a warning if there is a finished round, since the round has the mask.
         """
         path = self._folder / FILE_NAME
         try:
@@ -242,14 +248,17 @@ class Checkpoints:
             return None
 
     def add_explorer(self, explorer: int, about: Mapping[str, Any], moves: ArrayRecord) -> None:
-        """Keep an explorer's answer as it came; a failure is logged, and the run goes on."""
+        """Write an explorer's reply unchanged; a failure is logged, and the run continues."""
         try:
             _write(self._folder / EXPLORERS / f"{explorer}.safetensors", about, to_arrays(moves), self._settings)
         except OSError as error:
             log(ERROR, "the answer of explorer %d could not be written: %s", explorer, error)
 
     def explorers(self) -> dict[int, tuple[dict[str, Any], ArrayRecord]]:
-        """The answers that came before the run was interrupted; raises :class:`CheckpointError` as :meth:`open`."""
+        """Return the replies from before the interruption, by explorer.
+
+        Raises :class:`CheckpointError` as :meth:`open` does.
+        """
         answers = {}
         for path in sorted((self._folder / EXPLORERS).glob("*.safetensors")):
             about, arrays = _read(path, self._settings)
@@ -278,11 +287,11 @@ class Checkpoints:
 
 
 _HELD: dict[Path, BinaryIO] = {}
-"""Lock files of this process: its lock is gone as soon as one of its files on that path is closed."""
+"""Open lock files of this process. The lock is lost as soon as the process closes any file on that path."""
 
 
 def _lock(path: Path) -> None:
-    """Keep other processes out while this one lives: a server app may outlive its SuperLink and still write."""
+    """Lock the folder for this process: a server app may outlive its SuperLink, and still write."""
     if fcntl is None or path in _HELD:
         return
     file = path.open("ab")

@@ -1,4 +1,4 @@
-"""State as JSON and arrays, and back: nothing is pickled, and no class is looked up by its name."""
+"""Convert state to JSON and arrays, and back. Nothing is pickled, and no class is looked up by name."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from autoflip_flwr.wire.records import to_arrays, to_record
 Arrays = dict[str, NDArray[Any]]
 
 _KINDS = "?bhilqBHILQefd"
-"""Type codes of the arrays that can be kept."""
+"""NumPy type codes of the arrays that can be stored."""
 
 _METRICS = {"MetricRecord": MetricRecord, "ConfigRecord": ConfigRecord}
 
 
 def encode(value: object, arrays: Arrays, at: str) -> Any:
-    """A value as JSON, its arrays put into ``arrays`` under names that begin with ``at``.
+    """Convert a value to JSON, and add its arrays to ``arrays`` under names that begin with ``at``.
 
     Raises
     ------
     ValueError
-        If it is, or holds, something other than None, bool, numbers, str, bytes, arrays, Flower's records, and lists,
-        tuples, sets and dicts of those; the message says where.
+        If it is, or contains, something other than None, bool, numbers, str, bytes, arrays, Flower's records, and
+        lists, tuples, sets and dicts of those. The message says where.
     """
     match value:
         case None | bool() | str():
@@ -58,7 +58,7 @@ def encode(value: object, arrays: Arrays, at: str) -> Any:
 
 
 def decode(tree: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
-    """The value that :func:`encode` was given."""
+    """Return the value that :func:`encode` was given."""
     if not isinstance(tree, dict):
         return tree
     ((kind, found),) = tree.items()
@@ -84,7 +84,7 @@ def _put(array: NDArray[Any], arrays: Arrays, name: str) -> str:
     if array.dtype.char not in _KINDS:
         raise ValueError(f"{name.replace('/', '.')} is an array of {array.dtype}")
     unused = name
-    while unused in arrays:  # two keys of a dict may read alike
+    while unused in arrays:  # two keys of a dict may have the same text
         unused += "'"
     arrays[unused] = array
     return unused

@@ -1,7 +1,7 @@
-"""An exploration as a file: what the explorers found, from which model, and what it cost, for other runs to use.
+"""File of an exploration that other runs can use: the explorers' statistics, the digest of their model, and the cost.
 
-The app's runs and checkpoints write the same file, so that each can be used wherever one is asked for. It needs
-safetensors (``pip install "autoflip-flwr[checkpoint]"``).
+The app and the checkpoints write the same format, so that each file can be used wherever an exploration is expected.
+It needs safetensors (``pip install "autoflip-flwr[checkpoint]"``).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from autoflip_flwr.storage.sealed import SealError, difference, read_sealed, wri
 from autoflip_flwr.wire.records import to_arrays
 
 FILE_NAME = "exploration.safetensors"
-"""What the app and checkpoints call it, in a run's folder."""
+"""Name of the file in a run's folder, as the app and checkpoints write it."""
 
 EXPLORATION_FORMAT = 1
 
 _STATE = "state/"
-"""Before the names of arrays that are a checkpoint's; those of statistics are ``mean/<statistic>/<array>``."""
+"""Prefix of the names of a checkpoint's arrays. Those of statistics are ``mean[_square]/<statistic>/<array>``."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 class ExplorationFileError(ValueError):
-    """A file that is damaged, no exploration, or of another model; the message says which file, and what to do.
+    """A file is damaged, is no exploration, or belongs to another model; the message names it, and says what to do.
 
-    ``reason`` is the message without the file's name; ``damaged`` tells whether another file of this name may do.
+    ``reason`` is the message without the file's name. ``damaged`` is True if the file cannot be read.
     """
 
     def __init__(self, path: Path, reason: str, *, damaged: bool = False) -> None:
@@ -43,25 +43,25 @@ class ExplorationFileError(ValueError):
 
 @dataclass(frozen=True)
 class StoredExploration:
-    """An exploration and what its file says of it.
+    """Content of an exploration file.
 
     Attributes
     ----------
     seen : Statistics
-        What the explorers reported; each array in the dtype that it had.
+        Statistics that the explorers reported; each array keeps its dtype.
     start : str
         Digest of W0, the full model (:func:`~autoflip_flwr.core.digest.digest_of`).
     settings : Mapping[str, object]
-        Settings that W0 was made with, as JSON can hold them.
+        Settings that W0 was made with (JSON-serialisable).
     cost : Mapping[str, float]
-        What it has cost, as :meth:`Ledger.charge_exploration()
-        <autoflip_flwr.costs.ledger.Ledger.charge_exploration>` takes it; empty where that was not told.
+        Cost of the exploration, as :meth:`Ledger.charge_exploration()
+        <autoflip_flwr.costs.ledger.Ledger.charge_exploration>` takes it; empty if unknown.
     seconds : float
-        How long it took.
+        Duration of the exploration in seconds.
     checkpoint : Mapping[str, object]
-        What a checkpoint keeps on top of that to go on with its run, as JSON can hold it; else empty.
+        Additional state of a checkpoint, to resume its run (JSON-serialisable); else empty.
     arrays : dict[str, ndarray]
-        The arrays that belong to ``checkpoint``.
+        Arrays that belong to ``checkpoint``.
     """
 
     seen: Statistics
@@ -74,11 +74,11 @@ class StoredExploration:
 
     @property
     def exploration(self) -> Exploration | Statistics:
-        """What the explorers found, as ``AutoFlip(exploration=...)`` takes it."""
+        """The explorers' statistics, as ``AutoFlip(exploration=...)`` takes them."""
         return named(self.seen)
 
     def write(self, path: Path) -> None:
-        """Write the file: whole, or not at all. Raises ``OSError``, which names the file, if that fails."""
+        """Write the file completely or not at all; raise ``OSError``, which names the file, if that fails."""
         tensors = {
             f"{kind}/{statistic}/{name}": array
             for kind, statistics in (("mean", self.seen.mean), ("mean_square", self.seen.mean_square))
@@ -99,7 +99,7 @@ class StoredExploration:
 
     @classmethod
     def read(cls, path: Path) -> StoredExploration:
-        """Read a file; raises :class:`ExplorationFileError`, or ``FileNotFoundError``."""
+        """Read a file; raise :class:`ExplorationFileError` if it is unusable, or ``FileNotFoundError``."""
         try:
             about, tensors = read_sealed(path)
         except SealError as error:
@@ -141,22 +141,22 @@ def write_exploration(
     cost: Mapping[str, float] | None = None,
     seconds: float = 0.0,
 ) -> None:
-    """Keep an exploration in a file.
+    """Write an exploration to a file.
 
     Parameters
     ----------
     path : Path or str
-        The file; what was there before is replaced.
+        The file; an existing file is replaced.
     exploration : Exploration
-        What the explorers found: ``strategy.exploration`` after the start.
+        The explorers' statistics: ``strategy.exploration`` after the start.
     initial : ArrayRecord or dict[str, ndarray]
-        W0, the full model that they started from, as ``start`` was given it.
+        W0, the full model from which the explorers started, as it was given to ``start``.
     settings : Mapping[str, object] or None
-        Settings that W0 was made with, as JSON can hold them, for :func:`read_exploration` to compare.
+        Settings that W0 was made with (JSON-serialisable), for :func:`read_exploration` to compare.
     cost : Mapping[str, float] or None
-        :meth:`Ledger.exploration_only() <autoflip_flwr.costs.ledger.Ledger.exploration_only>`.
+        Cost, from :meth:`Ledger.exploration_only() <autoflip_flwr.costs.ledger.Ledger.exploration_only>`.
     seconds : float
-        How long it took.
+        Duration of the exploration in seconds.
 
     Raises
     ------
@@ -173,23 +173,23 @@ def read_exploration(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> StoredExploration:
-    """Read an exploration that began with ``initial``: of :func:`write_exploration`, the app, or a checkpoint.
+    """Read an exploration that started from ``initial``, written by :func:`write_exploration`, app or checkpoint.
 
     Parameters
     ----------
     path : Path or str
         The file.
     initial : ArrayRecord or dict[str, ndarray] or None
-        W0, the full model, as ``start`` will be given it; ``None`` leaves it unchecked.
+        W0, the full model that will be given to ``start``; ``None`` skips the check.
     settings : Mapping[str, object] or None
-        Settings that must be as they were, where the file tells them.
+        Settings that must equal those in the file; settings that the file lacks are not compared.
 
     Raises
     ------
     ExplorationFileError
-        If the file is damaged, no exploration, or of another initial model.
+        If the file is damaged, is no exploration, or belongs to another initial model or other settings.
     FileNotFoundError
-        If it is not there.
+        If the file does not exist.
     """
     path = Path(path)
     found = StoredExploration.read(path)

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and with errors that name the file."""
+"""Write files completely or not at all, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name ``path`` in an ``OSError`` that comes out of the block: that of a full disk names no file."""
+    """Add ``path`` to an ``OSError`` raised in the block; the error of a full disk, for example, names no file."""
     try:
         yield
     except OSError as error:
@@ -18,9 +18,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``: a reader sees all of it or what was there before, whatever interrupts.
+    """Write ``data`` to ``path`` so that readers see the complete new or old content, even after an interruption.
 
-    Raises ``OSError``, which names ``path``, if it cannot be written.
+    Raises ``OSError``, which names ``path``, if the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -32,7 +32,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # where folders cannot be synchronised
+    with suppress(OSError):  # some systems cannot synchronise folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

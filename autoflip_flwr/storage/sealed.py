@@ -1,4 +1,4 @@
-"""Safetensors files of JSON and arrays under one digest: read whole, or refused. Nothing is unpickled."""
+"""Safetensors files of JSON and arrays with a digest: changed files are rejected. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class SealError(ValueError):
-    """A file that cannot be read, or is not as it was written; the message says why."""
+    """A file cannot be read, or was changed after it was written; the message says why."""
 
 
 def write_sealed(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write what JSON can hold, and arrays by name; an ``OSError`` names the file."""
+    """Write JSON-serialisable data, and arrays by name; raise ``OSError``, which names the file, if that fails."""
     tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     text = json.dumps(about)
     write_atomic(path, save(tensors, metadata={"autoflip": text, "digest": seal(text, tensors)}))
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """Read what :func:`write_sealed` wrote; raises :class:`SealError`, or ``FileNotFoundError``."""
+    """Read what :func:`write_sealed` wrote; raise :class:`SealError` if it is damaged, or ``FileNotFoundError``."""
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -42,7 +42,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], Arrays]:
         raise
     except KeyError as error:
         raise SealError(f"without {error}") from error
-    except Exception as error:  # safetensors raises its own type, json and the arrays others
+    except Exception as error:  # safetensors has its own error type; JSON and arrays raise others
         raise SealError(str(error)) from error
     if not whole:
         raise SealError("its digest is another")
@@ -50,7 +50,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], Arrays]:
 
 
 def seal(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 (hex) of a text and of arrays by name, whatever their order."""
+    """Return the SHA-256 (hex) of a text and of arrays by name, independent of their order."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         array = tensors[name]
@@ -60,7 +60,7 @@ def seal(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def difference(before: Any, now: Any, at: str = "") -> str:
-    """The first of two trees' settings that differ, in words."""
+    """Return a text about the first setting in which two trees differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if keys:

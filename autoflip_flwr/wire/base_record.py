@@ -1,4 +1,4 @@
-"""The record of what stands outside the mask: the prunable arrays of the base, flat by dtype, uncoded."""
+"""Record of the base (the values of pruned entries): its prunable arrays, flat by dtype, not quantised."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from autoflip_flwr.wire.records import WireError, make_array, view_of
 
 
 def base_digest(layout: Layout, base: Mapping[str, NDArray[Any]]) -> str:
-    """Return the digest by which headers name a base: that of its prunable arrays, in the model's dtypes and order."""
+    """Return the digest that identifies a base in headers, of its prunable arrays in the model's dtypes and order."""
     return digest_of({spec.name: np.asarray(base[spec.name], spec.dtype) for spec in layout.prunable})
 
 
 def base_entry(digest: str) -> dict[str, str]:
-    """Return what a header says of the base; nothing where zero stands outside the mask."""
+    """Return the header entry that names the base; empty if pruned entries are zero."""
     return {"base": digest} if digest else {}
 
 
 def encode_base(layout: Layout, base: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """Make the record of a base given by full arrays by name (one copy)."""
+    """Make the record of a base from full arrays by name (one copy)."""
     return ArrayRecord(
         {
             dtype: make_array([np.ascontiguousarray(base[spec.name], dtype).reshape(-1) for spec in specs])
@@ -35,12 +35,12 @@ def encode_base(layout: Layout, base: Mapping[str, NDArray[Any]]) -> ArrayRecord
 
 
 def decode_base(layout: Layout, record: object) -> Arrays:
-    """Return the prunable arrays of a record in their shapes: read-only views of the record's own bytes.
+    """Return the prunable arrays of a record in their shapes, as read-only views of the record's bytes.
 
     Raises
     ------
     WireError
-        If it is no ArrayRecord, or its keys, dtypes or lengths are not those that the layout says.
+        If it is no ArrayRecord, or its keys, dtypes or lengths do not fit the layout.
     """
     expected = _prunable(layout)
     if not isinstance(record, ArrayRecord):
@@ -57,12 +57,12 @@ def decode_base(layout: Layout, record: object) -> Arrays:
 
 
 def check_base(layout: Layout, record: object, digest: str) -> None:
-    """Check a base that has come in a message against the digest in the header.
+    """Check a base that came with a message against the digest in the header.
 
     Raises
     ------
     WireError
-        As :func:`decode_base`; or if a value is NaN or infinity, or the digest is another.
+        As :func:`decode_base`; or if a value is NaN or infinity, or the digest differs.
     """
     arrays = decode_base(layout, record)
     for name, values in arrays.items():
@@ -73,6 +73,6 @@ def check_base(layout: Layout, record: object, digest: str) -> None:
 
 
 def _prunable(layout: Layout) -> dict[str, list[ArraySpec]]:
-    """The prunable arrays of each dtype that has any, in the layout's order."""
+    """Return the prunable arrays of each dtype in the layout's order; dtypes without any are omitted."""
     found = {dtype: [spec for spec in specs if spec.prunable] for dtype, specs in layout.by_dtype.items()}
     return {dtype: specs for dtype, specs in found.items() if specs}

@@ -1,16 +1,16 @@
-"""How an explorer's moves are coded on the wire: a byte for each prunable parameter, its sign and its size's logarithm.
+"""Quantise an explorer's deltas for the wire: one byte per prunable parameter, for its sign and logarithmic size.
 
-Only the ranks of the scores matter for the mask, and they are those of squares or products: a relative error of the
-same size everywhere is the right one, which is what a logarithmic code has. Each array has a range of its own.
+Only the ranks of the scores matter for the mask, and scores are squares or products of deltas. They need the same
+relative error everywhere, which a logarithmic code gives. Each array has its own range.
 
-    moves = for each prunable array: top (float32), step (float32); then, in one zlib stream, for each floating array:
-            a byte a parameter if it is prunable, else its moves as they are
+    deltas = for each prunable array: top (float32), step (float32); then, in one zlib stream, for each floating array:
+             one byte per parameter if it is prunable, else its deltas unquantised
 
-Code 0 is no move; code +-k, k from 1 to 127, is +-top * exp((k - 127) * step). The smallest 5 % of an array's deltas
-share one code: 1, or 0 below half of that.
+Code 0 is a delta of 0. Code +-k, with k from 1 to 127, is +-top * exp((k - 127) * step). The smallest 5 % of an array's
+deltas share code 1; those below half of the smallest level get code 0.
 
-What is never pruned is not coded: a mean of exact differences never leaves the range of what the explorers hold, so
-that a running variance that starts from it cannot be negative.
+Deltas of arrays that are never pruned are not quantised. The mean of exact deltas stays within the range of the
+explorers' values, so that a running variance that starts from it cannot be negative.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _BLURRED = 0.05
 
 
 def encode_deltas(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """Code the moves of these arrays, in their order.
+    """Quantise and compress the deltas of these arrays, in their order.
 
     Parameters
     ----------
     specs : Sequence[ArraySpec]
         The floating arrays of the model.
     moves : Mapping[str, ndarray]
-        For each its ``Delta_k``, in its shape.
+        ``Delta_k`` of each array, in its shape.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def encode_deltas(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]])
     Raises
     ------
     ValueError
-        If a move is not finite, or that of a prunable parameter larger than ``LARGEST``.
+        If a delta is not finite, or that of a prunable parameter is larger than ``LARGEST``.
     """
     ranges, parts = [], []
     for spec in specs:
@@ -62,14 +62,14 @@ def encode_deltas(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]])
             parts.append(values.astype(np.dtype(spec.dtype).newbyteorder("<"), copy=False).tobytes())
         else:
             raise ValueError(f"array {spec.name!r} has moved by NaN or infinity")
-    packer = zlib.compressobj(6, strategy=zlib.Z_RLE)  # what nobody moved costs next to nothing
+    packer = zlib.compressobj(6, strategy=zlib.Z_RLE)  # runs of zero deltas take almost no bytes
     packed = [packer.compress(part) for part in parts] + [packer.flush()]
     return np.frombuffer(b"".join([np.array(ranges, "<f4").tobytes(), *packed]), np.uint8)
 
 
 def _encode(name: str, values: NDArray[Any]) -> tuple[float, float, NDArray[np.int8]]:
-    """Top, step and codes of one array's moves."""
-    with np.errstate(over="ignore"):  # found below
+    """Return top, step and codes of one array's deltas."""
+    with np.errstate(over="ignore"):  # infinity is rejected below
         size = np.abs(values).astype(np.float32, copy=False)
     if not (size <= LARGEST).all():
         raise ValueError(f"array {name!r} has moved by NaN, infinity or more than {LARGEST:g}")
@@ -88,14 +88,14 @@ def _encode(name: str, values: NDArray[Any]) -> tuple[float, float, NDArray[np.i
 
 
 def decode_deltas(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
-    """The moves that :func:`encode_moves` has coded, in the arrays' shapes.
+    """Return the deltas that :func:`encode_deltas` encoded, in the arrays' shapes.
 
-    Those of prunable arrays are float32, the others in the arrays' own dtypes.
+    Those of prunable arrays are float32, the others have the arrays' own dtypes.
 
     Raises
     ------
     ValueError
-        If ``data`` is not what it gives for these arrays.
+        If ``data`` is not a result of :func:`encode_deltas` for these arrays.
     """
     coded = [spec for spec in specs if spec.prunable]
     head = 8 * len(coded)
@@ -122,12 +122,12 @@ def decode_deltas(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
 
 
 def _table(range_: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The moves of all codes of an array, by code, as an unsigned byte."""
+    """Return a table of an array's deltas, indexed by the code as an unsigned byte."""
     top, step = range_
     sizes = top * np.exp((np.arange(1, LEVELS + 1) - LEVELS) * step)
     return np.concatenate([[0], sizes, [0], -sizes[::-1]]).astype(np.float32)
 
 
 def _bytes(spec: ArraySpec) -> int:
-    """Bytes of an array's moves, before they are compressed."""
+    """Return the number of bytes of an array's deltas before compression."""
     return spec.size * (1 if spec.prunable else np.dtype(spec.dtype).itemsize)

@@ -1,20 +1,20 @@
-"""How a mask's bits are coded on the wire (NumPy and zlib only).
+"""Encode the bits of a mask for the wire (NumPy and zlib only).
 
 The encodings of a mask, before zlib:
 
-- ``full``: everything is kept. No data at all, not even zlib's.
-- ``bitmap``: the mask's bits as they are.
-- ``gaps``: a byte for each kept entry, how many pruned entries lie between it and the kept one before it; 255 stands
-  for 255 pruned entries without a kept one after them. The pruned entries at the end are not told.
-- ``units``: for each prunable array that has entries, a bit for each index of axis 0, then one for each index of axis 1
-  if there is more than one; both most significant bit first and filled up with 0 to whole bytes. An entry is kept if
-  the bits of its two indices are 1: the mask of a model whose units and channels are kept or pruned whole.
+- ``full``: everything is kept. There is no data, and no zlib stream.
+- ``bitmap``: the mask's bits unchanged.
+- ``gaps``: one byte per kept entry, the number of pruned entries between it and the previous kept one. 255 stands for
+  255 pruned entries that no kept entry follows directly. Pruned entries after the last kept one are omitted.
+- ``units``: for each non-empty prunable array, one bit per index of axis 0, then one bit per index of axis 1 if that
+  has more than one index. Both are most significant bit first, padded with 0 to whole bytes. An entry is kept if the
+  bits of its two indices are 1. This fits a model whose units and channels are kept or pruned as a whole.
 
-A ``difference`` of two masks is the entries in which they differ, as gaps.
+A ``difference`` of two masks holds the entries in which they differ, as gaps.
 
-The data is one zlib stream; how it was compressed is the encoder's choice. The decoders take bytes from strangers: they
-trust the layout's size only (:mod:`~autoflip_flwr.wire.mask_record` bounds it by what the message carries), allocate
-few bytes for each prunable entry, and raise nothing but ``ValueError``.
+The data is one zlib stream, compressed in any way that the encoder chooses. The decoders accept untrusted bytes. They
+trust only the layout's size (:mod:`~autoflip_flwr.wire.mask_record` bounds it by the size of the message), allocate few
+bytes per prunable entry, and raise only ``ValueError``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Flags = NDArray[np.bool_]
 
 
 def encode(mask: Mask) -> tuple[str, bytes]:
-    """Code a mask in the encoding that suits it: units if that is smaller, else gaps or the bitmap by its density.
+    """Encode a mask as units if that is smaller, else as gaps or a bitmap, depending on its density.
 
-    Random masks come to within 5 % of their entropy at densities from 0.02 to 0.9.
+    For random masks, the size is within 5 % of their entropy at densities from 0.02 to 0.9.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def encode(mask: Mask) -> tuple[str, bytes]:
     """
     if mask.is_full:
         return "full", b""
-    if mask.density <= 1 / 8:  # where the one becomes smaller than the other; zlib is too slow to try both
+    if mask.density <= 1 / 8:  # gaps are smaller below this density; zlib is too slow to try both
         found = {"gaps": _compress(_to_gaps(unpack_bits(mask.bits, mask.layout.prunable_size)))}
     else:
         found = {"bitmap": _compress(mask.bits)}
@@ -67,12 +67,12 @@ def encode(mask: Mask) -> tuple[str, bytes]:
 
 
 def encode_difference(mask: Mask, base: Mask) -> bytes:
-    """Code a mask by the entries in which it differs from ``base``; small where these are few.
+    """Encode a mask by the entries in which it differs from ``base``; small if these are few.
 
     Raises
     ------
     ValueError
-        If the masks are not of the same layout.
+        If the masks have different layouts.
     """
     if mask.layout.specs != base.layout.specs:
         raise ValueError("the difference of two masks takes two masks of the same layout")
@@ -80,12 +80,12 @@ def encode_difference(mask: Mask, base: Mask) -> bytes:
 
 
 def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
-    """The bits of a mask of this layout, as :class:`Mask` takes them, of what ``encode`` returned.
+    """Decode what ``encode`` returned to the bits of a mask of this layout, as :class:`Mask` takes them.
 
     Raises
     ------
     ValueError
-        If the encoding is not one of ``encode``'s, or the data does not hold such a mask.
+        If the encoding is unknown, or the data does not hold such a mask.
     """
     count = layout.prunable_size
     match encoding:
@@ -105,7 +105,7 @@ def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
 
 
 def decode_difference(base: Mask, data: bytes) -> bytes:
-    """The bits of the mask that ``encode_difference`` coded against ``base``.
+    """Return the bits of the mask that ``encode_difference`` encoded against ``base``.
 
     Raises
     ------
@@ -116,13 +116,15 @@ def decode_difference(base: Mask, data: bytes) -> bytes:
 
 
 def inflate(data: bytes, limit: int, what: str, *, exact: bool) -> bytes:
-    """Decompress one zlib stream that holds at most ``limit`` bytes, or (``exact``) just as many; never beyond them.
+    """Decompress one zlib stream of at most ``limit`` bytes, or (``exact``) exactly ``limit`` bytes.
+
+    Not more than ``limit + 1`` bytes are decompressed.
 
     Raises
     ------
     ValueError
-        If it holds more or, with ``exact``, fewer, is damaged, does not end where ``data`` ends or needs a preset
-        dictionary. The text begins with ``what``.
+        If the stream holds more bytes or, with ``exact``, fewer, is damaged, does not end where ``data`` ends, or needs
+        a preset dictionary. The text begins with ``what``.
     """
     stream = zlib.decompressobj()
     try:
@@ -135,9 +137,9 @@ def inflate(data: bytes, limit: int, what: str, *, exact: bool) -> bytes:
 
 
 def _compress(data: bytes) -> bytes:
-    """The smallest of three zlib streams."""
-    # The search for repeats finds short ones in random bits, which cost more than they save: Huffman codes alone come
-    # near the entropy there. Runs of zeros help where units are pruned, the search where a mask has another structure.
+    """Compress with three zlib strategies, and return the smallest stream."""
+    # In random bits, zlib's search for repeats finds short ones that cost more than they save; Huffman codes alone come
+    # close to the entropy. Run lengths help if units are pruned, the search helps if the mask has another structure.
     streams = []
     for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
         stream = zlib.compressobj(6, strategy=strategy)
@@ -146,7 +148,7 @@ def _compress(data: bytes) -> bytes:
 
 
 def _to_gaps(keep: Flags) -> bytes:
-    """Code flags ``(n,)`` as gaps."""
+    """Encode flags ``(n,)`` as gaps."""
     gaps = np.diff(np.flatnonzero(keep), prepend=-1) - 1
     skips = gaps // _SKIP
     stream = np.full(gaps.size + int(skips.sum()), _SKIP, np.uint8)
@@ -156,10 +158,10 @@ def _to_gaps(keep: Flags) -> bytes:
 
 def _from_gaps(data: bytes, count: int) -> Flags:
     """Decode compressed gaps to flags ``(count,)``."""
-    # every byte stands for at least one entry, so more bytes than entries cannot be right
+    # each byte stands for at least one entry, so there cannot be more bytes than entries
     stream = np.frombuffer(inflate(data, count, "the mask's gaps", exact=False), np.uint8)
     keep, start = np.zeros(count, dtype=bool), 0
-    for first in range(0, stream.size, _BATCH):  # in batches: positions take eight times the memory of the gaps
+    for first in range(0, stream.size, _BATCH):  # in batches, since positions take eight times the memory of the gaps
         gaps = stream[first : first + _BATCH]
         ends = start + np.cumsum(gaps + (gaps != _SKIP).astype(np.int64))
         start = int(ends[-1])
@@ -170,14 +172,14 @@ def _from_gaps(data: bytes, count: int) -> Flags:
 
 
 def _to_units(mask: Mask) -> bytes | None:
-    """Code a mask as units, or return ``None`` if an array is not made of whole ones."""
+    """Encode a mask as units, or return ``None`` if an array does not keep and prune whole units."""
     parts = []
     for spec in mask.layout.prunable:
         if not spec.size:
             continue
         keep = mask.keep[spec.name].reshape(_unit_shape(spec))
         rows, columns = keep.any(axis=(1, 2)), keep.any(axis=(0, 2))
-        # nothing is kept outside of these rows and columns: if as many entries are kept, these are all of them
+        # all kept entries lie in these rows and columns; if the counts are equal, every entry there is kept
         if np.count_nonzero(rows) * np.count_nonzero(columns) * keep.shape[2] != mask.kept_by_name[spec.name]:
             return None
         parts += [rows, columns][: len(_told(keep.shape))]
@@ -203,7 +205,7 @@ def _from_units(data: bytes, layout: Layout) -> Flags:
 
 
 def _unit_shape(spec: ArraySpec) -> tuple[int, int, int]:
-    """An array's shape as units (axis 0), their inputs (axis 1) and the entries of each pair (all other axes)."""
+    """Return an array's shape as units (axis 0), their inputs (axis 1) and entries per pair (all other axes)."""
     rows, columns = (*spec.shape, 1, 1)[:2]
     return rows, columns, spec.size // (rows * columns)
 

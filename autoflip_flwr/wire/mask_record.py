@@ -1,4 +1,4 @@
-"""The record of a mask: the model's layout and the mask's bits, or the difference from a mask that the node has."""
+"""Record of a mask: the model's layout and the mask's bits, or the difference from a mask that the node has."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_LAYOUT_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**33
 MAX_DIMENSIONS = 32
 
-# A compressed layout and a mask can promise far more than they hold. What is allocated for them must be justified by
-# what the message does hold: so much is free, and so much more comes with each of its bytes.
+# A compressed layout or mask can expand to far more bytes than it has. Memory for them is therefore limited by the size
+# of the message: a fixed free amount, plus an amount per byte of the message.
 FREE_LAYOUT_BYTES, LAYOUT_BYTES_A_BYTE = 2**18, 64
 FREE_ENTRIES, ENTRIES_A_BYTE = 2**20, 2**11
 
@@ -31,7 +31,7 @@ _DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") fo
 
 
 def encode_mask(mask: Mask, base: Mask | None = None) -> ConfigRecord:
-    """The record of a mask: the model's layout and the bits; or its difference from ``base``, of the same layout."""
+    """Make the record of a mask: its layout and bits, or its difference from ``base``, of the same layout."""
     if base is not None:
         difference = mask_bits.encode_difference(mask, base)
         return ConfigRecord({"encoding": DIFFERENCE, "base": base.digest, "bits": difference, "version": mask.version})
@@ -43,27 +43,27 @@ def encode_mask(mask: Mask, base: Mask | None = None) -> ConfigRecord:
 
 
 def base_of(record: object) -> str:
-    """Digest of the mask from which a mask record is the difference; "" where it stands alone."""
+    """Return the digest of the mask that a difference record refers to; "" if the record is not a difference."""
     return str(record.get("base", "")) if isinstance(record, ConfigRecord) else ""
 
 
 def decode_mask(record: object, base: Mask | None = None, *, carried: int | None = None) -> Mask:
-    """The mask of an ``encode_mask`` record (the last few are cached by content).
+    """Decode a record of :func:`encode_mask` (the last few masks are cached by content).
 
     Parameters
     ----------
     record : ConfigRecord
-        From a message, or from the node's own state.
+        Record of a message or of the node's own state.
     base : Mask | None
         The mask that the node has.
     carried : int | None
-        Bytes of the arrays of the message that brings the record: they bound how many entries the mask may have. One
-        from the node's own state has been checked so before.
+        Bytes of the arrays in the same message; they limit the number of entries of the mask. ``None`` for a record of
+        the node's own state, which was checked on arrival.
 
     Raises
     ------
     WireError
-        If the record is not what the format says.
+        If the record does not follow the format.
     """
     if not isinstance(record, ConfigRecord):
         raise WireError(f"record {MASK_RECORD!r} must be a ConfigRecord")
@@ -72,7 +72,7 @@ def decode_mask(record: object, base: Mask | None = None, *, carried: int | None
     if encoding == DIFFERENCE:
         if base is None or base.digest != base_of(record):
             raise WireError("the mask is the difference from one that is not here")
-        layout = b""  # that of the base
+        layout = b""  # the base has the layout
     if not (
         isinstance(layout, bytes) and isinstance(data, bytes) and isinstance(encoding, str) and type(version) is int
     ):
@@ -88,8 +88,8 @@ def decode_mask(record: object, base: Mask | None = None, *, carried: int | None
 
 
 def check_entries(entries: int, carried: int, *, full: bool) -> None:
-    """Raise ``WireError`` if a mask has more entries than ``carried`` bytes of values justify."""
-    # of a full mask all values travel, a byte or more each
+    """Raise ``WireError`` if a mask has more entries than ``carried`` bytes of values allow."""
+    # with a full mask, all values are sent, with at least one byte per value
     if entries > FREE_ENTRIES + carried * (1 if full else ENTRIES_A_BYTE):
         raise WireError(
             f"a mask of {entries} prunable entries with {carried} bytes of values: a client takes {FREE_ENTRIES}, and "
@@ -104,12 +104,12 @@ def _decode_mask(layout_bytes: bytes, encoding: str, data: bytes, version: int) 
 
 
 def encode_layout(layout: Layout) -> ConfigRecord:
-    """The record of a layout alone: what an explorer's state keeps of a mask that keeps everything."""
+    """Make the record of a layout alone; an explorer's state keeps it instead of a full mask."""
     return ConfigRecord({"layout": _encode_layout(layout)})
 
 
 def decode_layout(record: ConfigRecord) -> Layout:
-    """The layout of an ``encode_layout`` record, from the node's own state."""
+    """Decode a record of :func:`encode_layout` from the node's own state."""
     return _decode_layout(cast(bytes, record["layout"]))
 
 
@@ -132,7 +132,7 @@ def _decode_layout(data: bytes) -> Layout:
 
 
 def _spec(name: object, shape: object, dtype: object, prunable: object) -> ArraySpec:
-    """A row of the layout, checked."""
+    """Check a row of the layout, and return it as an :class:`ArraySpec`."""
     if isinstance(name, str) and isinstance(shape, list) and isinstance(dtype, str) and isinstance(prunable, int):
         sizes = all(type(n) is int and 0 <= n <= MAX_ENTRIES for n in shape) and len(shape) <= MAX_DIMENSIONS
         known = dtype in _DTYPES and prunable in (0, dtype.startswith("float"))

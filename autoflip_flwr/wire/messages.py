@@ -1,20 +1,21 @@
-"""The wire format: (mask, packed arrays) <-> Flower records. ``docs/wire.md`` specifies it.
+"""Wire format: conversion between (mask, packed arrays) and Flower records. ``docs/wire.md`` specifies it.
 
-A message of AutoFLIP is a Flower message whose content holds, beside the records that the wrapped strategy and the
-client's own code know,
+A message of AutoFLIP is a Flower message. Its content holds the records of the wrapped strategy and of the client's own
+code, and
 
-- the ``ArrayRecord``, packed: one flat vector for each dtype of the model (key: the dtype's name), first the kept
-  values of the arrays that are pruned, in the model's order, then the other arrays; as they are, or coded
-  (:mod:`autoflip_flwr.wire.values`); an explorer's reply holds coded moves instead (:mod:`autoflip_flwr.wire.deltas`);
-- ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest, how the values are coded; in replies
+- the packed ``ArrayRecord``: one flat vector per dtype of the model (key: the dtype's name). It holds first the kept
+  values of prunable arrays, in the model's order, then the other arrays. Values may be quantised
+  (:mod:`autoflip_flwr.wire.values`). An explorer's reply holds quantised deltas instead
+  (:mod:`autoflip_flwr.wire.deltas`);
+- ``HEADER``, a small ``ConfigRecord``: format version, phase, round, mask digest, encoding of the values; in replies
   also the values' fingerprint;
-- ``MASK``, a ``ConfigRecord`` with the model's layout and the mask's bits, only where the node may lack them
+- ``MASK_RECORD``, a ``ConfigRecord`` with the model's layout and the mask's bits, only if the node may lack them
   (:mod:`autoflip_flwr.wire.mask_record`);
-- ``BASE``, an ``ArrayRecord`` of what stands outside the mask where that is not zero, only where the node lacks it
+- ``BASE_RECORD``, an ``ArrayRecord`` of the values of pruned entries if they are not zero, only if the node lacks them
   (:mod:`autoflip_flwr.wire.base_record`).
 
-Nothing is unpickled or evaluated, every size is checked against what the receiver expects before anything is
-allocated, and the one error that comes out is :class:`WireError`.
+Nothing is unpickled or evaluated. Every size is checked against what the receiver expects before memory is allocated.
+All errors are raised as :class:`WireError`.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ def make_header(phase: str, round_: int, mask: Mask | None = None, **extra: int 
 
 
 def weight_entry(name: str) -> dict[str, str]:
-    """What a message's header says of the metric by which replies are weighed; nothing where there is none."""
+    """Return the header entry that names the metric by which replies are weighted; empty if there is none."""
     return {"weight-key": name} if name else {}
 
 
 def value_entries(**chosen: str) -> dict[str, str]:
-    """Return header entries for the value encodings, of these or of the reply; defaults are omitted."""
+    """Return header entries for the value encodings of a message or its reply; defaults are omitted."""
     return {key: kind for key, kind in chosen.items() if kind != "float32"}
 
 
 def read_header(content: RecordDict) -> ConfigRecord | None:
-    """The header of a message, checked; ``None`` if the message is not one of AutoFLIP's."""
+    """Return the header of a message after checking it; ``None`` if the message is not AutoFLIP's."""
     record = content.get(HEADER)
     if record is None:
         return None
@@ -85,18 +86,18 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
 
 
 def kept_and_size(mask: Mask, specs: list[ArraySpec]) -> tuple[int, int]:
-    """Of a flat vector of these arrays: how many values are kept ones of pruned arrays, and how many there are."""
+    """Return the number of kept values of prunable arrays, and of all values, in a flat vector of these arrays."""
     kept = sum(mask.kept_by_name[spec.name] for spec in specs if spec.prunable)
     return kept, kept + sum(spec.size for spec in specs if not spec.prunable)
 
 
 def flatten(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Packed arrays -> one flat vector for each dtype, cast to the model's dtypes."""
+    """Join packed arrays to one flat vector per dtype, cast to the model's dtypes."""
     return {dtype: np.concatenate(parts) for dtype, parts in _parts(mask, packed).items()}
 
 
 def split_vectors(mask: Mask, flat: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Flat vectors -> the packed arrays of their dtypes (views), in the model's order."""
+    """Split flat vectors into packed arrays (views), in the model's order."""
     packed: Arrays = {}
     for dtype, values in flat.items():
         start = 0
@@ -109,12 +110,12 @@ def split_vectors(mask: Mask, flat: Mapping[str, NDArray[Any]]) -> Arrays:
 
 
 def arrays_of(mask: Mask, found: Mapping[str, Vector]) -> Arrays:
-    """Flat vectors as a message holds them -> the packed arrays of their dtypes, read whole."""
+    """Read the vectors of a message whole, and split them into packed arrays."""
     return split_vectors(mask, {dtype: vector.whole() for dtype, vector in found.items()})
 
 
 def pack_values(mask: Mask, packed: Mapping[str, NDArray[Any]], kind: str = "float32") -> ArrayRecord:
-    """Packed arrays -> the record of a message, its values coded as ``kind`` says (one copy where they are not)."""
+    """Make the record of a message from packed arrays, quantised as ``kind`` says (one copy if not quantised)."""
     record = {}
     for dtype, parts in _parts(mask, packed).items():
         if is_coded(kind, dtype):
@@ -125,30 +126,30 @@ def pack_values(mask: Mask, packed: Mapping[str, NDArray[Any]], kind: str = "flo
 
 
 def unpack_values(mask: Mask, record: object, kind: str = "float32") -> Arrays:
-    """The packed arrays of a record; where nothing is coded, read-only views of the message's own bytes."""
+    """Return the packed arrays of a record; if not quantised, as read-only views of the message's bytes."""
     return arrays_of(mask, read_vectors(mask, record, kind))
 
 
 def read_vectors(
     mask: Mask, record: object, kind: str = "float32", base: Mapping[str, NDArray[Any]] | None = None
 ) -> dict[str, Vector]:
-    """The flat vectors of a record, to be read in parts.
+    """Return the flat vectors of a record, which can be read in parts.
 
     Parameters
     ----------
     mask : Mask
         The mask under which they are packed.
     record : ArrayRecord
-        From a message.
+        Record of a message.
     kind : str
-        How they are coded.
+        Encoding of the values.
     base : Mapping[str, ndarray] | None
-        Flat vectors of the floating dtypes that the record's are added to.
+        Flat vectors of floating dtypes, to which the record's values are added.
 
     Raises
     ------
     WireError
-        If the record lacks a dtype, has another one, a length is not what the mask says, or a coded value is not
+        If the record lacks a dtype, has an unexpected one, a length does not fit the mask, or a quantised value is not
         finite.
     """
     if not isinstance(record, ArrayRecord):
@@ -173,9 +174,9 @@ def read_vectors(
 
 
 def pack_deltas(mask: Mask, moves: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """An explorer's moves, under a mask that keeps everything -> the record of its reply.
+    """Make the record of an explorer's reply from its deltas, under a mask that keeps everything.
 
-    It has the keys of the message, as Flower's mods expect; under those of integers, the code of no arrays.
+    It has the same keys as the message, as Flower's mods expect. Integer dtypes get an encoding of no arrays.
     """
     try:
         coded = {
@@ -188,7 +189,7 @@ def pack_deltas(mask: Mask, moves: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 
 def unpack_deltas(mask: Mask, record: ArrayRecord) -> Arrays:
-    """The moves of an explorer's reply: of each floating array, float32, in its shape."""
+    """Return the deltas of an explorer's reply per floating array, in its shape, as :func:`decode_deltas` does."""
     expected = mask.layout.by_dtype
     if set(record) != set(expected):
         raise WireError(f"an explorer's moves have the keys {sorted(record)[:5]}, expected {sorted(expected)}")

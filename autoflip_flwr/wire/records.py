@@ -1,4 +1,4 @@
-"""Flower's records of arrays, written and read without a copy where that can be."""
+"""Write and read Flower's array records, without a copy where possible."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NPY = re.compile(rb"\{'descr': '([<>|=]?[a-z][0-9]+)', 'fortran_order': False, 
 
 
 class WireError(ValueError):
-    """A message does not keep to the wire format; the text is cut at 500 characters, since it may quote the message."""
+    """Violation of the wire format by a message. The text may quote the message, and is cut at 500 characters."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text[:500])
 
 
 def make_array(parts: Sequence[NDArray[Any]], shape: tuple[int, ...] | None = None) -> Array:
-    """Flower's array of contiguous parts one after another, flat by default: as its own constructor, in one copy."""
+    """Make a Flower ``Array`` from contiguous parts in one copy; flat by default, equal to the constructor's result."""
     dtype = parts[0].dtype
     shape = (sum(part.size for part in parts),) if shape is None else shape
     start = io.BytesIO()
@@ -37,24 +37,24 @@ def make_array(parts: Sequence[NDArray[Any]], shape: tuple[int, ...] | None = No
 
 
 def array_bytes(content: RecordDict) -> int:
-    """Bytes of the arrays of a message."""
+    """Return the number of bytes of the arrays of a message."""
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
 def fingerprint(record: ArrayRecord) -> int:
-    """CRC-32 of a sample of the packed bytes: it tells whether another mod changed them on their way, at no cost.
+    """Return the CRC-32 of a sample of the packed bytes, to detect cheaply whether another mod changed them.
 
-    Flower's differential-privacy mods change every value. It is no protection against a client that lies.
+    Flower's differential-privacy mods change every value. It does not protect against a dishonest client.
     """
     found = 0
     for array in record.values():
         data = np.frombuffer(array.data, np.uint8)
-        found = zlib.crc32(data[:: data.size // SAMPLE_BYTES | 1].tobytes(), found)  # odd: all bytes of a float
+        found = zlib.crc32(data[:: data.size // SAMPLE_BYTES | 1].tobytes(), found)  # odd: hits all bytes of floats
     return found
 
 
 def view_of(array: Array, dtype: str, size: int | None = None) -> NDArray[Any]:
-    """The values of a 1-D ``numpy.save`` image, after its header has been compared with what is expected."""
+    """Return a view of the values of a 1-D array in ``numpy.save`` format, after checking its header."""
     data = array.data
     start = 10 + int.from_bytes(data[8:10], "little")
     match = _NPY.fullmatch(data[10:start]) if data[:8] == b"\x93NUMPY\x01\x00" else None
@@ -73,10 +73,10 @@ def view_of(array: Array, dtype: str, size: int | None = None) -> NDArray[Any]:
 
 
 def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
-    """Arrays by name -> Flower's record of them."""
+    """Make a Flower record from arrays by name."""
     return ArrayRecord({name: make_array([np.ascontiguousarray(array)], array.shape) for name, array in arrays.items()})
 
 
 def to_arrays(record: ArrayRecord) -> Arrays:
-    """Flower's record of arrays -> arrays by name (copies)."""
+    """Return the arrays of a Flower record by name (copies)."""
     return {name: array.numpy() for name, array in record.items()}

@@ -1,8 +1,8 @@
-"""Statistics that the server asks of clients: the header's entry, and the record of the reply.
+"""Statistics that the server requests from clients: the header entry, and the record of the reply.
 
 The header's ``ask`` is a list of texts ``"<name> <over> <code>"``. The reply's record ``autoflip.statistics`` has one
-array per statistic, under its name. It holds the entries that were asked for, of each prunable array in the
-layout's order, in C order: with ``log8`` quantised as deltas are, unquantised with ``float32``.
+array per statistic, under its name. It holds the requested entries of each prunable array, arrays in the layout's order
+and entries in C order. With ``log8`` they are quantised like deltas, with ``float32`` unquantised.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_NAME = 64
 
 
 def ask_entry(requests: Iterable[Request]) -> dict[str, list[str]]:
-    """Return what a message's header says of the statistics that are asked for; nothing where there are none."""
+    """Return the header entry that lists the requested statistics; empty if there are none."""
     asked = [" ".join(each) for each in requests]
     return {ASK: asked} if asked else {}
 
@@ -38,7 +38,7 @@ def read_ask(head: Mapping[str, Any] | ConfigRecord) -> tuple[Request, ...]:
     Raises
     ------
     WireError
-        If the entry is not what the format says.
+        If the entry does not follow the format.
     """
     asked = head.get(ASK, [])
     if not isinstance(asked, list) or len(asked) > MAX_REQUESTS or not all(isinstance(text, str) for text in asked):
@@ -53,7 +53,7 @@ def read_ask(head: Mapping[str, Any] | ConfigRecord) -> tuple[Request, ...]:
 
 
 def to_report(requests: Iterable[Request]) -> tuple[Request, ...]:
-    """Return the requests that a client has to report; deltas are in its result already."""
+    """Return the requests that a client must report; deltas are already in its result."""
     return tuple(each for each in requests if each.name != DELTA)
 
 
@@ -65,16 +65,16 @@ def pack_statistics(
     Parameters
     ----------
     mask : Mask
-        The mask in force; one that keeps everything before training.
+        The current mask; before training, one that keeps everything.
     requests : Iterable[Request]
-        What was asked for.
+        The requested statistics.
     found : Mapping[str, Mapping[str, ndarray]]
-        Name of a statistic -> full arrays of all prunable arrays by name.
+        Name of a statistic -> a full array per prunable array, by name.
 
     Raises
     ------
     WireError
-        If a value that was asked for is not finite, or too large.
+        If a requested value is not finite, or too large.
     """
     record = {}
     for each in to_report(requests):
@@ -91,12 +91,13 @@ def pack_statistics(
 
 
 def unpack_statistics(mask: Mask, requests: Iterable[Request], record: object) -> dict[str, Arrays]:
-    """Return statistics as full float32 arrays, 0 where they were not asked for.
+    """Return statistics as full float32 arrays; entries that were not requested are 0.
 
     Raises
     ------
     WireError
-        If the record does not hold just what was asked for, finite and in the lengths that the mask says.
+        If the record does not hold exactly what was requested, a length does not fit the mask, or a value is not
+        finite.
     """
     asked = to_report(requests)
     if not isinstance(record, ArrayRecord) or set(record) != {each.name for each in asked}:
@@ -118,7 +119,7 @@ def unpack_statistics(mask: Mask, requests: Iterable[Request], record: object) -
 
 
 def _specs(mask: Mask, over: str) -> list[ArraySpec]:
-    """The entries that are asked for, as 1-D arrays; those without any are left out."""
+    """Describe the requested entries of each array as a 1-D array; arrays without any are omitted."""
     counts = {
         spec.name: {
             "all": spec.size,

@@ -1,12 +1,12 @@
-"""How values are coded on the wire: as the model has them, in 16 bits, or in 8 bits with a scale for each block.
+"""Quantise values for the wire: to 16 bits, or to 8 bits with one scale per block.
 
-A coded vector is a string of bytes, little-endian. Its first ``kept`` values are those of arrays that are pruned, the
-others (biases, normalisation: few, and of any magnitude) are always coded in bfloat16:
+A quantised vector is a string of bytes, little-endian. Its first ``kept`` values belong to prunable arrays. The others
+(biases, normalisation: few values of any magnitude) are always quantised to bfloat16. The encodings of kept values are
 
-- ``bfloat16``: 2 bytes a value, the upper half of its float32, rounded to nearest, ties to even.
-- ``float16``: 2 bytes a value, IEEE half precision.
-- ``int8``: a float32 scale for each block of 256 kept values, then the bfloat16 values, then 1 byte a kept value:
-  value = scale * code, codes from -127 to 127, rounded to nearest.
+- ``bfloat16``: 2 bytes per value, the upper half of its float32, rounded to nearest, ties to even.
+- ``float16``: 2 bytes per value, IEEE half precision.
+- ``int8``: one float32 scale per block of 256 kept values, then the bfloat16 values, then 1 byte per kept value:
+  value = scale * code, with codes from -127 to 127, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from numpy.typing import NDArray
 
 BLOCK = 256
 CHUNK = 2**18
-"""Values worked on at once: few enough to stay in a core's cache."""
+"""Number of values processed at once; small enough for a core's cache."""
 
 DISTANCE_CHUNK = 2**16
 
 LARGEST = {"bfloat16": 3.0e38, "float16": 65504.0, "int8": 3.0e38}
-_SMALLEST_PEAK = 1e-30  # of a block: below it 1 / scale may overflow, and the values matter to nobody
+_SMALLEST_PEAK = 1e-30  # of a block; below it, 1 / scale may overflow, and the values are negligible
 
 Floats = NDArray[np.float32]
 
 
 def is_coded(kind: str, dtype: str) -> bool:
-    """Whether values of this dtype travel coded: floating ones, if that makes them smaller."""
+    """Return whether values of this dtype are quantised: floating ones, if that makes them smaller."""
     found = np.dtype(dtype)
     return kind != "float32" and found.kind == "f" and (kind == "int8" or found.itemsize > 2)
 
 
 def coded_size(kind: str, kept: int, size: int) -> int:
-    """Bytes of a coded vector of ``size`` values, the first ``kept`` of them of pruned arrays."""
+    """Return the bytes of a quantised vector of ``size`` values, the first ``kept`` of them of prunable arrays."""
     if kind == "int8":
         return 4 * _blocks(kept) + 2 * (size - kept) + kept
     return 2 * size
 
 
 def encode(kind: str, values: NDArray[np.floating[Any]], kept: int) -> NDArray[np.uint8]:
-    """Code a 1-D vector; what is beyond the kind's largest value is cut to it.
+    """Quantise a 1-D vector; values beyond the largest of the encoding are clipped to it.
 
     Returns
     -------
@@ -73,12 +73,12 @@ def encode(kind: str, values: NDArray[np.floating[Any]], kept: int) -> NDArray[n
 
 
 class Coded:
-    """A coded vector, read in parts.
+    """A quantised vector that is read in parts.
 
     Raises
     ------
     ValueError
-        If it holds something that is not finite, or a scale that makes it so.
+        If it holds a value that is not finite, or a scale that is too large, negative or not finite.
     """
 
     def __init__(self, data: NDArray[np.uint8], kind: str, kept: int, size: int) -> None:
@@ -96,7 +96,7 @@ class Coded:
                     raise ValueError("it holds NaN or infinity")
 
     def read(self, start: int, stop: int) -> Floats:
-        """Values ``start`` to ``stop``, float32 (a new array)."""
+        """Return values ``start`` to ``stop``, float32 (a new array)."""
         result = np.empty(stop - start, np.float32)
         middle = min(max(self._kept, start), stop)
         if start < middle:
@@ -117,18 +117,18 @@ class Coded:
 
 @dataclass(frozen=True)
 class Vector:
-    """A flat vector of a message, which is read in parts and never copied whole unless it is asked for.
+    """A flat vector of a message, which is read in parts and copied whole only by :meth:`whole`.
 
     Parameters
     ----------
     dtype : str
-        Of the model's values.
+        The model's dtype.
     size : int
         Number of values.
     source : ndarray | Callable[[int, int], ndarray]
-        A view of the message, or what decodes its values from start to stop.
+        A view of the message, or a function that decodes the values from start to stop.
     base : ndarray | None
-        1-D, of the model's dtype: what the source's values are added to.
+        1-D, in the model's dtype: the values to which those of the source are added.
     """
 
     dtype: str
@@ -137,21 +137,21 @@ class Vector:
     base: NDArray[Any] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Values ``start`` to ``stop`` in the model's dtype; a read-only view where nothing is coded or added."""
+        """Return values ``start`` to ``stop`` in the model's dtype; a read-only view if not quantised or added."""
         part = self.source[start:stop] if isinstance(self.source, np.ndarray) else self.source(start, stop)
         if self.base is not None:
-            with np.errstate(over="ignore", invalid="ignore"):  # a reply that overflows is found by `is_finite`
+            with np.errstate(over="ignore", invalid="ignore"):  # `is_finite` detects an overflow
                 part = self.base[start:stop] + part
         return part if part.dtype == self.dtype else part.astype(self.dtype)
 
     def whole(self) -> NDArray[Any]:
-        """All values."""
+        """Return all values."""
         return self.read(0, self.size)
 
     def distance(self, other: NDArray[Any], first: int = 0, last: int | None = None) -> float:
-        """L2 norm of the difference from another vector of its dtype, of values ``first`` to ``last`` (default: all).
+        """Return the L2 distance to another vector of its dtype, over values ``first`` to ``last`` (default: all).
 
-        It is infinity or NaN if they are not all finite.
+        It is infinity or NaN if a value is not finite.
         """
         end = self.size if last is None else last
         wide = np.promote_types(self.dtype, np.float32)
@@ -165,13 +165,13 @@ class Vector:
         return math.sqrt(total) if total >= 0 else math.nan
 
     def is_finite(self) -> bool:
-        """Whether every value is a finite number."""
+        """Return whether all values are finite."""
         with np.errstate(over="ignore"):
             return all(np.isfinite(self.read(start, stop)).all() for start, stop in _chunks(self.size))
 
 
 def _sections(data: NDArray[np.uint8], kind: str, kept: int, size: int) -> tuple[Floats, NDArray[Any], NDArray[Any]]:
-    """Views of a coded vector: block scales, values that are never pruned, kept values."""
+    """Return views of a quantised vector: block scales, values that are never pruned, kept values."""
     if kind == "int8":
         first, second = 4 * _blocks(kept), 4 * _blocks(kept) + 2 * (size - kept)
         return data[:first].view("<f4"), data[first:second].view("<u2"), data[second:].view(np.int8)
@@ -196,7 +196,7 @@ def _chunks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _to_blocks(values: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Codes and block scales; ``values`` begins at a block's start."""
+    """Return codes and block scales; ``values`` must begin at the start of a block."""
     padded = np.zeros(_blocks(values.size) * BLOCK, np.float32)
     padded[: values.size] = values
     rows = padded.reshape(-1, BLOCK)
