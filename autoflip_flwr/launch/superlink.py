@@ -121,7 +121,7 @@ def _run(app: Path, run_config: str, resources: Resources, screen: Screen, home:
 
 
 def stream(command: list[str], environment: Mapping[str, str], screen: Screen) -> str:
-    """Show a command's output. Return the error that Flower shows in a box before the run begins, else the last line."""
+    """Show a command's output. Return the error that Flower shows in a box before the run, else the last line."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
