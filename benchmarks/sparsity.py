@@ -37,7 +37,7 @@ LAST = 5
 
 
 def hide_mask(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A mod placed after ``autoflip_mod``. It hides the mask from the client's code, which so trains dense."""
+    """Hide the mask from the client's code, so that it trains dense (a mod, placed after ``autoflip_mod``)."""
     head = context.state[HEADER]
     context.state[HEADER] = ConfigRecord({**head, "phase": EXPLORE})  # type: ignore[dict-item]
     reply = call_next(message, context)

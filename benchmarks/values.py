@@ -42,7 +42,7 @@ COLUMNS = {
 
 
 def cut(data: ImageData, examples: int, folder: str) -> None:
-    """Write the first examples of a data set as the app reads them. (The examples are not sorted.)"""
+    """Write the first examples of a data set, which are not sorted, in the form that the app reads."""
     for part, count in (("train", examples), ("test", examples // 4)):
         np.save(Path(folder, f"x_{part}.npy"), getattr(data, f"x_{part}")[:count])
         np.save(Path(folder, f"y_{part}.npy"), getattr(data, f"y_{part}")[:count])

@@ -275,7 +275,7 @@ class Config:
 
     @property
     def resolved_data_dir(self) -> str:
-        """Return the folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
+        """Folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
         return self.data_dir or os.environ.get("AUTOFLIP_DATA", "")
 
 

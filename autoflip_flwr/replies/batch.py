@@ -1,4 +1,4 @@
-"""Judge the replies of one exchange: each alone, then compared with the others. Rejected replies cost their node.
+"""Judge the replies of one exchange: each alone, then against the others. Each rejected one is a strike for its node.
 
 The replies of the exploration and of the rounds are all judged here.
 """

@@ -100,7 +100,7 @@ class Quarantine:
             self._ledger.note("paused", node, phase, round_, reason)
 
     def judge_norms(self, updates: Mapping[int, Update], phase: str, round_: int) -> dict[int, str]:
-        """Find the nodes whose updates are too large, with the reason. Log odd ones, remember the round's median."""
+        """Find the nodes whose updates are too large, with the reason. Log odd ones, remember the largest median."""
         far, odd = find_outliers(updates, self.rules.norm_factor, self.longest)
         for node, reason in odd.items():
             if node not in self._odd:

@@ -20,8 +20,8 @@ _LONGEST = 64  # characters of a digest: a longer one is ignored
 def learn(told: Told, message: Message, reply: Message) -> None:
     """Note what a reply says about the base that its node holds.
 
-    Replies to hello say so, replies to an exploration that names a base, and replies that report a missing one. A node
-    that lies harms only itself: it is sent exactly what it reports as missing.
+    These are replies to hello, replies to an exploration that names a base, and replies that report a missing base. A
+    node that lies harms only itself: it is sent exactly what it reports as missing.
     """
     head = reply.content.get(HEADER) if reply.has_content() else None
     if not isinstance(head, ConfigRecord):

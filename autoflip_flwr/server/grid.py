@@ -88,7 +88,7 @@ class OrderedGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
+        """Return the connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
         nodes = list(self._grid.get_node_ids())
         if self.calls.begun:
             self.calls.greet(nodes)

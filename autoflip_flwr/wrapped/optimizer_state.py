@@ -36,7 +36,7 @@ def carry_state(
     ``names`` are the names of the arrays that the strategy sees, in its order. Weights that a strategy keeps
     (``current_arrays``) are read from the dense shadow; outside the new mask they get the subspace's values. Moments
     are zero there, and start at zero where an entry has grown again. ``was_packed`` says whether the strategy saw
-    packed arrays before, if that has changed.
+    packed arrays before; ``None``: as ``packed`` says.
     """
     new = subspace.mask
 

@@ -49,7 +49,7 @@ class RunRecord:
         return record
 
     def about(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
+        """Return the content of ``config.json``."""
         found: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
         return found
 
