@@ -1,8 +1,7 @@
-"""Accuracy by traffic: FedAvg beside AutoFLIP at some densities, mean over seeds, exploration and masks charged.
+"""Compare accuracy by traffic: FedAvg and AutoFLIP at several densities, mean over seeds. Explorations and masks count.
 
-The shipped app on one data set, in this process, one client after another. The densities of a seed share one
-exploration, and each is charged with it. Runs that are in ``--output`` already are not made again. The last line is
-JSON.
+The shipped app runs on one data set, in this process, one client after another. The densities of a seed share one
+exploration, whose cost is added to each. Runs that are already in ``--output`` are not repeated. The last line is JSON.
 
     python -m benchmarks.accuracy --config configs/cifar10.toml --nodes 20 --seeds 3 --plot docs/accuracy-by-mb.png
 """
@@ -29,7 +28,7 @@ COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def made(folder: Path) -> list[dict[str, Any]] | None:
-    """The lines of a complete run's record: each round's accuracy and bytes so far."""
+    """Return the lines of a complete run's record: each round's accuracy and bytes so far."""
     found = list(folder.glob("*/summary.json"))
     if not found:
         return None
@@ -38,7 +37,7 @@ def made(folder: Path) -> list[dict[str, Any]] | None:
 
 
 def measure(base: dict[str, Value], nodes: int, densities: Sequence[float], seeds: int, output: Path) -> dict[str, Any]:
-    """Each run's lines, by its name and seed."""
+    """Return each run's lines, by name and seed."""
     found: dict[str, Any] = {}
     for seed in range(1, seeds + 1):
         settings: dict[str, Value] = {**base, "seed": seed, "nodes": nodes}
@@ -58,7 +57,7 @@ def measure(base: dict[str, Value], nodes: int, densities: Sequence[float], seed
 
 
 def row(name: str, runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds."""
+    """Return mean and standard deviation over the seeds."""
     last = [100 * statistics.mean(line["accuracy"] for line in lines[-LAST:]) for lines in runs.values()]
     total = [lines[-1]["bytes"]["total"] / 1e6 for lines in runs.values()]
     spread = round(statistics.stdev(last), 2) if len(last) > 1 else None
@@ -92,7 +91,7 @@ def plot(found: dict[str, Any], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--densities", default="0.3,0.1", help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)

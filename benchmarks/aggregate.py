@@ -1,18 +1,18 @@
-"""The server's work on a round's replies: averaging packed values, beside a BLAS product and Flower on dense arrays.
+"""Time the server's work on a round's replies: averaging packed values, a BLAS product, and Flower on dense arrays.
 
     python -m benchmarks.aggregate [--replies 10 100] [--densities 0.3 0.1]
 
 Replies of ResNet-18 size go through the real strategy and mod, in this process. Each row holds, in milliseconds,
 
-- ``ours_ms``: the averaging kernel on the replies' own buffers,
+- ``ours_ms``: the averaging kernel on the replies' buffers,
 - ``ours_total_ms``: the whole ``AutoFlip.aggregate_train``: judging, averaging, the full arrays of the next round,
-- ``gemv_ms``: one BLAS product of the weights with the replies as the rows of one matrix, the limit of the memory,
+- ``gemv_ms``: one BLAS product of the weights with the replies as rows of one matrix, limited by memory bandwidth,
 - ``flower_fedavg_ms``: Flower's ``FedAvg.aggregate_train`` on dense replies of the same model,
-- ``dense_unpack_ms``: unpacking each reply to a dense one first, then Flower's,
+- ``dense_unpack_ms``: unpacking each reply to a dense one first, then Flower's averaging,
 
-and ``peak_mb``, the memory of ``aggregate_train`` with the replies in it. The last line is a JSON object; beside
-``rows`` it holds the times of choosing the mask of so many scores, of packing and unpacking one message next to a
-plain copy of its values, and of gathering them from and scattering them to the full model.
+and ``peak_mb``, the memory of ``aggregate_train`` including the replies. The last line is a JSON object. Besides
+``rows`` it holds the times of choosing a mask from scores, of packing and unpacking one message (and of a plain copy of
+its values), and of gathering the values from the full model and scattering them to it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from autoflip_flwr.wire.messages import flatten, pack_values, read_vectors, unpa
 from autoflip_flwr.wire.records import to_arrays, to_record
 
 DISTINCT = 10
-"""Dense replies that differ; more of them are these again, which is as far from the cache."""
+"""Number of different dense replies. Further ones repeat these, which fit no cache either."""
 
 WARM = 0.2
-"""Seconds of each work before it is timed."""
+"""Seconds of warm-up before each timing."""
 
 
 def model(width: int = 64) -> Arrays:
-    """Arrays of a ResNet-18 with 10 classes (without the counters of batch normalisation), its width scaled."""
+    """Return arrays of a ResNet-18 of this width with 10 classes, without the counters of batch normalisation."""
     random = np.random.default_rng(0)
     state = resnet18(num_classes=10, width_per_group=64).state_dict()
     scale = width / 64
@@ -66,14 +66,14 @@ def model(width: int = 64) -> Arrays:
 
 
 def random_mask(layout: Layout, density: float) -> Mask:
-    """A mask of about this density."""
+    """Return a mask of about this density."""
     random = np.random.default_rng(1)
     keep = {spec.name: random.random(spec.shape, np.float32) < density for spec in layout.prunable}
     return Mask.from_bool(layout, keep)
 
 
 def client_app() -> ClientApp:
-    """A client that moves every parameter a little."""
+    """Return a client that changes every parameter a little."""
     app = ClientApp(mods=[autoflip_mod])
 
     @app.train()
@@ -88,10 +88,10 @@ def client_app() -> ClientApp:
 
 
 def timed(work: Callable[[], object], repeats: int = 15) -> float:
-    """Median milliseconds, after a while of the same work."""
-    time.sleep(0.3)  # the threads of a BLAS product spin for a while after it
+    """Return the median milliseconds of ``work``, after a warm-up."""
+    time.sleep(0.3)  # BLAS threads spin for a while after a product
     warm = time.perf_counter() + WARM
-    while time.perf_counter() < warm:  # the system needs some time to spread threads over the processors
+    while time.perf_counter() < warm:  # the system needs some time to spread threads over the CPUs
         work()
     times = []
     for _ in range(repeats):
@@ -102,14 +102,14 @@ def timed(work: Callable[[], object], repeats: int = 15) -> float:
 
 
 def gemv_ms(vectors: list[NDArray[Any]], weights: list[float]) -> float:
-    """One BLAS product of the weights with the replies as rows of one matrix."""
+    """Time one BLAS product of the weights with the replies as rows of one matrix."""
     matrix = np.stack(vectors)
     factors = np.array(weights, np.float32) / np.float32(sum(weights))
     return timed(lambda: factors @ matrix)
 
 
 class Measured(AutoFlip):
-    """Measures on the replies of its one round."""
+    """A strategy that measures on the replies of its one round."""
 
     row: dict[str, Any]
 
@@ -170,7 +170,7 @@ class Measured(AutoFlip):
 
 
 def measure(replies: int, density: float) -> dict[str, Any]:
-    """One row."""
+    """Return one row."""
     initial = model()
     layout = Layout.of(initial)
     strategy = Measured(FedAvg(fraction_evaluate=0.0), mask=random_mask(layout, density))
@@ -186,7 +186,7 @@ def measure(replies: int, density: float) -> dict[str, Any]:
 
 
 def other_work(density: float) -> dict[str, Any]:
-    """Choosing a mask, and packing and unpacking a message; a larger model."""
+    """Time choosing a mask, and packing and unpacking a message, of a larger model."""
     initial = model()
     layout = Layout.of(initial)
     mask = random_mask(layout, density)
@@ -195,7 +195,7 @@ def other_work(density: float) -> dict[str, Any]:
     packed = mask.gather(initial)
     flat = flatten(mask, packed)["float32"]
     record = pack_values(mask, packed)
-    mask.scatter(packed)  # its indices are made once
+    mask.scatter(packed)  # the mask's indices are made once
     large = model(96)
     large_layout = Layout.of(large)
     large_mask = random_mask(large_layout, density)
@@ -219,7 +219,7 @@ def other_work(density: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replies", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.3, 0.1])

@@ -1,14 +1,14 @@
-"""Clients that lie about their work, against FedAvg and two robust strategies of Flower, all under AutoFLIP.
+"""Attack FedAvg and two of Flower's robust strategies, all under AutoFLIP, with clients that send false updates.
 
     python -m benchmarks.attacks --rounds 20 --sparsity 0.7 --seeds 5
 
-Two of the ten clients attack from the exploration on: ``sign`` returns what it was sent less its own update, ``noise``
-what it was sent and Gaussian noise of standard deviation 1. What they send keeps to the wire format and is finite, so
-nothing but its norm (``--norm-factor 10``; the default of AutoFlip is 1000) or the wrapped strategy can tell it from
-honest work.
-Runs on all cores. Prints a row of a markdown table for each strategy; the last line is one JSON object. An accuracy is
-the mean of the last five rounds' on the server's test images, and over the seeds. Without ``--alpha`` the clients' data
-are alike: Krum keeps one client's model, which with skewed labels is itself a loss.
+Two of the ten clients attack from the exploration on. ``sign`` returns the values it was sent minus its own update,
+``noise`` returns these values plus Gaussian noise of standard deviation 1. Their replies have the right format and
+finite values. So only the norm (``--norm-factor 10``; AutoFlip's default is 1000) or the wrapped strategy can tell them
+from honest ones.
+It runs on all cores and prints one row of a markdown table per strategy. The last line is one JSON object. Accuracy is
+measured on the server's test images, as the mean of the last five rounds and over the seeds. Without ``--alpha`` the
+clients' data are IID, since Krum keeps one client's model, which alone costs accuracy if labels are skewed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ATTACKS: dict[str, Lie | None] = {
 
 
 def attacker(lie: Lie, seed: int) -> Mod:
-    """A mod that stands behind ``autoflip_mod`` and has the first clients lie about their floating arrays."""
+    """Return a mod, to be placed after ``autoflip_mod``, that makes the first clients falsify their floating arrays."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         part = int(context.node_config["partition-id"])
@@ -75,7 +75,7 @@ def attacker(lie: Lie, seed: int) -> Mod:
 def accuracy(
     name: str, attack: str, rounds: int, sparsity: float, alpha: float | None, seed: int, norm_factor: float
 ) -> float:
-    """Accuracy of one run in its last rounds."""
+    """Return the accuracy of one run in its last rounds."""
     random.seed(seed)
     lie = ATTACKS[attack]
     app = digits.client_app([autoflip_mod] + ([] if lie is None else [attacker(lie, seed)]), alpha=alpha, seed=seed)
@@ -88,7 +88,7 @@ def accuracy(
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="federated rounds of a run (default: 20)")
     parser.add_argument("--sparsity", type=float, default=0.7, help="share of the prunable parameters to prune")

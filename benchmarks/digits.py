@@ -1,8 +1,8 @@
-"""A real small problem in NumPy: scikit-learn's handwritten digits, an MLP, and Flower's strategies tuned to it.
+"""A small real problem in NumPy: scikit-learn's handwritten digits, an MLP, and Flower's strategies tuned to it.
 
-The tests and benchmarks that run every strategy of Flower share it: 20 rounds with ten nodes take a second or two in
-process, and the model learns, so that a strategy that the mask harms shows it in the accuracy. Everything follows from
-(seed, exploring or not, round, partition).
+The tests and benchmarks that run every strategy of Flower share it. 20 rounds with ten nodes take a second or two in
+this process. The model learns, so any harm that the mask does to a strategy shows in the accuracy. All randomness
+follows from (seed, exploring or not, round, partition).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Weights = dict[str, Floats]
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 64) in [0, 1] and labels (n,), split for training and testing."""
+    """Images (n, 64) in [0, 1] and labels (n,), for training and for testing."""
 
     train: tuple[Floats, NDArray[np.int64]]
     test: tuple[Floats, NDArray[np.int64]]
@@ -62,7 +62,7 @@ class Digits:
 
 @functools.cache
 def load() -> Digits:
-    """The data set, always split the same."""
+    """Return the data set, always with the same split."""
     images, labels = load_digits(return_X_y=True)
     images, labels = (images / 16).astype(np.float32), labels.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(labels))
@@ -72,9 +72,9 @@ def load() -> Digits:
 
 @functools.cache
 def partitions(nodes: int = NODES, alpha: float | None = 1.0, seed: int = 0) -> tuple[NDArray[np.int64], ...]:
-    """Indices of each node's training examples: label-skewed by Dirichlet(``alpha``), none without any.
+    """Return indices of each node's training examples: label-skewed by Dirichlet(``alpha``), never empty.
 
-    ``None``: IID shards of the same size (what does not divide is left out).
+    ``alpha=None``: IID shards of the same size (a remainder is dropped).
     """
     labels = load().train[1]
     random = np.random.default_rng([seed, nodes])
@@ -92,7 +92,7 @@ def partitions(nodes: int = NODES, alpha: float | None = 1.0, seed: int = 0) -> 
 
 
 def model(seed: int = 0, *, counter: bool = True) -> Arrays:
-    """The MLP's initial arrays; ``counter`` adds an integer one, as batch normalisation has."""
+    """Return the MLP's initial arrays. ``counter`` adds an integer one, as batch normalisation has."""
     random = np.random.default_rng(seed)
 
     def weight(units: int, inputs: int) -> Floats:
@@ -105,13 +105,13 @@ def model(seed: int = 0, *, counter: bool = True) -> Arrays:
 
 
 def forward(weights: Mapping[str, Floats], images: Floats) -> tuple[Floats, Floats]:
-    """The hidden units (n, units) and the logits (n, classes) of images (n, pixels)."""
+    """Return the hidden units (n, units) and the logits (n, classes) of images (n, pixels)."""
     hidden = np.maximum(images @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
     return hidden, hidden @ weights["out.weight"].T + weights["out.bias"]
 
 
 def loss_and_gradients(weights: Weights, images: Floats, labels: NDArray[np.int64]) -> tuple[float, Weights]:
-    """Mean cross entropy of a batch, and its gradients."""
+    """Return the mean cross entropy of a batch, and its gradients."""
     hidden, logits = forward(weights, images)
     logits -= logits.max(axis=1, keepdims=True)
     log_shares = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -138,9 +138,9 @@ def train(
     masked: Context | None = None,
     proximal_mu: float = 0.0,
 ) -> tuple[Weights, float, int]:
-    """Mini-batch SGD in float32; returns new weights, the mean training loss, and the number of steps.
+    """Train by mini-batch SGD in float32. Return new weights, the mean training loss, and the number of steps.
 
-    ``masked`` is the context whose mask is applied after every step; ``proximal_mu`` is FedProx's.
+    ``masked`` is the context whose mask is applied after every step. ``proximal_mu`` is FedProx's.
     """
     weights = {name: array.copy() for name, array in start.items()}
     losses, subspace = [], None if masked is None else current_subspace(masked)
@@ -157,21 +157,21 @@ def train(
 
 
 def accuracy(arrays: Mapping[str, NDArray[np.generic]]) -> float:
-    """Share of the test images that are classified right."""
+    """Return the share of test images that are classified correctly."""
     images, labels = load().test
     weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"}
     return float((forward(weights, images)[1].argmax(axis=1) == labels).mean())
 
 
 def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-    """Central evaluation, Flower's ``evaluate_fn``."""
+    """Evaluate centrally (Flower's ``evaluate_fn``)."""
     return MetricRecord({"accuracy": accuracy(to_arrays(arrays))})
 
 
 def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None = 1.0, seed: int = 0) -> ClientApp:
-    """A Message-API client with these mods; it trains one epoch, or as many as an exploration asks for.
+    """Return a Message-API client with these mods. It trains one epoch, or as many as an exploration asks for.
 
-    ``masked`` says whether it keeps the pruned weights where they stand while it trains, or ignores the mask.
+    ``masked`` says whether it keeps pruned weights fixed while it trains, or ignores the mask.
     """
     app = ClientApp(mods=list(mods))
 
@@ -179,7 +179,7 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
     def handle(message: Message, context: Context) -> Message:
         config = message.content.config_records["config"]
         part, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-        server_round = max(int(config["server-round"]), 1)  # type: ignore[arg-type]  # explorers' draws are round 1's
+        server_round = max(int(config["server-round"]), 1)  # type: ignore[arg-type]  # explorers draw as in round 1
         mine = partitions(nodes, alpha, seed)[part]
         images, labels = load().train
         arrays = to_arrays(message.content.array_records["arrays"])
@@ -194,14 +194,14 @@ def client_app(mods: Sequence[Mod], *, masked: bool = True, alpha: float | None 
             proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
         )
         new = {name: weights[name] if name in weights else array + steps for name, array in arrays.items()}
-        metrics = MetricRecord({"num-examples": len(mine), "train_loss": loss})  # the key that QFedAvg reads
+        metrics = MetricRecord({"num-examples": len(mine), "train_loss": loss})  # QFedAvg reads this key
         return Message(RecordDict({"arrays": to_record(new), "metrics": metrics}), reply_to=message)
 
     return app
 
 
 def _averaging(kind: Callable[..., Strategy], **tuned: float) -> Callable[..., Strategy]:
-    # no federated evaluation anywhere: Flower's clipping mods answer evaluate messages with an error
+    # no federated evaluation, since Flower's clipping mods answer evaluate messages with an error
     return lambda nodes, **options: kind(**{"fraction_evaluate": 0.0, **tuned, **options})
 
 
@@ -242,8 +242,8 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 }
 """All of Flower's strategies by name, with settings under which this problem is learnt.
 
-Each is made for a number of nodes in a round (at least 7). Options by name are FedAvg's, or those of the strategy's own
-class; a privacy wrapper hands them to the FedAvg inside.
+Each takes the number of nodes per round (at least 7). Options by name are FedAvg's, or those of the strategy's own
+class. A privacy wrapper passes them to the FedAvg inside.
 """
 
 _MODS: dict[str, list[Mod]] = {
@@ -253,5 +253,5 @@ _MODS: dict[str, list[Mod]] = {
 
 
 def mods_for(name: str) -> list[Mod]:
-    """Flower's client mods that the strategy needs; they stand behind ``autoflip_mod``."""
+    """Return Flower's client mods that the strategy needs, to be placed after ``autoflip_mod``."""
     return _MODS.get(name, [])

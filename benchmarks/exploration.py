@@ -1,10 +1,10 @@
-"""Explorers' moves in 8 bits beside float32: bytes, and how far the masks agree.
+"""Compare explorers' deltas in 8 bits with float32: their bytes, and how far the masks agree.
 
     python -m benchmarks.exploration --datasets mnist cifar10 --data-dir DIR
 
-The shipped app explores twice with the same seed, in this process, once for each coding. ``upload_share`` is the
-explorers' upload as a share of dense float32 replies; ``agreement`` the share of the kept coordinates that both masks
-keep, by sparsity and power of the client agreement (``gamma``). The last line is JSON.
+The shipped app explores twice with the same seed, in this process: once quantised, once not. ``upload_share`` is the
+explorers' upload as a share of dense float32 replies. ``agreement`` is the share of kept entries that both masks keep,
+by sparsity and by power of the client agreement (``gamma``). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 
 
 def agreement(mask: Mask, other: Mask) -> float:
-    """Share of the kept coordinates of a mask that another one keeps too."""
+    """Return the share of a mask's kept entries that another mask keeps too."""
     ours, theirs = (np.unpackbits(np.frombuffer(each.bits, np.uint8)) for each in (mask, other))
     return float((ours & theirs).sum() / ours.sum())
 
 
 def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
-    """One data set's row."""
+    """Return one data set's row."""
     data = load(dataset, str(base["data-dir"]))
     initial = training.get_arrays(build(str(base["model"]), data.input_shape, data.classes, int(base["seed"])))
     layout = Layout.of(initial)
@@ -70,7 +70,7 @@ def measure(dataset: str, base: dict[str, Value]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", default=["mnist", "cifar10"])
     parser.add_argument("--data-dir", default="", help="folder of the data; default: $AUTOFLIP_DATA")

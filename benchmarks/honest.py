@@ -1,16 +1,16 @@
-"""Honest clients whose updates differ in length: FedAvg alone, and under AutoFLIP with nothing pruned.
+"""Test honest clients whose updates differ in norm: with FedAvg alone, and under AutoFLIP with nothing pruned.
 
     python -m benchmarks.honest --rounds 20 --seeds 3
 
-Three situations on MNIST (an MLP in NumPy; the data lie in $AUTOFLIP_DATA):
+Three situations on MNIST (an MLP in NumPy; the data are in $AUTOFLIP_DATA):
 
 - ``sites``: five clients with 20 examples, and one with 4,000.
-- ``stragglers``: FedProx, five clients of 200 examples; three have time for one step a round, two for 25.
+- ``stragglers``: FedProx, five clients with 200 examples; three have time for one step per round, two for 25.
 - ``sizes``: twelve clients whose numbers of examples are log-normal, from a few to a few thousand.
 
-AutoFLIP runs with its own norm rule and with stricter ones (``--norm-factor``). Prints a row of a markdown table for
-each; the last line is one JSON object. An accuracy is that of the last round, on the 10,000 test images, and the mean
-of the seeds; beside it stands how many replies were left out.
+AutoFLIP runs with its default norm rule and with stricter ones (``--norm-factor``). It prints one row of a markdown
+table per rule. The last line is one JSON object. Accuracy is that of the last round on the 10,000 test images, as the
+mean over the seeds. Next to it is the number of rejected replies.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Site:
-    """A client: its images (n, pixels) and labels (n,), its steps a round (default: one epoch), and its batch size."""
+    """A client: its images (n, pixels), labels (n,), steps per round (default: one epoch) and batch size."""
 
     images: Floats
     labels: NDArray[np.int64]
@@ -55,7 +55,7 @@ class Site:
 
 
 def client_app(sites: Sequence[Site], seed: int = 0, mods: Sequence[Mod] = (autoflip_mod,)) -> ClientApp:
-    """A client of plain mini-batch SGD; everything follows from (seed, round, partition)."""
+    """Return a client with plain mini-batch SGD. All randomness follows from (seed, round, partition)."""
     app = ClientApp(mods=list(mods))
 
     @app.train()
@@ -81,7 +81,7 @@ def client_app(sites: Sequence[Site], seed: int = 0, mods: Sequence[Mod] = (auto
 
 
 def mlp(pixels: int, seed: int = 0) -> Arrays:
-    """The initial arrays of an MLP with one hidden layer, for ten classes."""
+    """Return the initial arrays of an MLP with one hidden layer, for ten classes."""
     draw = np.random.default_rng(seed)
 
     def weight(units: int, inputs: int) -> Floats:
@@ -96,13 +96,13 @@ def mlp(pixels: int, seed: int = 0) -> Arrays:
 
 
 def sites_of(sizes: Sequence[int], seed: int) -> list[Site]:
-    """Sites of these sizes, of different training images each."""
+    """Return sites of these sizes, with disjoint training images."""
     order = np.random.default_rng(seed).permutation(len(_mnist().y_train))
     return [_site(part) for part in np.split(order[: sum(sizes)], np.cumsum(sizes)[:-1])]
 
 
 def stragglers(seed: int) -> list[Site]:
-    """Five sites of 200 images, in batches of 100; three have time for one step a round, two for 25."""
+    """Return five sites with 200 images, in batches of 100; three have time for one step per round, two for 25."""
     return [
         dataclasses.replace(site, steps=steps, batch=100)
         for site, steps in zip(sites_of([200] * 5, seed), (1, 1, 1, 25, 25), strict=True)
@@ -110,7 +110,7 @@ def stragglers(seed: int) -> list[Site]:
 
 
 def log_normal(seed: int) -> list[Site]:
-    """Twelve sites whose sizes are log-normal, from 4 images to 6,000."""
+    """Return twelve sites whose sizes are log-normal, from 4 images to 6,000."""
     sizes = np.random.default_rng(seed).lognormal(mean=4.0, sigma=2.0, size=12)
     return sites_of([int(size) for size in np.clip(sizes, 4, 6000)], seed)
 
@@ -136,11 +136,11 @@ SITUATIONS: dict[str, tuple[Callable[[int], list[Site]], Callable[[], Strategy]]
     "stragglers": (stragglers, lambda: FedProx(fraction_evaluate=0.0, proximal_mu=0.01)),
     "sizes": (log_normal, _fedavg),
 }
-"""By name: the sites of a seed, and the strategy."""
+"""By name: functions that make the sites for a seed, and the strategy."""
 
 
 def accuracy(sites: Sequence[Site], strategy: Strategy, rounds: int, seed: int) -> tuple[float, int]:
-    """Accuracy of the last round's model, and how many replies were left out."""
+    """Return the accuracy of the last round's model, and the number of rejected replies."""
     random.seed(seed)
     images, labels = _pixels(_mnist().x_test), _mnist().y_test
     grid = LocalGrid(client_app(sites, seed), len(sites))
@@ -151,12 +151,12 @@ def accuracy(sites: Sequence[Site], strategy: Strategy, rounds: int, seed: int) 
 
 
 def _floats(record: ArrayRecord) -> dict[str, Floats]:
-    """FedAdam and QFedAvg send float64."""
+    """Return the arrays as float32, since FedAdam and QFedAvg send float64."""
     return {name: array.astype(np.float32) for name, array in to_arrays(record).items()}
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="federated rounds of a run (default: 20)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... to average over (default: 3)")

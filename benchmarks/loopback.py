@@ -1,11 +1,12 @@
-"""A SuperLink and SuperNodes on 127.0.0.1, as a deployment runs them: every message is served by a process of its own.
+"""Run a SuperLink and SuperNodes on 127.0.0.1, as a deployment does: every message is served by its own process.
 
     with Loopback(nodes=2) as loopback:
         entry = loopback.run(Path("."), {"num-server-rounds": 1}, timeout=300)
         print(entry["network-traffic"])  # {"inbound-bytes": ..., "outbound-bytes": ..., "total-bytes": ...}
 
 Flower counts the objects of the run's messages that SuperNodes push (inbound) and pull (outbound), and the bodies of
-the requests and answers that announce them; not HTTP's headers, the app, or what server app and SuperLink exchange.
+the requests and answers that announce them. It does not count HTTP headers, the app, or the traffic between server app
+and SuperLink.
 """
 
 from __future__ import annotations
@@ -24,22 +25,21 @@ from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.launch import superlink
 from autoflip_flwr.launch.toml import to_toml
 
-READY_LIMIT = 180.0  # seconds until the SuperNodes are online
-TAIL = 40  # lines of a log that an error shows
+READY_LIMIT = 180.0  # seconds to wait for the SuperNodes to be online
+TAIL = 40  # log lines shown with an error
 
 
 class Loopback:
-    """A context manager: in its block a SuperLink and SuperNodes are up on free ports, and the nodes are registered.
+    """A context manager: in its block a SuperLink and SuperNodes run on free ports, and the nodes are registered.
 
-    However the block ends, all processes that this one has started in it are stopped, and their children. Use it in
-    the main thread.
+    However the block ends, all processes started in it are stopped, and their children. Use it in the main thread.
 
     Parameters
     ----------
     nodes : int (2)
-        SuperNodes, each with `partition-id` and `num-partitions` in its node config.
+        Number of SuperNodes, each with `partition-id` and `num-partitions` in its node config.
     node_configs : Sequence[Mapping[str, Value]] | None
-        What else a node's config holds, one mapping a node.
+        Further entries of the node configs, one mapping per node.
     folder : Path | None
         Existing folder for the logs (`superlink.log`, `supernode-0.log`, ..., `run-0.log`, ...). None: a temporary one.
     options : Sequence[str]
@@ -65,9 +65,9 @@ class Loopback:
             self.logs = self.home if self._folder is None else self._folder.resolve()
             self._environment = superlink._environment(self.home)
             self._environment |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "PYTHONUNBUFFERED": "1"}
-            self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each message starts a Python
+            self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # cache bytecode: each message starts a Python
             self._environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "0.2"  # seconds; Flower's default is 1
-            # As if each node had a machine: threads of two nodes that wait for each other's processor only spin.
+            # As if each node had its own machine: threads that compete for CPUs waste time.
             self._environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(self._configs)))
             port = superlink._free_port()
             (self.home / "config.toml").write_text(
@@ -86,19 +86,19 @@ class Loopback:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        for process in self.processes:  # reaped by others
+        for process in self.processes:  # other processes reap them
             process.poll()
 
     def run(self, app: Path, settings: Mapping[str, Value], timeout: float) -> dict[str, Any]:
         """Run the Flower app in folder `app` with these settings, and wait at most `timeout` seconds for it.
 
-        Paths among the settings must be absolute. Returns the run's entry of `flwr list --format json`, and as "log"
-        its output's path. Raises RuntimeError, with that output's end, if it is not `finished:completed` in time.
+        Paths in the settings must be absolute. Return the run's entry of `flwr list --format json`, with the path of
+        its output as "log". Raise RuntimeError, with the end of that output, if it is not `finished:completed` in time.
         """
         name = f"run-{self._runs}"
         self._runs, began = self._runs + 1, time.monotonic()
         (config := self.home / f"{name}.toml").write_text(to_toml(settings), encoding="utf-8")
-        # It waits for the end at next to no cost; asking `flwr list` starts a Python, which a timed run would feel.
+        # This waits at almost no cost. Polling `flwr list` would start a Python each time, and slow the run.
         command = ["flwr", "run", str(app.resolve()), superlink.CONNECTION, "--stream"]
         client = self._popen([*command, *(["-c", str(config)] if settings else [])], name)
         try:
@@ -121,7 +121,7 @@ class Loopback:
         return {**entry, "log": str(self._log(name))}
 
     def tail(self, name: str) -> str:
-        """The last lines of a log, by its name without the suffix."""
+        """Return the last lines of a log, by its name without the suffix."""
         return "\n".join(self._log(name).read_text(errors="replace").splitlines()[-TAIL:])
 
     def _log(self, name: str) -> Path:
@@ -138,7 +138,7 @@ class Loopback:
                 stdout=out,
                 stderr=out,
                 env=self._environment,
-                cwd=self.home,  # no module that lies about goes before those of the app that nodes are sent
+                cwd=self.home,  # so that no module here shadows one of the app that nodes are sent
                 start_new_session=True,
             )
 

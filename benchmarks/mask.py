@@ -1,11 +1,12 @@
-"""Bytes and time of ResNet-18's masks on the wire, against their entropy.
+"""Measure bytes and time of ResNet-18's masks on the wire, and compare them with the masks' entropy.
 
     python -m benchmarks.mask
 
-Random masks of several densities, a mask of whole units (half of the channels, the same ones in all layers that share
-them) and the difference of two masks. ``bytes`` is the mask alone, ``record_bytes`` the record in which it travels:
-the difference's names its base, the others hold the model's layout too. ``entropy_bytes`` is what a random mask of the
-density (of a difference: of the share that changed) needs at least. The last line is one JSON object.
+The masks are random ones of several densities, one of whole units (half of the channels, the same ones in all layers
+that share them) and the difference of two masks. ``bytes`` is the mask alone. ``record_bytes`` is the record in which
+it travels: it also holds the model's layout, or for a difference the digest of the other mask. ``entropy_bytes`` is
+the minimum for a random mask of this density (for a difference: of this share of changes). The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 
 def resnet18_layout() -> Layout:
-    """The layout of torchvision's ResNet-18 of 10 classes, buffers included; weights of two or more axes are pruned."""
+    """Return the layout of torchvision's ResNet-18 for 10 classes, with buffers. Weights of >= 2 axes are pruned."""
     with torch.device("meta"):
         state = resnet18(num_classes=10).state_dict()
     return Layout(
@@ -44,12 +45,12 @@ def resnet18_layout() -> Layout:
 
 
 def random_mask(layout: Layout, density: float, random: np.random.Generator) -> Mask:
-    """Keep each entry with this probability."""
+    """Return a mask that keeps each entry with this probability."""
     return Mask(layout, np.packbits(random.random(layout.prunable_size, np.float32) < density).tobytes())
 
 
 def unit_mask(layout: Layout, random: np.random.Generator) -> Mask:
-    """Keep half of the channels: those of a stage's residual stream, and those inside of each of its blocks."""
+    """Return a mask that keeps half of the channels of each stage's residual stream, and of each block's inside."""
     channels: dict[str, NDArray[np.bool_]] = {"image": np.ones(3, dtype=bool), "classes": np.ones(10, dtype=bool)}
     keep: dict[str, NDArray[np.bool_]] = {}
     for spec in layout.prunable:
@@ -62,7 +63,7 @@ def unit_mask(layout: Layout, random: np.random.Generator) -> Mask:
 
 
 def _ends(name: str) -> tuple[str, str]:
-    """Names of the channels that a weight of the ResNet leads to and comes from."""
+    """Return the names of the output and input channels of a weight of the ResNet."""
     if name == "conv1.weight":
         return "layer1", "image"
     if name == "fc.weight":
@@ -74,7 +75,7 @@ def _ends(name: str) -> tuple[str, str]:
 
 
 def flipped(mask: Mask, share: float, random: np.random.Generator) -> Mask:
-    """Change a share of the entries, as many to kept as to pruned."""
+    """Return the mask with a share of the entries changed, as many to kept as to pruned."""
     keep = np.unpackbits(np.frombuffer(mask.bits, np.uint8), count=mask.layout.prunable_size)
     for value in (0, 1):
         where = np.flatnonzero(keep == value)
@@ -83,10 +84,10 @@ def flipped(mask: Mask, share: float, random: np.random.Generator) -> Mask:
 
 
 def row(name: str, mask: Mask, base: Mask | None = None) -> dict[str, Any]:
-    """Code a mask (with ``base``: the difference to it) and decode it, three times each; the best times."""
+    """Encode a mask (with ``base``: the difference from it) and decode it, three times each. Report the best times."""
 
     def code() -> tuple[str, bytes]:
-        fresh = Mask(mask.layout, mask.bits)  # what a mask caches must not flatter the encoder
+        fresh = Mask(mask.layout, mask.bits)  # without the mask's caches, which would speed up the encoder
         return mask_bits.encode(fresh) if base is None else ("difference", mask_bits.encode_difference(fresh, base))
 
     def decode() -> bytes:

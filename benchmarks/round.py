@@ -1,15 +1,16 @@
-"""Seconds of a pruned round by those of a FedAvg round of the same shipped app, in simulation and in deployment.
+"""Compare the seconds of a pruned round with those of a FedAvg round of the shipped app, simulated and deployed.
 
     python -m benchmarks.round --part all
 
-simulation: `autoflip run` on MNIST, 20 nodes, 5 a round, batches of 350, one local epoch, the small CNN. deployment: a
-SuperLink with two SuperNodes on 127.0.0.1, few optimisation steps, the same in both methods: the small CNN on digits,
-ResNet-18 with BatchNorm and with GroupNorm on 16 made images of CIFAR-10's shape.
+simulation: `autoflip run` on MNIST, 20 nodes, 5 per round, batches of 350, one local epoch, the small CNN.
+deployment: a SuperLink with two SuperNodes on 127.0.0.1, with few optimisation steps, the same in both methods. The
+models are the small CNN on digits, and ResNet-18 with BatchNorm and with GroupNorm on 16 synthetic images of
+CIFAR-10's shape.
 
-The methods take turns, AutoFLIP first, `--repeats` times each. Seconds come from the run's record: the median of the
-rounds after the first (in which the mask travels and clients load their data), central evaluation included; then the
-median of the repeats. Start-up, from the command to the server app's first exchange that counts, and exploration are
-told apart. The last line is one JSON object.
+The methods take turns, AutoFLIP first, `--repeats` times each. Seconds come from the run's record, with central
+evaluation: the median of the rounds after the first (in which the mask travels and clients load their data), then the
+median of the repeats. Start-up (from the command to the server app's first exchange that counts) and exploration are
+reported separately. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from benchmarks.loopback import Loopback
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("autoflip", "fedavg")
 SEED = 1
-RUN_LIMIT = 3600.0  # seconds of one run
+RUN_LIMIT = 3600.0  # seconds per run
 
 Settings = dict[str, Value]
 Row = dict[str, Any]
@@ -49,7 +50,7 @@ Row = dict[str, Any]
 _SHORT: Settings = {"seed": SEED, "local-epochs": 1, "exploration-epochs": 1, "node-timeout": 300}
 
 SIMULATION: Settings = {**_SHORT, "batch-size": 350, "explorers": 0.25}
-"""On top of configs/mnist.toml."""
+"""Settings that override configs/mnist.toml."""
 
 _FEW_STEPS: Settings = {**_SHORT, "nodes": 2, "split": "iid", "fraction-evaluate": 0}
 DEPLOYMENT: dict[str, Settings] = {
@@ -57,7 +58,7 @@ DEPLOYMENT: dict[str, Settings] = {
     "resnet18": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 8},
     "resnet18-gn": {**_FEW_STEPS, "dataset": "cifar10", "batch-size": 8},
 }
-"""By model. ResNet-18: 8 examples a node, hence one step a round."""
+"""Settings by model. ResNet-18: 8 examples per node, hence one step per round."""
 
 LIMITS = {
     ("simulation", "cnn"): 1.10,
@@ -69,7 +70,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """What one run took: seconds, by round where there are many, and its final test accuracy."""
+    """The seconds of one run (a list for its rounds), and its final test accuracy."""
 
     startup: float
     exploration: float
@@ -86,8 +87,8 @@ class Timing:
 def read_timing(record: Path, began: float, traffic: int = 0) -> Timing:
     """Read the record of a run whose command was given at `began` (seconds since the epoch).
 
-    `traffic` is the bytes that Flower counted. Raises ValueError for a record without two rounds, or with
-    failures: such rounds are not to be compared.
+    `traffic` is the bytes that Flower counted. Raise ValueError for a record with fewer than two rounds, or with
+    failures, since such rounds cannot be compared.
     """
     lines = [json.loads(line) for line in (record / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["phase"] == "train"]
@@ -97,7 +98,7 @@ def read_timing(record: Path, began: float, traffic: int = 0) -> Timing:
         raise ValueError(f"{record}: replies are missing: {trained[-1]['failures']}")
     explored = [line["seconds"] for line in lines if line["phase"] == "exploration"]
     return Timing(
-        # the server app writes its settings down right before its clock starts
+        # the server app writes its settings right before its clock starts
         startup=(record / "config.json").stat().st_mtime - began,
         exploration=explored[-1] if explored else 0.0,
         rounds=tuple(after["seconds"] - before["seconds"] for before, after in itertools.pairwise(trained)),
@@ -107,7 +108,7 @@ def read_timing(record: Path, began: float, traffic: int = 0) -> Timing:
 
 
 def row(part: str, model: str, found: Mapping[str, Sequence[Timing]]) -> Row:
-    """The result of one model from the repeats of both methods, in pairs."""
+    """Return the result of one model from the paired repeats of both methods."""
     autoflip, fedavg = (statistics.median(each.round for each in found[method]) for method in METHODS)
     ratio, limit = autoflip / fedavg, LIMITS[part, model]
     pairs = [a.round / b.round for a, b in zip(*(found[method] for method in METHODS), strict=True)]
@@ -141,7 +142,7 @@ def _spread(values: Iterator[float]) -> list[float]:
 
 
 def compare(part: str, model: str, repeats: int, run: Callable[[str, Path], int]) -> Row:
-    """Run both methods in turns. `run` takes a method and the folder for its record, and returns Flower's bytes."""
+    """Run both methods in turn. `run` takes a method and the folder for its record, and returns Flower's bytes."""
     found: dict[str, list[Timing]] = {method: [] for method in METHODS}
     for repeat in range(1, repeats + 1):
         for method in METHODS:
@@ -162,14 +163,14 @@ def compare(part: str, model: str, repeats: int, run: Callable[[str, Path], int]
 
 
 def simulate(rounds: int, repeats: int) -> Row:
-    """The simulation part, by the app's own command."""
+    """Run the simulation part with the app's own command."""
     data = os.environ.get("AUTOFLIP_DATA") or str(ROOT.parent / "shared" / "data")
     common: Settings = {**SIMULATION, "num-server-rounds": rounds, "data-dir": data}
 
     def run(method: str, folder: Path) -> int:
         settings: Settings = {**common, "method": method, "output-dir": str(folder)}
         pairs = [f"-c{key}={json.dumps(value)}" for key, value in settings.items()]
-        with redirect_stdout(io.StringIO()) as output:  # the last line of ours is the result
+        with redirect_stdout(io.StringIO()) as output:  # our own last line must be the result
             code = cli.main(["run", str(ROOT), "--config", str(ROOT / "configs" / "mnist.toml"), *pairs])
         if code:
             raise RuntimeError(f"autoflip run: exit code {code}\n{output.getvalue()[-4000:]}")
@@ -179,7 +180,7 @@ def simulate(rounds: int, repeats: int) -> Row:
 
 
 def deploy(rounds: int, repeats: int, models: Sequence[str]) -> Iterator[Row]:
-    """The deployment part: one SuperLink for all runs."""
+    """Run the deployment part, with one SuperLink for all runs."""
     with tempfile.TemporaryDirectory() as data, Loopback(nodes=2) as loopback:
         make_images(Path(data))
         common: Settings = {"num-server-rounds": rounds, "data-dir": data}
@@ -193,7 +194,7 @@ def deploy(rounds: int, repeats: int, models: Sequence[str]) -> Iterator[Row]:
 
 
 def make_images(folder: Path, examples: int = 16, test_examples: int = 20) -> None:
-    """Write a data folder of CIFAR-10's format: noise, and labels in turn."""
+    """Write a data folder in CIFAR-10's format, with noise as images and the labels in turn."""
     random = np.random.default_rng(SEED)
     for part, count in (("train", examples), ("test", test_examples)):
         np.save(folder / f"x_{part}.npy", random.integers(0, 256, (count, 32, 32, 3), np.uint8))
@@ -201,7 +202,7 @@ def make_images(folder: Path, examples: int = 16, test_examples: int = 20) -> No
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["simulation", "deployment", "all"], default="all")
     parser.add_argument("--models", nargs="+", choices=list(DEPLOYMENT), default=list(DEPLOYMENT), help="to deploy")

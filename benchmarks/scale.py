@@ -1,17 +1,17 @@
-"""Many nodes of which few train: seconds of a round and memory of a simulation, for 10, 100 and 1,000 nodes.
+"""Measure many nodes of which few train: seconds per round and memory of a simulation, for 10, 100 and 1,000 nodes.
 
     python -m benchmarks.scale --data-dir /data --nodes 10 100 1000 --rounds 30 --plot docs/scale.png
 
-Each size is one ``autoflip run`` of the shipped app, small CNN on MNIST, 60 examples a node whatever the number of
-nodes (at 1,000 all 60,000), IID, one local epoch, 20 nodes a round (10 of 10), as many explorers; the server tests on
-1,000 images after each round. The work of a round is then the same for 100 and 1,000 nodes, and what differs is the
-federation. Ray's object store is limited to 500 MB. Prints a row of a markdown table for each size in turn; the last
-line is one JSON object. A size whose run fails, or in which a reply fails or is missing, ends the benchmark.
+Each size is one ``autoflip run`` of the shipped app: the small CNN on MNIST, IID, one local epoch. A node has 60
+examples whatever the number of nodes (at 1,000 nodes, all 60,000). 20 nodes train per round (10 of 10), and as many
+explore. The server tests on 1,000 images after each round. So a round's work is the same for 100 and 1,000 nodes, and
+only the size of the federation differs. Ray's object store is limited to 500 MB. One row of a markdown table is printed
+per size; the last line is one JSON object. If a run fails, or a reply fails or is missing, the benchmark ends.
 
-``seconds_per_round`` is the median over the rounds; ``startup_s`` reaches from the command to the exploration, with the
-roll call, in which every node answers one small message. ``peak_pss_mb`` is the most that the command and all that it
-started (SuperLink, simulation, Ray) held at one time, by the kernel's PSS, which counts a shared page once, sampled
-each second; ``shm_mb`` the most that was shared memory, as the object store is. MB are 10^6 bytes. Linux only.
+``seconds_per_round`` is the median over the rounds. ``startup_s`` is the time from the command to the exploration. It
+includes the roll call, in which every node answers one small message. ``peak_pss_mb`` is the largest memory of the
+command and all that it started (SuperLink, simulation, Ray), sampled every second by the kernel's PSS, which counts a
+shared page once. ``shm_mb`` is the largest shared memory, such as the object store. MB are 10^6 bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ COLUMNS = {
 
 
 class MemoryWatch:
-    """Samples the memory of a process and of all that descends from it, from entering to leaving the context.
+    """Samples the memory of a process and of all its descendants, from entering to leaving the context.
 
     Parameters
     ----------
     root : int
         The process.
     marker : str
-        Text in the environment of the process's descendants, by which those are found that its death has orphaned.
+        Text in the environment of the process's descendants, by which orphaned ones are found.
     interval : float
         Seconds between samples.
 
@@ -95,22 +95,22 @@ class MemoryWatch:
         self._thread.join()
 
     def family(self) -> set[int]:
-        """The process, its descendants, and whoever has the marker with all of their descendants."""
+        """Return the process, all processes with the marker, and the descendants of all of these."""
         children: dict[int, list[int]] = {}
         found = [self._root]
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
-                with suppress(OSError):  # it has ended, or is another user's
+                with suppress(OSError):  # it has ended, or belongs to another user
                     # after the name, which may hold spaces and brackets: state, parent, ..., start time as the 20th
                     stat = (folder / "stat").read_bytes().rpartition(b")")[2].split()
                     pid, key = int(folder.name), (int(folder.name), stat[19])
                     children.setdefault(int(stat[1]), []).append(pid)
-                    # remembered, since Ray's workers overwrite their environment with their title
+                    # stored, since Ray's workers overwrite their environment with their title
                     marked = self._known.get(key) or self._marker in (folder / "environ").read_bytes()
                     self._known[key] = marked
                     if marked:
                         found.append(pid)
-        for pid in found:  # grows while it is walked
+        for pid in found:  # grows during the loop
             found += children.pop(pid, [])
         return set(found)
 
@@ -124,7 +124,7 @@ class MemoryWatch:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Bytes of a process's PSS, and of the shared memory in it; zeros if it has ended."""
+    """Return the bytes of a process's PSS, and of the shared memory in it; zeros if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
@@ -134,7 +134,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def cut(data_dir: str, nodes: int, folder: Path) -> None:
-    """Write so much of the data set into a folder that each node gets ``EXAMPLES`` examples."""
+    """Write a part of the data set into a folder, such that each node gets ``EXAMPLES`` examples."""
     data = load("mnist", data_dir)
     if nodes * EXAMPLES > len(data.y_train):
         raise ValueError(f"--nodes {nodes}: at most {len(data.y_train) // EXAMPLES} get {EXAMPLES} examples each")
@@ -144,7 +144,7 @@ def cut(data_dir: str, nodes: int, folder: Path) -> None:
 
 
 def settings(nodes: int, rounds: int, data: Path, runs: Path) -> dict[str, Value]:
-    """The app's settings that differ from its defaults."""
+    """Return the app's settings that differ from its defaults."""
     share = min(1.0, SAMPLED / nodes)
     return {
         "dataset": "mnist",
@@ -160,19 +160,19 @@ def settings(nodes: int, rounds: int, data: Path, runs: Path) -> dict[str, Value
 
 
 def measure(data_dir: str, nodes: int, rounds: int) -> Row:
-    """Run the app once, and watch it.
+    """Run the app once, and measure it.
 
-    Raises ``RuntimeError`` if the run fails, or a reply was missing or did not count.
+    Raise ``RuntimeError`` if the run fails, or if a reply is missing or does not count.
     """
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
         own = Path(name)
-        # in a process that ends: PyTorch's pages are not to be shared with this one, which is not counted
+        # in a process that ends, so that no PyTorch pages are shared with this process, which is not counted
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(cut, data_dir, nodes, own).result()
         pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in settings(nodes, rounds, own, own).items())
         command = [sys.executable, "-m", "autoflip_flwr.launch.cli", "run", "--nodes", str(nodes), "-c", pairs]
         token = uuid4().hex
-        # the one way to limit it: no setting of Flower's simulation reaches `object_store_memory` of ray.init
+        # the only way to limit it: no setting of Flower's simulation reaches `object_store_memory` of ray.init
         limit = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE)}
         environment = {**os.environ, **limit, MARKER: token}
         began = time.time()
@@ -187,7 +187,7 @@ def measure(data_dir: str, nodes: int, rounds: int) -> Row:
 
 
 def read(record: Path, nodes: int, began: float) -> Row:
-    """What a run's record says; ``began`` is the time at which the command was started."""
+    """Read a run's record. ``began`` is the time at which the command was started."""
     lines = [json.loads(line) for line in (record / "metrics.jsonl").read_text().splitlines()]
     summary: dict[str, Any] = json.loads((record / "summary.json").read_text())
     if any(summary["failures"].values()):
@@ -227,7 +227,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[10, 100, 1000], help="sizes (default: 10 100 1000)")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each (default: 30)")

@@ -1,10 +1,10 @@
-"""Accuracy and bytes by sparsity, for clients that train under the mask and for clients that do not.
+"""Measure accuracy and bytes by sparsity, for clients that train under the mask and for clients that do not.
 
-The shipped app on one data set, in this process, one client after another. For each seed there is FedAvg, one
-exploration, and for each sparsity two runs that share it: in one the clients train under the mask, as the app does, in
-the other they train dense between messages, as a project does that has plugged in strategy and mod alone. Accuracy is
-the mean of the last five rounds; traffic is what a run moves up and down, with and without its exploration. The last
-line is JSON.
+The shipped app runs on one data set, in this process, one client after another. Each seed has one FedAvg run, one
+exploration, and two runs per sparsity that share it. In one the clients train under the mask, as the app does. In the
+other they train dense between messages, as in a project that uses only the strategy and the mod. Accuracy is the mean
+of the last five rounds. Traffic is a run's upload and download, with and without its exploration. The last line is
+JSON.
 
     python -m benchmarks.sparsity --sparsities 0.5,0.7,0.9 --seeds 3
 """
@@ -37,7 +37,7 @@ LAST = 5
 
 
 def hide_mask(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A mod behind ours: the client's own code sees no mask, and trains dense between messages."""
+    """Hide the mask from the client's code, so that it trains dense (a mod, placed after ``autoflip_mod``)."""
     head = context.state[HEADER]
     context.state[HEADER] = ConfigRecord({**head, "phase": EXPLORE})  # type: ignore[dict-item]
     reply = call_next(message, context)
@@ -46,7 +46,7 @@ def hide_mask(message: Message, context: Context, call_next: ClientAppCallable) 
 
 
 def run(settings: Mapping[str, Value], nodes: int, *, masked: bool = True) -> tuple[Path, float, dict[str, Any]]:
-    """One run of the app: its folder, its accuracy in % (mean of the last rounds), and its summary."""
+    """Run the app once. Return its folder, its accuracy in % (mean of the last rounds), and its summary."""
     mods: list[Mod] = [autoflip_mod] if masked else [autoflip_mod, hide_mask]
     app = ClientApp(client_fn=client.client_fn, mods=mods)
     folder = server.run(LocalGrid(app, nodes, dict(settings)), Config.from_run_config(settings))
@@ -56,7 +56,7 @@ def run(settings: Mapping[str, Value], nodes: int, *, masked: bool = True) -> tu
 
 
 def measure(base: dict[str, Value], nodes: int, sparsities: list[float], seeds: int) -> list[dict[str, Any]]:
-    """A row for FedAvg and for each sparsity: mean and standard deviation over the seeds."""
+    """Return a row for FedAvg and for each sparsity: mean and standard deviation over the seeds."""
     found: dict[float, list[dict[str, float]]] = {sparsity: [] for sparsity in (0.0, *sparsities)}
     with tempfile.TemporaryDirectory() as output:
         for seed in range(1, seeds + 1):
@@ -92,7 +92,7 @@ def _row(sparsity: float, runs: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsities", default="0.3,0.5,0.7,0.8,0.9,0.95", help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)

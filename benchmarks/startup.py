@@ -1,18 +1,18 @@
-"""Seconds of a client's process, from its start and from its message to its reply, with the mod and without.
+"""Time a client's process, from its start and from its message to its reply, with and without the mod.
 
     python -m benchmarks.startup [--models cnn resnet18] [--repeats 9]
 
-In a deployment every message is served by a process of its own. Here it is as `flwr-clientapp` is, without the network:
-it loads what that command loads, takes one serialised message and context, loads an `@app.train` PyTorch client, runs
-it (one step of SGD on 8 made images) and serialises the reply and the context. The client is
+In a deployment every message is served by its own process. Here it works like `flwr-clientapp`, without the network: it
+loads what that command loads, takes one serialised message and context, loads an `@app.train` PyTorch client, runs it
+(one step of SGD on 8 synthetic images) and serialises the reply and the context. The cases are
 
 - plain: it is sent the dense arrays,
 - mask cached: with `autoflip_mod` and `masked_training`, it is sent packed arrays; the mask is in its context,
-- mask along: the same, and the mask comes with the message, as it does once a node.
+- mask along: the same, but the mask comes with the message, as it does once per node.
 
-They take turns. A row compares medians of seconds: from the process's start to the reply; from the message's arrival in
-the process to the reply (what is loaded before is the same); the client app's own work without loading it; and of the
-processors. Limits hold for the first two. The last line is one JSON object.
+The cases take turns. A row compares medians of seconds: from the process's start to the reply; from the message's
+arrival in the process to the reply (what is loaded before is the same); of the client app's work without loading it;
+and of CPU time. The first two have limits. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Times = dict[str, float]
 
 
 def write_messages(folder: Path, model: str) -> dict[str, Path]:
-    """The messages of the three cases, as a server sends them; files by case."""
+    """Write the messages of the three cases, as a server sends them. Return the files by case."""
     files = {case: folder / f"{model}-{case.replace(' ', '-')}" for case in (PLAIN, CACHED, ALONG)}
     initial = ArrayRecord(startup_client.network(model).state_dict())
     layout = Layout.of({name: array.numpy() for name, array in initial.items()})
@@ -77,7 +77,7 @@ def _fedavg() -> FedAvg:
 
 
 def _serve(strategy: Strategy, app: ClientApp, initial: ArrayRecord) -> None:
-    """Two rounds with clients that return what they get: the mask comes with the first."""
+    """Run two rounds with clients that return what they get. The mask comes with the first round."""
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -88,7 +88,7 @@ def _serve(strategy: Strategy, app: ClientApp, initial: ArrayRecord) -> None:
 
 
 def serve(case: str, file: Path, model: str) -> Times:
-    """One process, one message: its seconds."""
+    """Serve one message in one process. Return its seconds."""
     command = [sys.executable, "-m", "benchmarks.startup_client", str(file), model]
     command += ["dense" if case == PLAIN else "masked", str(time.monotonic())]
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -100,11 +100,11 @@ def serve(case: str, file: Path, model: str) -> Times:
 
 
 def measure(model: str, repeats: int) -> list[dict[str, Any]]:
-    """The rows of one model."""
+    """Return the rows of one model."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_messages(Path(folder), model)
         cases = list(files)
-        serve(PLAIN, files[PLAIN], model)  # the files of the modules are in memory from here on
+        serve(PLAIN, files[PLAIN], model)  # from here on the modules' files are in the disk cache
         serve(CACHED, files[CACHED], model)
         found: dict[str, list[Times]] = {case: [] for case in cases}
         for repeat in range(repeats):
@@ -116,7 +116,7 @@ def measure(model: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def row(case: str, ours: Sequence[Times], plain: Sequence[Times]) -> dict[str, Any]:
-    """A case beside the plain client."""
+    """Return a row that compares a case with the plain client."""
     result: dict[str, Any] = {"case": case}
     for name, key in (("", "start"), ("message_", "message"), ("handle_", "handle"), ("cpu_", "cpu")):
         mine, other = (statistics.median(times[key] for times in each) for each in (ours, plain))
@@ -129,7 +129,7 @@ def row(case: str, ours: Sequence[Times], plain: Sequence[Times]) -> dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=startup_client.MODELS, default=list(startup_client.MODELS))
     parser.add_argument("--repeats", type=int, default=9)

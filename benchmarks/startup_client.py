@@ -1,9 +1,9 @@
-"""The client's process of `benchmarks.startup`: what `flwr-clientapp` does from its start to its reply, but no network.
+"""The client's process of `benchmarks.startup`: it does what `flwr-clientapp` does, but without the network.
 
     python -m benchmarks.startup_client MESSAGE MODEL dense|masked BEGAN
 
-It prints seconds as JSON: since BEGAN, the `time.monotonic()` at which the process was asked for; since the message was
-there; and of its processors.
+It prints seconds as JSON: since BEGAN (the `time.monotonic()` at which the process was started), since the message
+was there, and of CPU time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODELS = ("cnn", "resnet18")
 
 
 def client_app(model: str, masked: bool) -> ClientApp:
-    """An `@app.train` client in PyTorch: one step of SGD on made images; it loads what a client's own module would."""
+    """Return an `@app.train` client in PyTorch: one step of SGD on synthetic images. It imports what a client would."""
     if masked:
         from autoflip_flwr.torch import autoflip_mod, masked_training
     import torch
@@ -48,7 +48,7 @@ def client_app(model: str, masked: bool) -> ClientApp:
 
 
 def network(model: str):  # type: ignore[no-untyped-def]  # torch is not loaded yet
-    """The model by its name."""
+    """Return the model by its name."""
     if model == "resnet18":
         from torchvision.models import resnet18
 
@@ -62,7 +62,7 @@ def network(model: str):  # type: ignore[no-untyped-def]  # torch is not loaded 
 
 
 def save(path: Path, message: Message, context: Context) -> None:
-    """Write down a message and its node's context as they reach the process."""
+    """Save a message and its node's context as they reach the process."""
     from flwr.common.serde import context_to_proto
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
@@ -72,7 +72,7 @@ def save(path: Path, message: Message, context: Context) -> None:
 
 def handle(path: Path, model: str, masked: bool, began: float) -> dict[str, float]:
     """Serve one message."""
-    importlib.import_module("flwr.supernode.cli.flwr_clientapp")  # all that the real process loads before its message
+    importlib.import_module("flwr.supernode.cli.flwr_clientapp")  # loads what the real process loads before its message
     from flwr.common.serde import context_from_proto, context_to_proto
     from flwr.proto.message_pb2 import Context as ContextProto
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects

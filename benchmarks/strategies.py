@@ -1,11 +1,11 @@
-"""Every aggregation strategy of Flower on handwritten digits: alone, under AutoFLIP with nothing pruned, and pruned.
+"""Run every strategy of Flower on handwritten digits: alone, under AutoFLIP with nothing pruned, and pruned.
 
     python -m benchmarks.strategies --rounds 20 --sparsity 0.7 --seeds 3
 
-Runs on all cores. Prints a row of a markdown table for each strategy in turn; the last line is one JSON object. An
-accuracy is the mean of the last five rounds' on the server's test images, and over the seeds. ``masked`` clients keep
-pruned weights at zero while they train, ``dense`` ones ignore the mask. Bytes saved are those of the messages, up and
-down, against AutoFlip with nothing pruned: once of the rounds and the mask alone, once with the exploration.
+It runs on all cores and prints one row of a markdown table per strategy. The last line is one JSON object. Accuracy is
+measured on the server's test images, as the mean of the last five rounds and over the seeds. ``masked`` clients keep
+pruned weights at zero while they train, ``dense`` ones ignore the mask. Saved bytes are those of all messages, compared
+with AutoFlip with nothing pruned: once for the rounds and the mask only, once with the exploration.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """Mean of the last rounds."""
+        """Mean accuracy of the last rounds."""
         return float(np.mean(self.accuracies[-LAST:]))
 
 
 def run(strategy: Strategy, mods: Sequence[Mod], rounds: int, seed: int, *, masked: bool = True) -> Run:
-    """Run a strategy over digits, in process."""
+    """Run a strategy on the digits, in this process."""
     random.seed(seed)
-    np.random.seed(seed)  # differential privacy draws its noise from it
+    np.random.seed(seed)  # differential privacy draws its noise with it
     app = digits.client_app(mods, masked=masked, seed=seed)
-    # floats alone: plain QFedAvg fails on an integer counter
+    # floats only: plain QFedAvg fails on an integer counter
     initial = to_record(digits.model(seed, counter=False))
     result = strategy.start(LocalGrid(app, digits.NODES), initial, rounds, evaluate_fn=digits.evaluate)
     accuracies = [float(record["accuracy"]) for record in result.evaluate_metrics_serverapp.values()]  # type: ignore[arg-type]
@@ -77,19 +77,19 @@ def run(strategy: Strategy, mods: Sequence[Mod], rounds: int, seed: int, *, mask
 
 
 def same(left: Arrays, right: Arrays) -> bool:
-    """Whether names, dtypes and bytes are the same."""
+    """Return whether names, dtypes and bytes are equal."""
     return [(name, array.dtype, array.tobytes()) for name, array in left.items()] == [
         (name, array.dtype, array.tobytes()) for name, array in right.items()
     ]
 
 
 def respected(arrays: Arrays, mask: Mask | None) -> bool:
-    """Whether nothing outside the mask differs from zero."""
+    """Return whether everything outside the mask is zero."""
     return mask is not None and not any(arrays[name][~keep].any() for name, keep in mask.keep.items())
 
 
 def share_saved(pruned: AutoFlip, full: AutoFlip, *, exploration: bool) -> float:
-    """Share of the bytes that pruning saves."""
+    """Return the share of bytes that pruning saves."""
 
     def total(strategy: AutoFlip) -> int:
         table = strategy.ledger.bytes_by_phase()
@@ -99,7 +99,7 @@ def share_saved(pruned: AutoFlip, full: AutoFlip, *, exploration: bool) -> float
 
 
 def one_seed(name: str, rounds: int, sparsity: float, seed: int) -> Row:
-    """Four runs of a strategy: alone, under AutoFlip with nothing pruned, and pruned with either client."""
+    """Run a strategy four times: alone, under AutoFlip with nothing pruned, and pruned with either client."""
     make, behind = digits.STRATEGIES[name], digits.mods_for(name)
     mods = [autoflip_mod, *behind]
     full, masked, dense = (
@@ -121,7 +121,7 @@ def one_seed(name: str, rounds: int, sparsity: float, seed: int) -> Row:
 
 
 def summarise(name: str, found: Sequence[Row]) -> Row:
-    """A row of the table: what must hold for every seed, and the means of the rest."""
+    """Return a row of the table: conditions that must hold for every seed, and means of the rest."""
     row: Row = {"strategy": name}
     for key, first in found[0].items():
         values = [each[key] for each in found]
@@ -130,20 +130,20 @@ def summarise(name: str, found: Sequence[Row]) -> Row:
 
 
 def cell(value: str | bool | float) -> str:
-    """A value as the table shows it."""
+    """Return a value as the table shows it."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     return value if isinstance(value, str) else f"{100 * value:.1f}"
 
 
 def prepare() -> None:
-    """Of a process that runs strategies: little said, quick garbage collections."""
+    """Set up a process that runs strategies: little logging, fast garbage collection."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    gc.freeze()  # QFedAvg and Bulyan have Flower collect garbage once a reply: spare it the modules
+    gc.freeze()  # QFedAvg and Bulyan make Flower collect garbage once per reply: let it skip the modules
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="federated rounds of a run (default: 20)")
     parser.add_argument("--sparsity", type=float, default=0.7, help="share of the prunable parameters to prune")

@@ -1,4 +1,4 @@
-"""Markdown tables, printed a row at a time while a benchmark works."""
+"""Print markdown tables row by row while a benchmark runs."""
 
 from __future__ import annotations
 

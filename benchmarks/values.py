@@ -1,10 +1,10 @@
-"""Accuracy and bytes by the coding of values: float32, bfloat16, float16 and int8, both ways.
+"""Measure accuracy and bytes by how values travel: as float32, bfloat16, float16 or int8, in both directions.
 
-The shipped app on one data set, in this process, one client after another. For each seed one exploration and one run
-with float32 are shared by all; accuracy is the mean of the last five rounds. ``loss`` is float32's accuracy less the
-coding's, over the same seeds; ``standard_error`` is that of their mean difference. A coding is ``within`` its limit if
-the loss is at most 0.3 points or two standard errors. ``times_smaller`` compares the train messages, up and down, with
-float32's. The last line is JSON.
+The shipped app runs on one data set, in this process, one client after another. Each seed has one exploration and one
+float32 run that all formats share. Accuracy is the mean of the last five rounds. ``loss`` is float32's accuracy minus
+the format's, over the same seeds; ``standard_error`` is that of their mean difference. A format is ``within`` its limit
+if the loss is at most 0.3 points or two standard errors. ``times_smaller`` compares the train messages, up and down,
+with float32's. The last line is JSON.
 
     python -m benchmarks.values --dataset mnist --data-dir DIR --seeds 3 --rounds 40
 """
@@ -42,14 +42,14 @@ COLUMNS = {
 
 
 def cut(data: ImageData, examples: int, folder: str) -> None:
-    """Write the first examples of a data set, which come in no order, as the app reads them."""
+    """Write the first examples of a data set, which are not sorted, in the form that the app reads."""
     for part, count in (("train", examples), ("test", examples // 4)):
         np.save(Path(folder, f"x_{part}.npy"), getattr(data, f"x_{part}")[:count])
         np.save(Path(folder, f"y_{part}.npy"), getattr(data, f"y_{part}")[:count])
 
 
 def measure(base: dict[str, Value], nodes: int, seeds: int) -> list[dict[str, Any]]:
-    """A row for each coding."""
+    """Return a row for each format of the values."""
     found: dict[str, list[tuple[float, dict[str, Any]]]] = {kind: [] for kind in VALUES}
     with tempfile.TemporaryDirectory() as output:
         for seed in range(1, seeds + 1):
@@ -86,7 +86,7 @@ def _row(
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="mnist", choices=["mnist", "cifar10"])
     parser.add_argument("--data-dir", default="", help="folder of the data; default: $AUTOFLIP_DATA")

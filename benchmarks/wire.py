@@ -1,12 +1,12 @@
-"""Bytes of one pruned round's messages, made by the real strategy and mod, for a model of a given size.
+"""Count the bytes of one pruned round's messages, made by the real strategy and mod, for a model of a given size.
 
     python -m benchmarks.wire --params 1700000 --density 0.3
 
 The last line is one JSON object. ``upload_bytes`` and ``download_bytes`` are the serialised messages of one client and
-round once it has the mask; the limits are 1.01 x the values that travel (never-pruned ones included, in their dtypes)
-+ 2 KiB. ``mask_bytes`` is the mask record that goes along once, ``mask_entropy_bytes`` what its density would need at
-least, ``dense_bytes`` Flower's own message of the full model, ``exploration_upload_bytes`` an explorer's reply. For
-each coding of values, ``values`` holds how many times smaller than float32's an upload and a download are.
+round once it has the mask. Their limits are 1.01 x the values that travel (with never-pruned ones, in their dtypes)
++ 2 KiB. ``mask_bytes`` is the mask record that is sent once, ``mask_entropy_bytes`` the minimum for its density,
+``dense_bytes`` Flower's own message of the full model, ``exploration_upload_bytes`` an explorer's reply. ``values``
+holds, for each format of the values, how many times smaller an upload and a download are than float32's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from autoflip_flwr.wire.records import to_arrays, to_record
 
 
 def twocnn(parameters: int) -> Arrays:
-    """Arrays of a TwoCNN (two convolutions, two linear layers) of about so many parameters, h by bisection."""
+    """Return arrays of a TwoCNN (two convolutions, two linear layers) of about this size, with h found by bisection."""
 
     def shapes(h: int) -> dict[str, tuple[int, ...]]:
         return {
@@ -55,7 +55,7 @@ def twocnn(parameters: int) -> Arrays:
 
 
 def client_app() -> ClientApp:
-    """A client that moves every parameter a little."""
+    """Return a client that changes every parameter a little."""
     app = ClientApp(mods=[autoflip_mod])
 
     @app.train()
@@ -73,7 +73,7 @@ def client_app() -> ClientApp:
 
 
 def measure(parameters: int, density: float, kind: str = "float32") -> dict[str, Any]:
-    """Run an exploration and two pruned rounds with two nodes, and read the sizes off the messages of the second."""
+    """Run an exploration and two pruned rounds with two nodes. Take the sizes from the messages of the second round."""
     replies: list[Message] = []
     grid = LocalGrid(client_app(), 2, tamper=lambda reply: replies.append(reply) or reply)  # type: ignore[func-returns-value]
     initial = twocnn(parameters)
@@ -117,7 +117,7 @@ def measure(parameters: int, density: float, kind: str = "float32") -> dict[str,
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=int, default=1_700_000, help="about so many parameters (default: 1.7 million)")
     parser.add_argument("--density", type=float, default=0.3, help="share of the prunable parameters that is kept")

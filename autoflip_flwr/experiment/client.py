@@ -23,7 +23,7 @@ from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY
 
 @lru_cache(maxsize=32)
 def _examples(config: Config, data_dir: str, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One node's examples: float32 (N, C, H, W) and int64 (N,); all of the folder's where `parts` is 0."""
+    """Return one node's examples: float32 (N, C, H, W) and int64 (N,). All of the folder's if `parts` is 0."""
     data = load(config.dataset, data_dir)
     rows = partition_by(config, data.y_train, parts)[part] if parts else slice(None)
     return torch.from_numpy(data.batch(data.x_train[rows])), torch.tensor(data.y_train[rows])
@@ -43,7 +43,7 @@ class LocalClient(NumPyClient):
     classes : int
         How many classes the data set has.
     context : Context
-        Of the node: it knows the mask in force, and what the server asks.
+        The node's context, which holds the mask in force and what the server asks for.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class LocalClient(NumPyClient):
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
         self._model = build(config.model, shape, classes, config.seed)
         self._model.to(training.choose_device(config.device))
-        self._threads = 1 if config.model in SMALL else None  # also the same result whatever CPUs a client has
+        self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
         self, parameters: list[NDArray[Any]], config: dict[str, Any]
     ) -> tuple[list[NDArray[Any]], int, dict[str, Any]]:
-        """Train from these parameters; in the exploration phase as the explorers do."""
+        """Train from these parameters; in the exploration phase, as explorers do."""
         training.set_arrays(self._model, parameters)
         exploring = PHASE_KEY in config
-        round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring: at the first round's learning rate
+        round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring, with round 1's learning rate
         seed = training.seed_of(self._config.seed, int(exploring), round_, self._part)
         with training.threads(self._threads):
-            if exploring and EPOCHS_KEY not in config:  # nothing to train for: the server asks for gradients
+            if exploring and EPOCHS_KEY not in config:  # no training: the server asks for gradients
                 with gradients(self._model, self._context):
                     done = training.pass_over(self._model, self._x, self._y, self._config.batch_size, seed)
             else:
@@ -85,7 +85,7 @@ class LocalClient(NumPyClient):
         return arrays, len(self._x), metrics
 
     def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
-        """Loss and accuracy of these parameters on the node's own examples."""
+        """Return loss and accuracy of these parameters on the node's own examples."""
         training.set_arrays(self._model, parameters)
         with training.threads(self._threads):
             loss, accuracy = training.evaluate(self._model, self._x, self._y)
@@ -93,10 +93,10 @@ class LocalClient(NumPyClient):
 
 
 def client_fn(context: Context) -> Client:
-    """Make the client of a node; ``data-dir`` of the node config goes before that of the run config.
+    """Make the client of a node. ``data-dir`` in the node config overrides that in the run config.
 
-    Nodes with the whole data set have ``num-partitions`` in their node config, and each trains on its part. A node with
-    a ``data-dir`` of its own and no ``num-partitions`` trains on all that this folder holds.
+    Nodes that have the whole data set and ``num-partitions`` in their node config each train on their partition. A node
+    with its own ``data-dir`` and no ``num-partitions`` trains on all of that folder.
     """
     config = Config.from_run_config(context.run_config, check_paths=False)
     node = context.node_config

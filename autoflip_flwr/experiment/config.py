@@ -1,6 +1,6 @@
-"""The settings of the shipped app: the one place that says what each means, its default and what is allowed.
+"""The settings of the shipped app: the one place that defines their meanings, defaults and allowed values.
 
-`autoflip settings` prints them; docs/settings.md and `[tool.flwr.app.config]` in pyproject.toml are held to them.
+`autoflip settings` prints them. docs/settings.md and `[tool.flwr.app.config]` in pyproject.toml must agree with them.
 Flower itself checks neither types nor ranges, so both the command line and the server app pass their values through
 `Config`.
 """
@@ -30,12 +30,12 @@ _DATA_FILES = (
 
 
 class ConfigError(ValueError):
-    """A setting that the user has to change; the message is one line fit to be shown."""
+    """A setting that the user has to change. The message is one line that can be shown."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is allowed: a type, a range in words and as a test, and the choices where there are some."""
+    """What a setting allows: a type, a range in words and as a test, and the choices if there are any."""
 
     kind: type[Value]
     allowed: str
@@ -72,7 +72,7 @@ _CODING, _OWN_CODING = _choice(choices.VALUES), _choice(("", *choices.VALUES))
 def _setting(
     section: str, default: Value, rule: Rule, meaning: str, *, only_with: tuple[str, tuple[Value, ...]] | None = None
 ) -> Any:
-    """A field of `Config`; `only_with` is the setting, and its values, without which this one does nothing."""
+    """Return a field of `Config`. `only_with` is another setting, and its values with which this one has an effect."""
     about = {"section": section, "rule": rule, "meaning": meaning, "only_with": only_with}
     return field(default=default, metadata=about)
 
@@ -91,9 +91,8 @@ _of_safety = partial(_setting, "Replies and checkpoints", only_with=("method", c
 class Config:
     """All settings of one run. A value out of range raises `ConfigError`.
 
-    In TOML and on the command line the names are in kebab case: `batch-size` for `batch_size`. Numbers are finite; an
-    integer is accepted where a number is asked for and becomes a float. `autoflip settings` prints what each field says
-    of itself.
+    In TOML and on the command line the names are in kebab case: `batch-size` for `batch_size`. Numbers are finite. An
+    integer is accepted for a float and converted. `autoflip settings` prints the description of each field.
     """
 
     name: str = _of_run("", _NAME, "Name of the run's folder. Empty: <method>-<dataset>")
@@ -205,7 +204,7 @@ class Config:
             rule: Rule = each.metadata["rule"]
             value = getattr(self, each.name)
             if rule.kind is float and type(value) is int:
-                # An integer beyond the range of a float is as unusable as infinity.
+                # An integer beyond the range of a float counts as infinity.
                 value = float(value) if abs(value) < 2**1023 else math.inf
                 object.__setattr__(self, each.name, value)
             wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
@@ -259,19 +258,19 @@ class Config:
         return config
 
     def as_dict(self) -> dict[str, Value]:
-        """All settings by their kebab-case keys, in the order of their declaration."""
+        """Return all settings by their kebab-case keys, in the order of their declaration."""
         return {key_of(each): getattr(self, each.name) for each in fields(self)}
 
     def as_fields(self) -> dict[str, Value]:
-        """All settings by their names here."""
+        """Return all settings by their field names."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def of_start(self) -> dict[str, Value]:
-        """Those that decide the initial model."""
+        """Return the settings that decide the initial model."""
         return {"model": self.model, "dataset": self.dataset, "seed": self.seed}
 
     def decisive(self) -> dict[str, Value]:
-        """Those that decide what a run computes, and hence what must not change when it goes on."""
+        """Return the settings that decide what a run computes, and so must not change when it is resumed."""
         return {key: value for key, value in self.as_dict().items() if key not in _FREE}
 
     @property
@@ -295,10 +294,10 @@ _FREE = (
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: as in TOML, save that strings are in single quotes."""
+    """Return a value as messages show it: as in TOML, but with strings in single quotes."""
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def key_of(setting: "Field[Any]") -> str:
-    """The name of a field of `Config` in TOML and on the command line."""
+    """Return the name of a field of `Config` in TOML and on the command line."""
     return setting.name.replace("_", "-")

@@ -47,7 +47,7 @@ class ImageData:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of one example as a model sees it."""
+        """Shape (C, H, W) of one example as models take it."""
         height, width, channels = self.x_train.shape[1:]
         return channels, height, width
 
@@ -126,7 +126,7 @@ def _digits() -> ImageData:
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    # 0..16 to the nearest of 0..255.
+    # Scale 0..16 to the nearest integer in 0..255.
     x = ((bunch.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[..., None]
     y = bunch.target.astype(np.int64)
     train, test = train_test_split(np.arange(len(y)), test_size=0.2, random_state=0, stratify=y)
@@ -170,7 +170,7 @@ def _from_npy(folder: Path) -> dict[str, Any]:
 
 
 def _loader(known: Known) -> Any:
-    # Here, not above: torchvision is slow to import, and digits and .npy arrays do without it.
+    # Here, not above: torchvision is slow to import, and digits and .npy arrays do not need it.
     import torchvision.datasets
 
     return getattr(torchvision.datasets, known.loader)
@@ -185,7 +185,7 @@ def _from_torchvision(known: Known, root: Path, download: bool = False) -> dict[
     for part in ("train", "test"):
         try:
             found = loader(str(root), train=part == "train", download=download)
-        except Exception as error:  # a damaged file raises whatever its parser trips over
+        except Exception as error:  # parsers raise all kinds of errors on damaged files
             if download:
                 raise
             if isinstance(error, RuntimeError) and "not found" in str(error):
@@ -196,7 +196,7 @@ def _from_torchvision(known: Known, root: Path, download: bool = False) -> dict[
 
 
 def _originals(known: Known, root: Path) -> dict[str, Path]:
-    """Return the four original `.gz` files by name, empty if one is missing; refuse altered ones."""
+    """Return the four original `.gz` files by name, or {} if one is missing. Raise an error for altered ones."""
     if not has_originals(known, root):
         return {}
     from torchvision.datasets.utils import check_integrity
@@ -204,16 +204,16 @@ def _originals(known: Known, root: Path) -> dict[str, Path]:
     raw = root / known.folder / "raw"
     resources: list[tuple[str, str]] = _loader(known).resources
     for name, md5 in resources:
-        # An altered file would send torchvision online for a good one.
+        # For an altered file torchvision would try a download.
         if not check_integrity(raw / name, md5):
             raise ConfigError(f"{raw / name}: damaged, its md5 is not the original's {md5}")
     return {name: raw / name for name, _ in resources}
 
 
 def _through_cache(dataset: str, known: Known, archives: dict[str, Path]) -> dict[str, Any]:
-    """Read the set from the cache folder, filling that first from `archives` or, if empty, by download.
+    """Read the data set from the cache folder. Fill that first from `archives` or, if these are empty, by download.
 
-    Many processes may do so at once: each works in a folder of its own, and a rename publishes the first to finish.
+    Several processes may do so at once: each works in its own folder, and the first to finish renames it into place.
     """
     cache = cache_dir()
     if (cached := _cached(known)) is not None:
@@ -246,10 +246,10 @@ def _cached(known: Known) -> dict[str, Any] | None:
 
 
 def _downloaded(dataset: str, known: Known, root: Path) -> dict[str, Any]:
-    """Let torchvision complete `root`: it unpacks the originals that lie there, and downloads what does not."""
+    """Let torchvision complete `root`: it unpacks the originals that are there, and downloads the others."""
     try:
         arrays = _from_torchvision(known, root, download=True)
-    except Exception as error:  # urllib, http, ssl, tarfile and torchvision each have their own
+    except Exception as error:  # urllib, http, ssl, tarfile and torchvision each raise their own
         raise ConfigError(
             f"cannot download {dataset} (no network?); give data-dir a folder that has it: {_one_line(error)}"
         ) from error

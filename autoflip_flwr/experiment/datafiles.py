@@ -1,4 +1,4 @@
-"""Where the files of a data set are: what can be known without reading them."""
+"""Find the files of a data set without reading them."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ _CIFAR_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch
 
 
 class Known(NamedTuple):
-    """What is fixed about one data set: `image` is (H, W, C); `loader`, `folder` and `host` are torchvision's."""
+    """Fixed facts about one data set. `image` is (H, W, C); `loader`, `folder` and `host` are torchvision's."""
 
     image: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -48,9 +48,9 @@ KNOWN = {
 
 
 def cache_dir() -> Path:
-    """Folder for what is unpacked, downloaded or computed once; it need not exist yet.
+    """Return the folder for what is unpacked, downloaded or computed once. It need not exist yet.
 
-    `$AUTOFLIP_CACHE`, else `$XDG_CACHE_HOME/autoflip-flwr`, else `~/.cache/autoflip-flwr`.
+    It is `$AUTOFLIP_CACHE`, else `$XDG_CACHE_HOME/autoflip-flwr`, else `~/.cache/autoflip-flwr`.
     """
     if own := os.environ.get("AUTOFLIP_CACHE"):
         return Path(own).expanduser()
@@ -58,26 +58,26 @@ def cache_dir() -> Path:
 
 
 def npy_folder(dataset: str, root: Path) -> Path | None:
-    """The folder that holds the set as `.npy` arrays: `root`, or its subfolder named as the data set."""
+    """Return the folder with the data set as `.npy` arrays: `root`, or its subfolder named like the data set."""
     folders = (root, root / dataset)
     return next((each for each in folders if all((each / f"{name}.npy").is_file() for name in ARRAYS)), None)
 
 
 def has_originals(known: Known, root: Path) -> bool:
-    """Whether the four original `.gz` files of an MNIST are below `root`."""
+    """Return whether the four original `.gz` files of MNIST or Fashion-MNIST are below `root`."""
     raw = root / known.folder / "raw"
     return known.image[2] == 1 and all((raw / f"{name}.gz").is_file() for name in IDX_FILES)
 
 
 def unpacked(known: Known, root: Path) -> bool:
-    """Whether all of the files that torchvision reads are below `root`."""
+    """Return whether all files that torchvision reads are below `root`."""
     folder = root / known.folder
     files = [folder / "raw" / name for name in IDX_FILES] if known.image[2] == 1 else [folder / n for n in _CIFAR_FILES]
     return all(path.is_file() for path in files)
 
 
 def not_found(dataset: str, known: Known, root: Path) -> str:
-    """Say that `root` does not hold a data set, and what was looked for."""
+    """Return the message that `root` does not hold a data set, with what was looked for."""
     files = ", ".join(f"{name}.npy" for name in ARRAYS)
     theirs = known.folder + os.sep
     if known.image[2] == 1:

@@ -1,4 +1,4 @@
-"""Settings that do nothing beside others, which a user who has typed them should know."""
+"""Find settings that have no effect because of other settings, to warn users who typed them."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -7,7 +7,7 @@ from autoflip_flwr.experiment.config import Config, Value, key_of, shown
 
 
 def idle(config: Config, given: Collection[str]) -> list[str]:
-    """Name those of the ``given`` settings (kebab-case keys) that do nothing: a line for each reason."""
+    """Name the ``given`` settings (kebab-case keys) that have no effect: one line per reason."""
     settings = config.as_dict()
     reasons: dict[tuple[str, tuple[Value, ...]], list[str]] = {}
     for each in fields(Config):

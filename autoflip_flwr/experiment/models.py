@@ -1,4 +1,4 @@
-"""The models of the app, initialised from a seed of their own, and what a training step of one costs."""
+"""The models of the app, initialised from their own seed, and the cost of a training step."""
 
 import copy
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.startup import light_imports
 
 SMALL = ("cnn",)
-"""Models whose training steps are too short to be shared among threads: those would wait more than they compute."""
+"""Models whose training steps are too short for several threads, which would wait more than they compute."""
 
 _TWOCNN_WIDTH = 32
 
@@ -30,7 +30,7 @@ def build(model: str, input_shape: tuple[int, int, int], classes: int, seed: int
     classes : int
         Number of logits.
     seed : int
-        Of the initial parameters. Torch's global random state is left as it is.
+        Seed of the initial parameters. Torch's global random state is left as it is.
 
     Returns
     -------
@@ -54,13 +54,13 @@ def build(model: str, input_shape: tuple[int, int, int], classes: int, seed: int
 def flops_per_example(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Count the floating-point operations of one training example, forward and backward.
 
-    Counted are convolutions and matrix products, a multiply-add as 2; not element-wise layers, nor the gradient with
-    respect to the input. The model is not touched, run, or kept: a copy without storage is.
+    Convolutions and matrix products are counted, a multiply-add as 2. Element-wise layers and the gradient with respect
+    to the input are not. Only a copy without storage is run; the model itself is neither changed nor kept.
 
     Parameters
     ----------
     model : Module
-        What it holds frozen counts as trained.
+        The model. Frozen parameters count as trained.
     input_shape : tuple of int
         (C, H, W) of one example.
 
@@ -71,7 +71,7 @@ def flops_per_example(model: nn.Module, input_shape: tuple[int, int, int]) -> in
     """
     # Evaluation mode costs the same, and lets batch normalisation accept a single example.
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(True)
-    from torch.utils.flop_counter import FlopCounterMode  # here, not above: it loads a compiler that clients do without
+    from torch.utils.flop_counter import FlopCounterMode  # here, not above: it loads a compiler clients do without
 
     counter = FlopCounterMode(display=False)
     with counter:
@@ -130,7 +130,7 @@ def _resnet18_gn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
 def _cifar_resnet18(
     input_shape: tuple[int, int, int], classes: int, norm: type[nn.BatchNorm2d] | partial[nn.GroupNorm]
 ) -> nn.Module:
-    with light_imports():  # here, not above: torchvision is slow to import, and the other models do without it
+    with light_imports():  # here, not above: torchvision is slow to import, and the other models do not need it
         from torchvision.models import resnet18
 
     net: nn.Module = resnet18(num_classes=classes, norm_layer=norm)

@@ -1,4 +1,4 @@
-"""Splits of a labelled data set between clients, by flwr-datasets' partitioners, computed once per machine."""
+"""Split a labelled data set between clients with flwr-datasets' partitioners, once per machine."""
 
 import hashlib
 import importlib.metadata
@@ -35,8 +35,8 @@ def partition(
 ) -> tuple[Indices, ...]:
     """Split the examples between clients: every example goes to exactly one client, and no client gets none.
 
-    The result depends on the arguments alone. It is kept in `cache_dir()`, because flwr-datasets takes many seconds
-    to import, and every actor of a simulation would pay for that.
+    The result depends on the arguments only. It is cached in `cache_dir()`, because flwr-datasets takes many seconds
+    to import, in every actor of a simulation.
 
     Parameters
     ----------
@@ -50,11 +50,11 @@ def partition(
     num_partitions : int
         Number of clients, at most N.
     seed : int
-        At least 0; it draws the order of the examples and, by the split, proportions or classes.
+        At least 0. It draws the order of the examples and, depending on the split, proportions or classes.
     alpha : float
-        Of the Dirichlet split, > 0; the smaller, the more skewed.
+        Parameter of the Dirichlet split, > 0; the smaller, the more skewed.
     classes_per_client : int
-        Of the pathological split, at most the number of classes.
+        Parameter of the pathological split, at most the number of classes.
 
     Returns
     -------
@@ -82,13 +82,13 @@ def partition(
     parts = _read(path, len(classes), num_partitions)
     if parts is None:
         parts = _compute(classes, dataset, split, num_partitions, seed, alpha, classes_per_client)
-        with suppress(OSError):  # without a writable cache the split is only slower to get
+        with suppress(OSError):  # without a writable cache the split is only slower
             _write(path, parts)
     return parts
 
 
 def partition_by(config: Config, labels: Indices, num_partitions: int) -> tuple[Indices, ...]:
-    """:func:`partition` as the settings say; the server and every client come to the same split."""
+    """Call :func:`partition` with the settings. The server and every client get the same split."""
     return partition(
         labels,
         dataset=config.dataset,
@@ -129,7 +129,7 @@ def _check(
 def _compute(
     labels: Indices, dataset: str, split: str, clients: int, seed: int, alpha: float, classes_per_client: int
 ) -> tuple[Indices, ...]:
-    # Read when the libraries are first imported. Nothing here needs the hub.
+    # Read when the libraries are first imported. The hub is not needed here.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -137,7 +137,7 @@ def _compute(
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
 
     rng = np.random.default_rng(seed)
-    # The partitioners cut runs out of the order they are given (and the iid one has no seed).
+    # The partitioners take consecutive examples in the order given (and the iid one has no seed).
     order = rng.permutation(len(labels))
     classes = np.unique(labels, return_inverse=True)[1]
     per_client = 1
@@ -145,7 +145,7 @@ def _compute(
         partitioner = IidPartitioner(clients)
         reason = ""
     elif split == "dirichlet":
-        # At least a fiftieth of an even share, so that hardly any draw has to be repeated, and at most a small batch.
+        # A fiftieth of an even share, so that draws rarely have to be repeated, but at most a small batch.
         smallest = max(1, min(10, len(labels) // (50 * clients)))
         partitioner = DirichletPartitioner(
             clients, "label", alpha, min_partition_size=smallest, self_balancing=False, shuffle=False, seed=seed
@@ -153,9 +153,9 @@ def _compute(
         reason = f"no draw left each of {clients} clients {smallest} or more examples; raise alpha or use fewer clients"
     else:
         reason = f"a class has fewer examples than clients that need it; use fewer than {clients} clients or more data"
-        mode = "first-deterministic"  # the first class of client i is class i modulo their number, the others are drawn
+        mode = "first-deterministic"  # client i's first class is i modulo their number; more are drawn
         if clients < classes.max() + 1:
-            # That would leave classes out. One-class parts, dealt in turn, do not, nor repeat a class within a client.
+            # That would miss classes. One-class parts, dealt in turn, do not, and never repeat a class within a client.
             mode, per_client, classes_per_client = "deterministic", classes_per_client, 1
             classes = rng.permutation(classes.max() + 1)[classes]
         partitioner = PathologicalPartitioner(
@@ -164,7 +164,7 @@ def _compute(
     partitioner.dataset = Dataset.from_dict({"index": order, "label": classes[order]})
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each repeated draw
+            warnings.simplefilter("ignore")  # one per repeated draw
             pieces = [_index(partitioner.load_partition(i)) for i in range(clients * per_client)]
     except ValueError as error:
         raise ConfigError(f"{split} split of {dataset}: {reason}") from error
@@ -181,7 +181,7 @@ def _index(rows: Any) -> Indices:
 
 
 def _is_split(parts: tuple[Indices, ...], examples: int) -> bool:
-    """Whether the parts are ascending, not empty, and hold each of the examples once."""
+    """Return whether the parts are ascending, not empty, and hold each example exactly once."""
     every = np.sort(np.concatenate(parts))
     ascending = all(len(part) and (np.diff(part) > 0).all() for part in parts)
     return ascending and np.array_equal(every, np.arange(examples))
@@ -202,7 +202,7 @@ def _read(path: Path, examples: int, clients: int) -> tuple[Indices, ...] | None
 
 def _write(path: Path, parts: tuple[Indices, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A rename, because others may write, or read, the same file now.
+    # A rename, because other processes may be writing or reading the same file.
     with tempfile.TemporaryDirectory(prefix=".partition-", dir=path.parent) as own:
         file = Path(own) / path.name
         np.savez(file, indices=np.concatenate(parts), sizes=np.array([len(part) for part in parts]))

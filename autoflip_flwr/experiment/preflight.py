@@ -1,4 +1,4 @@
-"""What can be known before a run is started: checks that take a moment each, without PyTorch or Ray."""
+"""Check what can be checked before a run is started. Each check takes a moment, without PyTorch or Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMI_LIMIT = 5.0
 
 
 def check(config: Config, gpus: float) -> None:
-    """Refuse settings of the shipped app that cannot work on this machine.
+    """Reject settings of the shipped app that cannot work on this machine.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def check(config: Config, gpus: float) -> None:
     Raises
     ------
     ConfigError
-        For a device that is not there or that clients would not be given, a folder that cannot be written, a data set
-        that is neither at hand nor to be downloaded, and a run or an exploration of other settings.
+        For a device that does not exist or that clients would not get, a folder that cannot be written, a data set that
+        is neither there nor can be downloaded, and a run or an exploration with other settings.
     """
     check_device(config.device, gpus)
     check_writable(Path(config.output_dir))
@@ -66,7 +66,7 @@ def check_resources(cpus: int, gpus: float) -> None:
 
 
 def check_device(device: str, gpus: float) -> None:
-    """Raise ``ConfigError`` for a device that is not here, that PyTorch does not know, or that Ray would hide."""
+    """Raise ``ConfigError`` for a device that does not exist, that PyTorch cannot use, or that Ray would hide."""
     if device == "mps" and sys.platform != "darwin":
         raise ConfigError("device = 'mps': only macOS has it; auto takes what there is")
     if device != "cuda":
@@ -80,7 +80,7 @@ def check_device(device: str, gpus: float) -> None:
 
 
 def cuda_devices() -> int | None:
-    """How many NVIDIA GPUs a process may use; None where that cannot be told (AMD's, which PyTorch calls cuda, too)."""
+    """Return how many NVIDIA GPUs a process may use; None if unknown (AMD's GPUs, too, are called cuda by PyTorch)."""
     if sys.platform == "darwin":
         return 0
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -89,7 +89,7 @@ def cuda_devices() -> int | None:
     if Path("/dev/kfd").exists():
         return None
     found = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if not found and shutil.which("nvidia-smi"):  # Windows, or Linux within it
+    if not found and shutil.which("nvidia-smi"):  # Windows, or Linux in WSL
         try:
             listed = subprocess.run(
                 ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=SMI_LIMIT, check=False
@@ -101,7 +101,7 @@ def cuda_devices() -> int | None:
 
 
 def torch_without_cuda() -> bool:
-    """Whether the installed PyTorch says that it is built for the CPU alone."""
+    """Return whether the installed PyTorch is built for the CPU only."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return False
@@ -114,7 +114,7 @@ def torch_without_cuda() -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ``ConfigError`` if ``folder`` cannot be made and written to; nothing is left behind."""
+    """Raise ``ConfigError`` if ``folder`` cannot be made and written to. Nothing is left behind."""
     there = folder.absolute()
     while not there.exists() and not there.is_symlink() and there != there.parent:
         there = there.parent
@@ -128,7 +128,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_data(dataset: str, data_dir: str) -> None:
-    """Raise ``ConfigError`` if the files of a data set are neither there nor to be downloaded."""
+    """Raise ``ConfigError`` if the files of a data set are neither there nor can be downloaded."""
     if dataset not in KNOWN:
         return
     known = KNOWN[dataset]
@@ -144,7 +144,7 @@ def check_data(dataset: str, data_dir: str) -> None:
 
 
 def unreachable(url: str) -> str:
-    """Why no connection to the host of ``url``, or to the proxy before it, is made in a moment; "" if one is."""
+    """Return why the host of ``url``, or the proxy before it, cannot be reached in a moment; "" if it can."""
     parts = urllib.parse.urlsplit(url)
     host = str(parts.hostname)
     proxy = urllib.request.getproxies().get(parts.scheme)
@@ -160,7 +160,7 @@ def unreachable(url: str) -> str:
         except OSError as error:
             trouble[0] = f"{where[0]}: {error.strerror or error}"
 
-    # in a thread, since looking a name up knows no time limit
+    # in a thread, since a name lookup has no time limit
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT_LIMIT)
@@ -168,9 +168,9 @@ def unreachable(url: str) -> str:
 
 
 def earlier_exploration(config: Config, initial: Arrays | None) -> StoredExploration:
-    """The exploration that is to be used again; ``ConfigError`` if the file has none, or of another initial model.
+    """Return the exploration to reuse; ``ConfigError`` if the file has none, or one of another initial model.
 
-    ``None`` for a model that is not made yet: then the settings that it is made of are compared.
+    ``initial`` is ``None`` if the model is not made yet. Then the settings that it is made from are compared.
     """
     from autoflip_flwr.storage.exploration_file import ExplorationFileError, read_exploration  # slow to load
 
@@ -181,8 +181,8 @@ def earlier_exploration(config: Config, initial: Arrays | None) -> StoredExplora
 
 
 def resumable(config: Config) -> RunRecord:
-    """The record of the run that is to go on; ``ConfigError`` if it has other settings, or cannot."""
-    from autoflip_flwr.experiment.record.folder import RunRecord  # here, not above: it needs what takes longer to load
+    """Return the record of the run to resume; ``ConfigError`` if it has other settings or cannot be resumed."""
+    from autoflip_flwr.experiment.record.folder import RunRecord  # here, not above: it is slow to load
 
     record = RunRecord(Path(config.resume).resolve())
     try:
@@ -200,7 +200,7 @@ def resumable(config: Config) -> RunRecord:
 def check_superlink(name: str) -> None:
     """Raise ``ConfigError`` if Flower's ``config.toml`` has no SuperLink of this name.
 
-    A file that is not there yet is not looked for: Flower makes one with names of its own.
+    A missing file is no error: Flower creates one with its own names.
     """
     path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
     try:

@@ -1,4 +1,4 @@
-"""The shipped server app: reads the settings, checks everything, then runs AutoFLIP or FedAvg."""
+"""The shipped server app: it reads and checks the settings, then runs AutoFLIP or FedAvg."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the app; what is wrong is said in one line that begins with ``autoflip: error:``."""
+    """Run the app. An error is shown in one line that begins with ``autoflip: error:``."""
     try:
         run(grid, Config.from_run_config(context.run_config))
     except (ConfigError, ValueError, RuntimeError, OSError) as error:
@@ -46,7 +46,7 @@ def run(grid: Grid, config: Config) -> Path:
     Raises
     ------
     ConfigError
-        If a setting must be changed, before any client works.
+        Before any client works, if a setting must be changed.
     RuntimeError
         If too few nodes connect, or too few explorers answer.
     """
@@ -57,8 +57,8 @@ def run(grid: Grid, config: Config) -> Path:
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
     _wait_for_nodes(ordered, config)
-    if ordered.num_partitions:  # else each node has data of its own
-        # refuses an impossible split now, and leaves the split in the cache for the clients
+    if ordered.num_partitions:  # else each node has its own data
+        # rejects an impossible split now, and caches the split for the clients
         partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
     earlier = earlier_exploration(config, initial) if config.exploration else None
     if config.resume:
@@ -106,14 +106,14 @@ def run(grid: Grid, config: Config) -> Path:
             evaluate_fn=evaluate,
         )
     except Exception as error:
-        with suppress(OSError):  # a full disk may be the reason itself
+        with suppress(OSError):  # the error itself may be a full disk
             tracker.fail(_in_words(error))
         raise
     return tracker.finish(result.arrays if result.arrays else to_record(initial))
 
 
 def _in_words(error: Exception) -> str:
-    """An error on one line; what is not meant for users keeps its class."""
+    """Return an error as one line. Errors that are not meant for users keep their class."""
     words = " ".join(str(error).split())
     return words if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {words}"
 

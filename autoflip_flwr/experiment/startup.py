@@ -1,4 +1,4 @@
-"""A light start: in a deployment every message is served by a process of its own."""
+"""Start quickly, since in a deployment every message is served by a new process."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_CALLS_IT_A_LEAK = "triton"  # torch's compiler: where it was set aside, dozens of lines end the process
+_CALLS_IT_A_LEAK = "triton"  # torch's compiler: at exit it reports frozen objects as leaks, in dozens of lines
 
-atexit.register(gc.disable)  # Python looks for garbage once more, but a last time is enough
+atexit.register(gc.disable)  # Python collects several times at exit; its last collection is enough
 
 
 @contextmanager
 def light_imports() -> Iterator[None]:
-    """Load modules in this block without looking for garbage among them.
+    """Pause garbage collection while modules are loaded in this block.
 
-    While modules are loaded, Python's collector goes through all of them again and again, and once more when the
-    process ends: with torch that is a third of a short process's time. If the block has loaded something, all that
-    there is at its end is set aside for good, unless torch's compiler is among it; the collector then works as before
-    on what comes later.
+    Otherwise Python's collector would scan all modules again and again, and once more when the process ends. With torch
+    that is a third of a short process's time. If the block has loaded something, all present objects are frozen at its
+    end (``gc.freeze``), unless torch's compiler is among them. Later objects are collected as before.
     """
     loaded, enabled = len(sys.modules), gc.isenabled()
     gc.disable()

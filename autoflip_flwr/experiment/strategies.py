@@ -1,4 +1,4 @@
-"""From the app's settings to the strategy that they mean."""
+"""Make the strategy that the app's settings describe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS: Mapping[str, type[LossExploration | Magnitude | Random | Snip]] = {
 def strategy_of(
     config: Config, ledger: Ledger, exploration: Exploration | Statistics | None, checkpoints: Path
 ) -> Strategy:
-    """Make the strategy that the settings mean; ``exploration`` is that of an earlier run."""
+    """Make the strategy that the settings describe. ``exploration`` is that of an earlier run."""
     common = {
         "fraction_train": config.fraction_train,
         "fraction_evaluate": config.fraction_evaluate,
@@ -80,7 +80,7 @@ def least_nodes(config: Config) -> int:
 
 
 def _method(config: Config) -> Method:
-    """The method, its fields by their names in the settings."""
+    """Return the method, with its fields taken from the settings of the same names."""
     kind, own = METHODS[config.method], config.as_fields()
     found = {}
     for field in fields(kind):

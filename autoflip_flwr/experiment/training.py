@@ -1,4 +1,4 @@
-"""Local training and evaluation of the shipped app's models."""
+"""Train and evaluate the shipped app's models locally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autoflip_flwr.torch import masked_training
 
 @dataclass(frozen=True)
 class Trained:
-    """What a local training did: mean loss of its last epoch, epochs run, examples processed in all."""
+    """The result of a local training: mean loss of the last epoch, epochs run, and total examples processed."""
 
     loss: float
     epochs: int
@@ -29,17 +29,17 @@ class Trained:
 
 
 def seed_of(seed: int, *parts: int) -> int:
-    """A seed that depends on all of these and nothing else, in [0, 2**63)."""
+    """Return a seed in [0, 2**63) that depends on all arguments and nothing else."""
     return int(np.random.SeedSequence([seed, *parts]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def choose_device(device: str) -> torch.device:
-    """``"auto"`` takes CUDA, then MPS, then the CPU.
+    """Return the device. ``"auto"`` takes CUDA if available, else MPS, else the CPU.
 
     Raises
     ------
     ConfigError
-        If the device that is asked for is not there.
+        If the requested device does not exist.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -51,7 +51,7 @@ def choose_device(device: str) -> torch.device:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch compute with ``count`` threads in this block; ``None`` leaves it as many as it has."""
+    """Let PyTorch compute with ``count`` threads in this block; ``None`` leaves their number unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -75,29 +75,29 @@ def train(
 ) -> Trained:
     """Train in place with a fresh optimizer.
 
-    Batch normalisation has no statistics of one example: a last batch of one joins the batch before it. A node with one
-    example in all trains on the running statistics, and leaves them as they are.
+    Batch normalisation cannot train on a single example, so a last batch of one joins the batch before it. A node with
+    only one example trains with the running statistics, and leaves them unchanged.
 
     Parameters
     ----------
     model : nn.Module
-        On the device to train on.
+        The model, on the device to train on.
     x, y : torch.Tensor
         float32 (N, C, H, W) and int64 (N,).
     config : Config
         Optimizer and batch size.
     epochs : int
-        At most so many.
+        Maximum number of epochs.
     patience : int | None
-        Stop after so many epochs without a better mean training loss; ``None`` never stops early.
+        Stop after this many epochs without a better mean training loss; ``None`` never stops early.
     lr : float
         Learning rate.
     weight_decay : float
-        Of the optimizer.
+        Weight decay of the optimizer.
     mask : Subspace | None
-        Kept in force after every optimizer step.
+        Applied after every optimizer step.
     seed : int
-        Of the order of the examples.
+        Seed for the order of the examples.
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def train(
 
 
 def pass_over(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int, seed: int) -> Trained:
-    """Run all examples forward and backward once, and train nothing; statistics of normalisation stay as they are.
+    """Run all examples forward and backward once, without training. Normalisation statistics stay as they are.
 
     The parameters are those of :func:`train`.
     """
@@ -154,7 +154,7 @@ def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tenso
     order : Tensor
         int64 (N,), the examples' indices.
     size : int
-        Examples of a batch.
+        Examples per batch.
     single : bool
         Whether the last batch may be one example; else it joins the batch before it.
     """
@@ -172,7 +172,7 @@ def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float)
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 500) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in [0, 1]."""
+    """Return the mean cross-entropy, and the accuracy in [0, 1]."""
     device = next(model.parameters()).device
     model.eval()
     loss, right = 0.0, 0
@@ -203,5 +203,5 @@ def set_arrays(model: nn.Module, arrays: list[NDArray[np.generic]]) -> None:
 
 
 def get_arrays(model: nn.Module) -> dict[str, NDArray[np.generic]]:
-    """The model's state by name, on the CPU (copies)."""
+    """Return copies of the model's state on the CPU, by name."""
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}

@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 1 where the run failed, 2 where the command or a setting is wrong (nothing was started then),
-        130 after Ctrl-C.
+        0 on success, 1 if the run failed, 2 if the command or a setting is wrong (then nothing was started), 130 after
+        Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         reason = run(options, app, settings, _defaults(project) if own else None, screen)
     except (KeyboardInterrupt, SystemExit):
-        if not options.superlink:  # there it goes on
+        if not options.superlink:  # on a SuperLink the run goes on
             _tell_of_record(screen, options, "interrupted")
         raise
     if not reason:
@@ -78,9 +78,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) -> None:
-    """Say where the record of a run is that has not been completed, and how to go on with it.
+    """Print where the record of an incomplete run is, and how to resume it.
 
-    Its app may not have come to note there why it has ended: then ``reason`` is noted.
+    If its app could not note why the run ended, ``reason`` is noted there.
     """
     if not screen.record:
         return
@@ -89,7 +89,7 @@ def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) ->
         screen.say(f"run record, where the server app ran: {path}")
         return
     screen.say(f"run record: {path}")
-    with suppress(OSError, ImportError):  # the run's own reason is what matters
+    with suppress(OSError, ImportError):  # the run's own error matters more
         if not (path / "failure.json").exists():
             from autoflip_flwr.experiment.record import report
             from autoflip_flwr.experiment.record.folder import RunRecord
@@ -98,7 +98,7 @@ def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) ->
             report.write(path)
         screen.say(f"report: {path / 'report.html'}")
     if any((path / "checkpoint").rglob("*.safetensors")):
-        command = "autoflip" if shutil.which("autoflip") else f"{TOOLS}/autoflip"  # the environment is not activated
+        command = "autoflip" if shutil.which("autoflip") else f"{TOOLS}/autoflip"  # if the environment is not activated
         again = shlex.join([command, *options.arguments, "-c", f"resume={literal(str(path))}"])
         screen.say(f"to go on with it: {again}")
 
@@ -110,7 +110,7 @@ def _run_here(
     defaults: Mapping[str, Value] | None,
     screen: Screen,
 ) -> str:
-    """Run in simulation. `defaults` are those of the shipped app; None for any other, whose settings pass unchecked."""
+    """Run in simulation. `defaults` are the shipped app's; None for any other app, whose settings are not checked."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"a simulation needs Ray: pip install '{APP_NAME}[app]'")
     nodes, cpus, gpus = options.nodes or DEFAULT_NODES, options.cpus or 1, options.gpus or 0.0
@@ -130,7 +130,7 @@ def _run_there(
     defaults: Mapping[str, Value] | None,
     screen: Screen,
 ) -> str:
-    """Run on a SuperLink; paths among the settings are of the server app's machine."""
+    """Run on a SuperLink. Paths in the settings are paths on the server app's machine."""
     if options.cpus is not None or options.gpus is not None or options.keep_logs:
         raise ConfigError("--cpus, --gpus and --keep-logs are of the simulation: not with --superlink")
     preflight.check_superlink(options.superlink)
@@ -144,7 +144,7 @@ def _run_there(
 
 
 def _warn_of_idle(config: Config, options: argparse.Namespace) -> None:
-    """Warn of settings that do nothing, if they were typed: a recipe serves more than one method."""
+    """Warn of typed settings that have no effect. Recipes are not checked, since they may serve several methods."""
     typed = {key for text in options.run_config for key in parse_pairs(text)}
     for line in idle(config, typed):
         print(f"autoflip: warning: {line}", file=sys.stderr)
@@ -153,11 +153,11 @@ def _warn_of_idle(config: Config, options: argparse.Namespace) -> None:
 def _checked(
     settings: Mapping[str, Value], defaults: Mapping[str, Value], nodes: int | None
 ) -> tuple[int, dict[str, Value]]:
-    """The number of nodes and the settings to pass on, all of them valid and their paths absolute."""
+    """Return the number of nodes, and the settings to pass on: valid, and with absolute paths."""
     passed = dict(settings)
     if nodes is not None:
         passed["nodes"] = nodes
-    # The server app runs elsewhere than here: what is relative is so to the folder of whoever typed it.
+    # The server app runs in another folder: relative paths are relative to where the user typed them.
     for key in PATHS:
         value = passed.get(key, defaults.get(key, ""))
         if isinstance(value, str) and value:

@@ -1,6 +1,6 @@
-"""Run a Flower app on a SuperLink that is already there, and tell how the run has ended.
+"""Run a Flower app on an existing SuperLink, and report how the run ended.
 
-`flwr run --stream` exits with 0 even where the run failed. `run_app_on` therefore submits the run, shows its log, and
+`flwr run --stream` exits with 0 even if the run failed. `run_app_on` therefore submits the run, shows its log, and
 then asks the SuperLink until the run has finished.
 """
 
@@ -19,19 +19,19 @@ from autoflip_flwr.launch import superlink
 from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.superlink import TOOLS
 
-SILENCE_LIMIT = 120.0  # seconds without an answer of the SuperLink after which we give up
+SILENCE_LIMIT = 120.0  # seconds without an answer from the SuperLink after which we give up
 POLL_INTERVAL = 2.0  # seconds
 
 
 def run_app_on(connection: str, app: Path, run_config: str, screen: Screen) -> str:
     """Run the Flower app in folder `app` on the SuperLink that Flower's `config.toml` calls `connection`.
 
-    The log is shown on the screen. Ctrl-C, SIGTERM or SIGHUP end this command alone: the run goes on.
+    The log is shown on the screen. Ctrl-C, SIGTERM and SIGHUP end only this command: the run goes on.
 
     Returns
     -------
     str
-        "" for a completed run, else the reason of its failure.
+        "" for a completed run, else the reason for its failure.
     """
     with superlink._stage(keep_logs=False) as home:
         options = []
@@ -55,7 +55,7 @@ def run_app_on(connection: str, app: Path, run_config: str, screen: Screen) -> s
 
 
 def _follow(run_id: str, connection: str, screen: Screen) -> str:
-    """Show the log to its end, and wait for that of the run, which comes later: or much later, if the log was cut."""
+    """Show the log, then wait until the run ends, which is later than the log (much later if the log was cut off)."""
     superlink.stream([f"{TOOLS}/flwr", "log", run_id, connection, "--stream"], os.environ, screen)
     heard = time.monotonic()
     while time.monotonic() < heard + SILENCE_LIMIT:
@@ -71,7 +71,7 @@ def _follow(run_id: str, connection: str, screen: Screen) -> str:
 
 
 def _ask(*arguments: str) -> Mapping[str, Any]:
-    """What `flwr <arguments>` answers in JSON; where it does not, its words as an `error-message`."""
+    """Return the JSON answer of `flwr <arguments>`; if it is not JSON, the output as an `error-message`."""
     command = [f"{TOOLS}/flwr", *arguments, "--format", "json"]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True, check=False

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a line for each step and round, out of the log of Flower, Ray and the app."""
+"""Show a run's progress: one line per step and round, from the log of Flower, Ray and the app."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _ACTOR = re.compile(r"\((\w+) pid=\d+(?:, ip=[^)]*)?\) ?(.*)")
 _FLOWERS_ROUND = re.compile(r"\[ROUND (\d+)/(\d+)\]")
 _GOES_ON = re.compile(r"going on after round (\d+)")
 _PROGRESS = re.compile(r"waiting for (?:nodes|answers): |explorer \d+ of \d+[, ]|round \d+: \d+ of \d+ ")
-# what the library says at a run's end of its bytes: so does the shipped app's summary
+# the library's table of bytes at a run's end, which the shipped app's summary repeats
 _SAVINGS = re.compile(r"MB sent +AutoFLIP|\w+ +[\d.]+(?: +[\d.]+)?(?:  .*)?$|sent [\d.]+ MB, |MB are 10\^6 bytes")
 _RESULT = re.compile(r"(?:└──> (?:Aggregated )?MetricRecord|Initial global evaluation results): .*")
 _ERROR_REPLY = re.compile(r"\t> Received error in reply from node \d+: ")
-# with what a traceback begins, in Python's words, Ray's and Flower's, and what may follow
+# how a traceback begins in Python, Ray and Flower, and what may follow
 _OPENS = re.compile(r"Traceback \(most recent|ray::|<class '|Exit Code: \d")
 _CONTINUES = re.compile(
     r"\s|$|The above exception|During handling of|Exception \w+ occurred|An unhandled exception|For more information,|"
     r"(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|StopIteration)(?:\(\w+\))?(?:: |:?$)"
 )
-# What says nothing about a run: in Flower's log, and printed by Flower and Ray. All else is shown: it may be the app's.
+# Uninformative lines of Flower's log, and prints of Flower and Ray. All others are shown: they may be the app's.
 _CHATTER = re.compile(
     r"$|\t|Starting logstream for run_id |Starting Flower |Since flwr \d|Federation `|To change federation size|"
     r"fraction_evaluate is set to 0|Starting \w+ strategy:|configure_\w+: Sampled|"
@@ -46,35 +46,35 @@ _RAYS_TIP = re.compile(r".*/ray/_private/worker\.py:\d+: FutureWarning: Tip:")
 class Screen:
     """Show a run's log, line by line.
 
-    On a terminal, progress within a round is one line that is written over; elsewhere each is a line of its own.
+    On a terminal, progress within a round is one line that is overwritten. Elsewhere each step of it is a new line.
 
     Parameters
     ----------
     out : TextIO
         Where to write.
     own : bool (False)
-        Whether the app is the shipped one, which says of each round what Flower's log says in many lines.
+        Whether the app is the shipped one, whose one line per round replaces many lines of Flower's log.
     verbose : bool (False)
-        Show the log as it comes; without colours unless ``out`` is a terminal and ``$NO_COLOR`` is not set.
+        Show the log unchanged, but without colours unless ``out`` is a terminal and ``$NO_COLOR`` is not set.
 
     Attributes
     ----------
     errors : list[str]
-        The errors that the shipped app has told, which are not shown: they are reasons of the run's failure.
+        The errors that the shipped app has logged. They are not shown, but become the reason for the run's failure.
     raised : list[str]
-        The exceptions of which the log has a traceback: their classes and messages.
+        Classes and messages of the exceptions whose tracebacks are in the log.
     record : str
-        Folder of the run's record, as the app has told it; "" before.
+        Folder of the run's record, once the app has logged it; "" before.
     """
 
     def __init__(self, out: TextIO, *, own: bool = False, verbose: bool = False) -> None:
         self._out, self._own, self._verbose = out, own, verbose
         self._terminal = out.isatty() and os.environ.get("TERM") != "dumb"
         self._colours = self._terminal and not os.environ.get("NO_COLOR")
-        self._overwrites = False  # whether the line of progress stands there
-        self._earlier = 0  # rounds before those that Flower counts from 1
+        self._overwrites = False  # whether the last line is progress
+        self._earlier = 0  # finished rounds before those that Flower counts from 1
         self._block: list[str] = []  # the lines of an error so far
-        self._tip = False  # whether the last line was a tip of Ray's, whose source follows
+        self._tip = False  # whether the last line was a tip from Ray, whose source follows
         self._told: set[str] = set()
         self._traced = False
         self.errors: list[str] = []
@@ -96,22 +96,22 @@ class Screen:
         self._overwrites = True
 
     def close(self) -> None:
-        """Show what is still held back; the log is at its end."""
+        """Show what is still held back, since the log has ended."""
         self._end_block()
         self._clear()
 
     def reason(self, details: str) -> str:
-        """Why the run has failed: once, and whole; ``details`` are what Flower says of its end."""
+        """Return why the run has failed, in full and without repetition. ``details`` is what Flower says of its end."""
         found = last_words(_WRAPPER.sub("", COLOURS.sub("", details)))
         if not self.errors:
-            # with the exception's class; and what Flower says of a crash in general is not the reason of it
+            # prefer the text with the exception's class, and any text to Flower's general words on a crash
             alike = [words for words in self.raised if words.endswith(found) or _GENERAL.search(found)]
             return alike[0] if alike else found
         parts = list(dict.fromkeys([*self.errors, found]))
         return "; ".join(part for part in parts if not any(part in other for other in parts if other != part))
 
     def feed(self, line: str) -> None:
-        """Take a line of the log, and show what is to be shown of it."""
+        """Process a line of the log, and show what should be shown of it."""
         plain = COLOURS.sub("", line.rstrip())
         if self._verbose:
             self.say(line.rstrip("\n") if self._colours else COLOURS.sub("", line.rstrip("\n")))
@@ -136,7 +136,7 @@ class Screen:
             self._show(level, text, f"{actor[1]}: " if actor else "")
 
     def _noted(self, text: str) -> bool:
-        """Take what is known by its words; whether that is all there is to do about it."""
+        """Process a line that is recognised by its words. Return whether nothing else is to be done with it."""
         if self._own and (told := _RECORD.fullmatch(text)):
             self.record = told[1]
         elif told := _GOES_ON.match(text):
@@ -173,7 +173,7 @@ class Screen:
             self.say(text)
 
     def _end_block(self) -> None:
-        """Show an error: in one line, or with its traceback if it is the first one of somebody else's app."""
+        """Show an error in one line, or with its traceback if it is the first one of an app that is not shipped."""
         block, self._block = self._block, []
         if not block:
             return

@@ -1,4 +1,4 @@
-"""The table of the app's settings, as `autoflip settings` prints it: made of what `Config` declares."""
+"""Make the table of the app's settings, which `autoflip settings` prints, from what `Config` declares."""
 
 import textwrap
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ or after `-c`. Types are TOML's; an integer does where a number is asked for."""
 
 
 class Setting(NamedTuple):
-    """A setting as it is declared; `only_with` is another one, and the values without which this one does nothing."""
+    """A declared setting. `only_with` is another setting, and its values with which this one has an effect."""
 
     key: str
     default: Value
@@ -35,24 +35,24 @@ class Setting(NamedTuple):
 
     @property
     def told(self) -> str:
-        """What it means and what is allowed, in sentences."""
+        """Its meaning and the allowed values, in sentences."""
         allowed = self.rule.allowed
         return f"{self.meaning}. {allowed[0].upper()}{allowed[1:]}."
 
 
 def settings() -> list[Setting]:
-    """All settings, in the order of their declaration."""
+    """Return all settings, in the order of their declaration."""
     defaults = Config().as_dict()
     return [Setting(key_of(each), defaults[key_of(each)], **each.metadata) for each in fields(Config)]
 
 
 def table() -> str:
-    """The settings as plain text, a section after another, at most `WIDTH` columns wide."""
+    """Return the settings as plain text, section by section, at most `WIDTH` columns wide."""
     return "\n\n".join("\n".join([title, *_rows(its)]) for title, its in sections())
 
 
 def markdown() -> str:
-    """The settings as the page `docs/settings.md`."""
+    """Return the settings as the page `docs/settings.md`."""
     parts = [_PAGE]
     for title, its in sections():
         rows = [f"| `{each.key}` | `{literal(each.default)}` | {_cell(each)} |" for each in its]
@@ -61,7 +61,7 @@ def markdown() -> str:
 
 
 def sections() -> Iterator[tuple[str, list[Setting]]]:
-    """The titles of the sections, each with its settings."""
+    """Yield the titles of the sections, each with its settings."""
     for name, group in groupby(settings(), key=lambda each: each.section):
         its = list(group)
         shared = {each.only_with for each in its}

@@ -1,7 +1,7 @@
-"""Run a Flower app on a simulation SuperLink of its own, and leave no process behind.
+"""Run a Flower app on its own simulation SuperLink, and leave no process behind.
 
-`flwr run` alone starts a SuperLink that outlives the run, and exits 0 even where the run failed. `run_app` therefore
-starts its own SuperLink on a free port, streams the run, asks for its true status and stops all that it started.
+`flwr run` alone starts a SuperLink that outlives the run, and exits with 0 even if the run failed. `run_app` therefore
+starts its own SuperLink on a free port, shows the run's log, asks for its true status and stops all that it started.
 """
 
 import ctypes
@@ -31,12 +31,12 @@ STATUS_LIMIT = 60.0  # seconds between the end of the log and the final status
 TERM_LIMIT = 8.0  # seconds between SIGTERM and SIGKILL
 KILL_LIMIT = 5.0
 
-_Identity = tuple[int, str]  # pid and start time: a pid alone may be given again
+_Identity = tuple[int, str]  # pid and start time, since pids are reused
 
 
 @dataclass(frozen=True)
 class Resources:
-    """`nodes` SuperNodes (>= 1), and for each client `cpus` CPUs (>= 1) and `gpus` GPUs (>= 0, also a share of one)."""
+    """`nodes` SuperNodes (>= 1), and per client `cpus` CPUs (>= 1) and `gpus` GPUs (>= 0, may be a fraction)."""
 
     nodes: int = 10
     cpus: int = 1
@@ -64,13 +64,13 @@ def run_app(app: Path, run_config: str, resources: Resources, screen: Screen, ke
     screen : Screen
         Where the log is shown.
     keep_logs : bool (False)
-        Keep the SuperLink's log and print where it is.
+        Keep the SuperLink's log, and print its path.
 
     Returns
     -------
     str
-        "" for a completed run, else the reason of its failure. SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP
-        raise SystemExit, all of them after everything is stopped.
+        "" for a completed run, else the reason for its failure. SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP
+        raise SystemExit, in each case after everything is stopped.
     """
     with _stage(keep_logs) as home:
         return _run(app, run_config, resources, screen, home)
@@ -121,18 +121,18 @@ def _run(app: Path, run_config: str, resources: Resources, screen: Screen, home:
 
 
 def stream(command: list[str], environment: Mapping[str, str], screen: Screen) -> str:
-    """Show a command's output; returns what it says at its end."""
+    """Show a command's output. Return the error that Flower shows in a box before the run, else the last line."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**environment, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,  # Ctrl-C in a terminal must reach us alone: we stop the rest in order
+        start_new_session=True,  # Ctrl-C in a terminal must reach only us: we stop the rest in order
         encoding="utf-8",
         errors="replace",
     )
-    box: list[str] = []  # in which the command line of Flower tells what went wrong, before anything has begun
+    box: list[str] = []  # text of the box in which Flower's command line shows an error before the run begins
     last, begun = "", False
     assert process.stdout is not None
     try:
@@ -152,7 +152,7 @@ def stream(command: list[str], environment: Mapping[str, str], screen: Screen) -
 
 
 def _final_status(environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """Status and details of the one run; None where no run was made or the SuperLink does not answer."""
+    """Return status and details of the one run; None if there is no run or the SuperLink does not answer."""
     limit = time.monotonic() + STATUS_LIMIT
     while True:
         command = [f"{TOOLS}/flwr", "list", CONNECTION, "--format", "json"]
@@ -172,7 +172,7 @@ def _final_status(environment: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _wait_until_healthy(superlink: "subprocess.Popen[bytes]", port: int) -> str:
-    """Wait until the SuperLink answers; returns what is wrong, "" if nothing."""
+    """Wait until the SuperLink answers. Return what is wrong, "" if nothing."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     limit = time.monotonic() + START_LIMIT
     while time.monotonic() < limit:
@@ -187,7 +187,7 @@ def _wait_until_healthy(superlink: "subprocess.Popen[bytes]", port: int) -> str:
 def _environment(home: Path) -> dict[str, str]:
     environment = dict(os.environ)
     environment.pop("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", None)
-    # The SuperLink finds its helper processes by PATH alone.
+    # The SuperLink finds its helper processes by PATH only.
     environment["PATH"] = os.pathsep.join([str(TOOLS), environment.get("PATH", os.defpath)])
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = ",".join(filter(None, ["127.0.0.1", environment.get(name)]))
@@ -208,12 +208,12 @@ def _free_port() -> int:
 
 @contextmanager
 def _stage(keep_logs: bool) -> Iterator[Path]:
-    """A temporary Flower home; at the end it is gone, and so is every process started since."""
+    """Yield a temporary Flower home. At the end remove it, and stop every process started since."""
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     spared = {each.identity for each in _descendants(os.getpid(), set())}
     before = {number: signal.getsignal(number) for number in endings}
     adopting = _adopt_orphans(True)
-    # Ray keeps sockets in it, whose paths the operating system limits to about 100 characters.
+    # Ray keeps sockets there, whose paths the operating system limits to about 100 characters.
     home = Path(tempfile.mkdtemp(prefix="autoflip-", dir=None if len(tempfile.gettempdir()) <= 17 else "/tmp"))
     try:
         for number in endings:
@@ -241,9 +241,9 @@ def _end(number: int, _: object) -> None:
 
 
 def _adopt_orphans(adopt: bool) -> bool:
-    """Make this process the parent of its descendants' orphans, so that none escapes; returns what was set before.
+    """Make this process the parent of its descendants' orphans, so that none escapes. Return the previous setting.
 
-    Flower and Ray start processes in sessions of their own, and Linux alone lets us keep hold of those.
+    Flower and Ray start processes in their own sessions. Only Linux lets us keep track of those.
     """
     if sys.platform != "linux":
         return False
@@ -255,7 +255,7 @@ def _adopt_orphans(adopt: bool) -> bool:
 
 
 def _stop_descendants(spared: set[_Identity]) -> None:
-    """End all descendants of this process but the spared ones: SIGTERM first, SIGKILL to those that remain."""
+    """End all descendants of this process except the spared ones: SIGTERM first, then SIGKILL for those that remain."""
     ours = {each.identity for each in _descendants(os.getpid(), spared)}
     for number, seconds in ((signal.SIGTERM, TERM_LIMIT), (signal.SIGKILL, KILL_LIMIT)):
         limit = time.monotonic() + seconds
@@ -282,7 +282,7 @@ def _descendants(root: int, spared: set[_Identity]) -> list[_Process]:
         if each.identity not in spared:
             children.setdefault(each.parent, []).append(each)
     found = list(children.get(root, []))
-    for each in found:  # grows while it is walked
+    for each in found:  # grows during the loop
         found += children.get(each.identity[0], [])
     return found
 
@@ -296,7 +296,7 @@ def _processes() -> list[_Process]:
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            with suppress(OSError):  # it ended meanwhile
+            with suppress(OSError):  # the process has ended
                 # After the name, which may hold spaces and brackets: state, parent, ..., start time as the 20th.
                 state, parent, *more = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 found.append(_Process((int(folder.name), more[17]), int(parent), state == "Z"))

@@ -1,4 +1,4 @@
-"""Settings as TOML: from files, from `key=value` pairs as Flower takes them, and back."""
+"""Read settings from TOML files and from Flower's `key=value` pairs, and write them as TOML."""
 
 import json
 import re
@@ -9,12 +9,12 @@ from typing import Any
 
 from autoflip_flwr.experiment.config import ConfigError, Value, shown
 
-# What `flwr run -c` takes for a pair; it passes over everything else in silence, which we do not.
+# What `flwr run -c` accepts as a pair. It silently ignores everything else; here that is an error.
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"(?:[^\"\\]|\\.)*\"|\"[^\"]*\"|\S+)")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; raises `ConfigError` naming it where it is missing or not TOML."""
+    """Read a TOML file. Raise `ConfigError` with its name if it is missing or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -24,9 +24,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Settings of a TOML table by dotted keys, as Flower names those of nested tables.
+    """Return the settings of a TOML table by dotted keys, as Flower names those of nested tables.
 
-    Raises `ConfigError` for a list or a date, which Flower does not take.
+    Raise `ConfigError` for a list or a date, which Flower does not accept.
     """
     flat: dict[str, Value] = {}
     for key, value in table.items():
@@ -42,7 +42,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
 def parse_pairs(text: str) -> dict[str, Value]:
     """Read `key=value` pairs as `flwr run -c` does: TOML values, strings quoted, pairs separated by spaces.
 
-    Raises `ConfigError` for anything else.
+    Raise `ConfigError` for anything else.
     """
     rest = _PAIR.sub(" ", text).split()
     if rest:
@@ -61,12 +61,12 @@ def parse_pairs(text: str) -> dict[str, Value]:
 
 
 def to_toml(settings: Mapping[str, Value]) -> str:
-    """The settings as a TOML document."""
+    """Return the settings as a TOML document."""
     return "".join(f"{key} = {literal(value)}\n" for key, value in settings.items())
 
 
 def literal(value: Value) -> str:
-    """The value as TOML."""
+    """Return the value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""Judge the replies of one exchange: each alone, then beside the others; strike the nodes whose replies are rejected.
+"""Judge the replies of one exchange: each alone, then against the others. Each rejected one is a strike for its node.
 
-Exploration and rounds are judged here and nowhere else.
+The replies of the exploration and of the rounds are all judged here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from autoflip_flwr.wire.request import to_report, unpack_statistics
 
 
 class Sent(NamedTuple):
-    """What a node was sent: exact floating vectors, what its reply's are added to, the norm of those compared."""
+    """What a node was sent: the exact floating vectors, those its reply is added to, and the norm to compare with."""
 
     exact: Arrays
     base: Arrays
@@ -44,21 +44,21 @@ class Sent(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The replies of an exchange, judged.
+    """The judged replies of an exchange.
 
     Parameters
     ----------
     counted : list[Message]
-        Those that count, in their order, as the strategy may see them; train replies with an empty record in the place
-        of their arrays.
+        The replies that count, in order, as the strategy may see them. Train replies hold an empty record in place of
+        their arrays.
     judged : list[Judged]
-        What those hold, where they are train replies.
+        The values of the train replies that count.
     errors : list[Message]
         The error replies.
     accepted : list[int]
-        Nodes whose replies are well-formed, and show that they have the mask.
+        Nodes whose replies are well-formed and show that the node has the mask.
     reported : dict[int, ArrayRecord]
-        Statistics of train replies that count, by node.
+        Statistics of the train replies that count, by node.
     """
 
     counted: list[Message]
@@ -70,25 +70,25 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply of round 0 that may be counted: what its length is judged by, and what it holds as it came."""
+    """A reply of round 0 that may be counted: what its norm is judged by, and its record as received."""
 
     update: Update
     record: ArrayRecord
 
 
 class Judge:
-    """Judge replies, and remember what those of earlier rounds were like.
+    """Judges replies, and remembers what is needed of earlier rounds.
 
     Parameters
     ----------
     quarantine : Quarantine
-        Takes the replies that are rejected.
+        Records the rejected replies.
     weight_key : str
-        Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
+        Metric by which replies are weighted; "" if the strategy has none. Then metrics are not checked.
     needed : Mapping[str, float] | None
-        Metrics that the strategy needs of each train reply, with the least value of each.
+        Metrics that the strategy needs from each train reply, with the smallest allowed value of each.
     averaged : Collection[str]
-        Phases whose metrics Flower's own mean averages.
+        Phases whose metrics are averaged by Flower's own mean.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Judge:
         kind: str,
         requests: tuple[Request, ...] = (),
     ) -> Batch:
-        """Judge train replies to what was ``sent`` to the nodes, their values coded as ``kind`` says.
+        """Judge the train replies to what was ``sent`` to the nodes. ``kind`` says how their values are quantised.
 
-        Statistics that are asked for may be missing: such a reply counts without them.
+        Requested statistics may be missing: such a reply counts without them.
         """
         seen: dict[int, Judged] = {}
         reported: dict[int, ArrayRecord] = {}
@@ -163,7 +163,7 @@ class Judge:
     def _credible(
         self, reported: dict[int, ArrayRecord], lengths: Mapping[int, Update], round_: int
     ) -> dict[int, ArrayRecord]:
-        """The statistics but for those of nodes that report far more than the others; their replies count."""
+        """Return the statistics without those that are far larger than the others'. The nodes' replies still count."""
         far, _ = find_outliers({node: lengths[node] for node in reported}, self._quarantine.rules.norm_factor, 0.0)
         for node, reason in far.items():
             reason = reason.replace("its update", "the statistics that it reports")
@@ -171,7 +171,7 @@ class Judge:
         return {node: record for node, record in reported.items() if node not in far}
 
     def evaluate(self, replies: Iterable[Message], *, mask: Mask, round_: int) -> Batch:
-        """Judge evaluate replies; one with a weight of 0 does not count, and costs its node nothing."""
+        """Judge evaluate replies. One with a weight of 0 does not count, but its node gets no strike."""
 
         def accept(reply: Message) -> RecordDict | None:
             judge_header(reply, mask=mask, phase=EVALUATE, round_=round_)
@@ -191,7 +191,7 @@ class Judge:
         compared: Collection[str],
         length: float,
     ) -> Answer:
-        """Judge a reply of round 0 alone, as soon as it is there.
+        """Judge a single reply of round 0 as soon as it arrives.
 
         Parameters
         ----------
@@ -200,18 +200,18 @@ class Judge:
         mask : Mask
             A mask that keeps everything.
         requests : tuple[Request, ...]
-            The statistics that were asked for.
+            The requested statistics.
         kind : str
-            How its deltas must be coded; ``"none"``: it has none.
+            How its deltas must be quantised; ``"none"`` if it must have none.
         compared : Collection[str]
-            Names of the arrays that norms are compared by.
+            Names of the arrays that enter the compared norms.
         length : float
-            Their norm in W0.
+            Norm of these arrays in W0.
 
         Raises
         ------
         WireError
-            With the reason, if it must be rejected.
+            If it must be rejected, with the reason.
         """
         weight, record = judge_answer(
             reply,
@@ -227,11 +227,11 @@ class Judge:
         if not math.isfinite(joint_norm(array for arrays in judged for array in arrays.values())):
             raise WireError("the norm of its moves overflows")
         norm = joint_norm(arrays[name] for arrays in judged for name in compared if name in arrays)
-        model = 0.0 if deltas is None else length  # a statistic has nothing to do with how long the model is
+        model = 0.0 if deltas is None else length  # statistics do not scale with the model's norm
         return Answer(Update(norm, weight, examples_processed(reply.content), model), record)
 
     def explorers(self, answers: Mapping[int, Answer | WireError]) -> tuple[dict[int, Answer], dict[int, str]]:
-        """Judge the explorers of a batch beside each other; those that count, and the others with the reason."""
+        """Compare the explorers of a batch. Return the answers that count, and the rejected nodes with the reasons."""
         rejected = {node: str(answer) for node, answer in answers.items() if isinstance(answer, WireError)}
         good = {node: answer for node, answer in answers.items() if isinstance(answer, Answer)}
         rejected |= self._quarantine.judge_norms(
@@ -244,9 +244,9 @@ class Judge:
     def _admit(
         self, replies: Iterable[Message], phase: str, round_: int, accept: Callable[[Message], RecordDict | None]
     ) -> Batch:
-        """The replies that count, each judged alone and then beside the others, and the error replies.
+        """Judge each reply alone, then against the others. Return those that count, and the error replies.
 
-        ``accept`` returns what of a reply the strategy is to see, or ``None`` to skip it without a word.
+        ``accept`` returns the part of a reply that the strategy may see, or ``None`` to skip the reply silently.
         """
         counted: list[Message] = []
         errors: list[Message] = []
@@ -269,12 +269,12 @@ class Judge:
             if content is not None:
                 reply.content = content
                 counted.append(reply)
-        # without a weight key the strategy asks nothing of metrics
+        # without a weight key metrics are not checked
         other = self._likeness.unlike(counted, phase) if self._weight_key else {}
         return Batch(self._without(other, counted, phase, round_), [], errors, accepted, {})
 
     def _without(self, bad: Mapping[int, str], replies: list[Message], phase: str, round_: int) -> list[Message]:
-        """The replies but for those of the nodes that are ``bad``, with the reason of each."""
+        """Return the replies without those of the ``bad`` nodes, each of which gets a strike with its reason."""
         for node, reason in bad.items():
             self._quarantine.strike(node, phase, round_, reason)
         return [reply for reply in replies if reply.metadata.src_node_id not in bad]

@@ -1,4 +1,4 @@
-"""Judging replies: each alone, before anything of it is aggregated."""
+"""Judge each reply on its own, before any of it is aggregated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from autoflip_flwr.wire.request import to_report, unpack_statistics
 from autoflip_flwr.wire.values import Vector
 
 MAX_DELTA = 1e100
-"""A parameter that an explorer has moved further has diverged, and its square might overflow."""
+"""Largest delta of an explorer. Beyond it training has diverged, and squares might overflow."""
 
 MAX_WEIGHT = 1e100
-"""A larger weight is a lie, and a few of them might overflow when they are added up."""
+"""Largest weight that is accepted. No honest weight is larger, and sums of larger ones might overflow."""
 
 MAX_NEEDED = 1e30
-"""Strategies take powers of such metrics."""
+"""Largest value of a needed metric. Strategies take powers of them, which might overflow."""
 
 MOD_FIRST = "autoflip_mod must be the first in ClientApp(mods=[...])"
 
@@ -43,13 +43,13 @@ class Judged:
     key : str
         Name of its ArrayRecord.
     vectors : dict[str, Vector]
-        Its flat vectors by dtype, finite.
+        Its flat vectors by dtype; all values are finite.
     weight : float
         Its weight in the average, finite and > 0.
     norm : float
         L2 norm of its update.
     kept_norm : float
-        The same of the kept prunable values alone; of all where the model has nothing prunable.
+        The same over the kept prunable values only, or over all values if the model has nothing prunable.
     """
 
     key: str
@@ -71,7 +71,7 @@ def judge_update(
     max_weight: float = math.inf,
     needed: Mapping[str, float] | None = None,
 ) -> Judged:
-    """Check a train reply against what was asked for.
+    """Check a train reply against the request.
 
     Parameters
     ----------
@@ -80,26 +80,26 @@ def judge_update(
     mask : Mask
         The mask under which its values must be packed.
     round_ : int
-        Of the message that it answers.
+        Round of the message that it answers.
     weight_key : str
-        Metric that holds the reply's weight (its number of examples); "" where there is none.
+        Metric that holds the reply's weight (its number of examples); "" if there is none.
     sent : Mapping[str, ndarray]
-        The flat vectors of the floating dtypes that the node was sent; its update is counted from there.
+        The flat vectors of the floating dtypes that the node was sent. Its update is the difference from them.
     kind : str
-        How its values must be coded.
+        How its values must be quantised.
     base : Mapping[str, ndarray] | None
         Flat vectors that its values are added to.
     max_weight : float
-        The largest weight that is believed.
+        The largest weight that is accepted.
     needed : Mapping[str, float] | None
-        Metrics that the strategy needs of each reply, with the least value of each.
+        Metrics that the strategy needs from each reply, with the smallest allowed value of each.
 
     Raises
     ------
     WireError
-        With the reason, if the reply must be left out: missing or extra records or keys, another dtype or length,
-        another mask, phase or round, a value that is not finite, a weight that is not positive or too large, a needed
-        metric that is no number in its range, an update whose norm overflows.
+        If the reply must be rejected, with the reason: missing or extra records or keys, a wrong dtype, length,
+        mask, phase or round, a value that is not finite, a weight that is not positive or too large, a needed metric
+        that is not a number in its range, an update whose norm overflows.
     """
     key, record, weight = _judge_record(reply, mask, TRAIN, round_, weight_key, kind, max_weight)
     _judge_needed(reply, needed or {})
@@ -107,16 +107,17 @@ def judge_update(
     ends = {dtype: compared_values(mask, dtype) for dtype in sent}
     kept_norm = math.hypot(*(vectors[dtype].distance(values, 0, ends[dtype]) for dtype, values in sent.items()))
     norm = math.hypot(kept_norm, *(vectors[dtype].distance(values, ends[dtype]) for dtype, values in sent.items()))
-    if not math.isfinite(norm):  # not all values are, or the square of one is not
+    if not math.isfinite(norm):  # a value is not finite, or its square is not
         _finite(mask, vectors)
         raise WireError("the norm of its update overflows")
     return Judged(key, vectors, weight, norm, kept_norm)
 
 
 def compared_values(mask: Mask, dtype: str) -> int:
-    """How many values of a flat vector, from the first, norms are compared by.
+    """Return how many leading values of a flat vector enter the compared norms.
 
-    They are the kept prunable ones, or all where the model has nothing prunable: running statistics go their own ways.
+    These are the kept prunable values, or all values if the model has nothing prunable. Running statistics are not
+    compared, since they do not follow the gradients.
     """
     kept, size = kept_and_size(mask, mask.layout.by_dtype[dtype])
     return kept if mask.layout.prunable_size else size
@@ -131,14 +132,14 @@ def judge_answer(
     kind: str,
     max_weight: float = math.inf,
 ) -> tuple[float, ArrayRecord]:
-    """Check a reply of round 0; its weight, and what it holds as one record, for :func:`read_answer`.
+    """Check a reply of round 0. Return its weight, and its content as one record for :func:`read_answer`.
 
     Parameters
     ----------
     requests : tuple[Request, ...]
-        What it was asked for.
+        The requested statistics.
     kind : str
-        How its deltas must be coded; ``"none"``: it has none.
+        How its deltas must be quantised; ``"none"`` if it must have none.
 
     Raises
     ------
@@ -160,7 +161,7 @@ def judge_answer(
 
 
 def read_answer(record: ArrayRecord, *, mask: Mask, requests: tuple[Request, ...], kind: str) -> dict[str, Arrays]:
-    """Return the statistics of an answer, name -> full arrays by name. Raises as :func:`judge_update` does."""
+    """Return the statistics of an answer, name -> full arrays by name. Raise errors as :func:`judge_update` does."""
     prefix = f"{STATISTICS}."
     own = ArrayRecord({key: array for key, array in record.items() if not key.startswith(prefix)})
     found = {} if kind == NOTHING else {DELTA: read_deltas(own, mask=mask, kind=kind)}
@@ -171,7 +172,7 @@ def read_answer(record: ArrayRecord, *, mask: Mask, requests: tuple[Request, ...
 
 
 def read_deltas(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
-    """How far an explorer moved each floating array, from its reply's record. Raises as :func:`judge` does."""
+    """Return an explorer's delta of each floating array, from its reply. Raise errors as :func:`judge_update` does."""
     if kind == LOG8:
         moves = unpack_deltas(mask, record)
     else:
@@ -185,7 +186,7 @@ def read_deltas(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
 def _judge_record(
     reply: Message, mask: Mask, phase: str, round_: int, weight_key: str, kind: str, max_weight: float
 ) -> tuple[str, ArrayRecord, float]:
-    """The one ArrayRecord of a reply that is what was asked for, and as the mod has packed it."""
+    """Return key, ArrayRecord and weight of a reply that matches the request and is unchanged since it was packed."""
     judge_header(reply, mask=mask, phase=phase, round_=round_)
     arrays = [(key, record) for key, record in reply.content.array_records.items() if key != STATISTICS]
     if len(arrays) != 1:
@@ -215,7 +216,7 @@ def _finite(mask: Mask, vectors: dict[str, Vector]) -> dict[str, Vector]:
 
 
 def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None:
-    """Check that a reply answers this message under this mask; raises as :func:`judge` does."""
+    """Check that a reply answers this message under this mask. Raise ``WireError`` otherwise."""
     head = read_header(reply.content)
     if head is None:
         raise WireError(f"the reply has no AutoFLIP header: {MOD_FIRST}")
@@ -225,7 +226,7 @@ def judge_header(reply: Message, *, mask: Mask, phase: str, round_: int) -> None
 
 
 def explain_error(error: Error) -> str:
-    """Explain an error reply; if another mod choked on our records, say that autoflip_mod must come first."""
+    """Explain an error reply. If another mod failed on AutoFLIP's records, say that autoflip_mod must come first."""
     reason = last_words((error.reason or f"error {error.code}")[-30_000:])[:2000]
     met_ours = error.code == MOD_REFUSED and "exactly one ConfigRecord, but found" in reason
     return f"{reason.rstrip('.')}: {MOD_FIRST}" if met_ours else reason
@@ -242,10 +243,10 @@ def _judge_needed(reply: Message, needed: Mapping[str, float]) -> None:
 
 
 def judge_weight(reply: Message, weight_key: str, *, or_none: bool = False) -> float:
-    """Check a reply's one MetricRecord and return its weight; raises as :func:`judge` does.
+    """Check a reply's one MetricRecord and return its weight. Raise ``WireError`` if it is invalid.
 
-    Where there is no weight key, nothing is asked of metrics, and each reply weighs 1. ``or_none`` accepts a weight of
-    0. Other metrics are the user's: whatever they are, they cost no reply.
+    Without a weight key, metrics are not checked and each reply weighs 1. ``or_none`` accepts a weight of 0. The other
+    metrics are the user's: no reply is rejected for them.
     """
     if not weight_key:
         return 1.0

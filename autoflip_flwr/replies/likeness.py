@@ -1,4 +1,4 @@
-"""What the replies of a round must have in common: their records, and the metrics that Flower averages."""
+"""Check what the replies of a round must have in common: their records, and the metrics that Flower averages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from flwr.common.logger import log
 
 
 class Likeness:
-    """Compares the replies of a round, and remembers what those of earlier rounds were like.
+    """Compares the replies of a round, and remembers the usual records of earlier rounds.
 
     Parameters
     ----------
     averaged : Collection[str]
-        Phases whose metrics Flower's own mean averages.
+        Phases whose metrics are averaged by Flower's own mean.
     """
 
     def __init__(self, averaged: Collection[str]) -> None:
@@ -25,9 +25,9 @@ class Likeness:
         self._warned: set[str] = set()  # names of metrics
 
     def unlike(self, replies: Collection[Message], phase: str) -> dict[int, str]:
-        """Find the nodes whose replies have other records than most, with the reason: strategies insist on the same.
+        """Find the nodes whose replies have other records than most, with the reason. Strategies need the same records.
 
-        Where as many say one thing as another, those are right that say what was said before.
+        A tie is decided by the records of the round before.
         """
         names = {reply.metadata.src_node_id: tuple(sorted(reply.content)) for reply in replies}
         counts, before = Counter(names.values()), self._usual.get(phase)
@@ -40,7 +40,7 @@ class Likeness:
         }
 
     def drop_disputed(self, replies: Collection[Message], phase: str, round_: int) -> None:
-        """Take the metrics over which Flower would end the run from all replies; say so once for each name."""
+        """Remove the metrics over which Flower would end the run from all replies. Log this once per name."""
         found = disputed_metrics((reply.content for reply in replies), averaged=phase in self._averaged)
         for name, reason in found.items():
             if name not in self._warned:
@@ -55,13 +55,13 @@ class Likeness:
 def disputed_metrics(contents: Iterable[RecordDict], *, averaged: bool) -> dict[str, str]:
     """Find the metrics over which Flower would end the run.
 
-    It refuses replies whose metrics differ in name; its own mean (``averaged``: it is in force) fails where one is a
-    number here and a list there, or lists differ in length.
+    Flower refuses replies whose metrics differ in name. Its own mean (if ``averaged``) also fails if a metric is a
+    number in one reply and a list in another, or if lists differ in length.
 
     Returns
     -------
     dict[str, str]
-        Names of the metrics, each with the reason.
+        The reason, by name of the metric.
     """
     records = [record for content in contents for record in content.metric_records.values()]
     found = {}
@@ -76,7 +76,7 @@ def disputed_metrics(contents: Iterable[RecordDict], *, averaged: bool) -> dict[
 
 
 def without_metrics(content: RecordDict, names: Collection[str]) -> RecordDict:
-    """Return the content without the metrics of these names."""
+    """Return the content without the metrics that have these names."""
     return RecordDict(
         {
             key: MetricRecord({name: value for name, value in record.items() if name not in names})

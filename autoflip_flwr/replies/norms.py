@@ -1,4 +1,4 @@
-"""How long an update may be: beside the others of its round, the work that its node states, and the model."""
+"""Find updates with too large a norm, given the round's other updates, the work a node reports, and the model."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 FAR = 1000.0
-"""The default of ``ReplyRules(norm_factor=...)``. From here on no update counts as too long that the model outgrows."""
+"""The default of ``ReplyRules(norm_factor=...)``. From here on, updates shorter than the model are accepted."""
 
 ODD = 10.0
-"""An update so many times longer than is explained is noted."""
+"""An update is logged as odd if its norm is more than this many times the expected one."""
 
 MAX_ALLOWANCE = 100.0
-"""Work that a node states lengthens what is explained so many times at most: nobody can check it."""
+"""Largest factor by which reported work raises the expected norm. It is limited since nobody can check the report."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What the length of a reply's update is judged by. Norms are L2, of the kept prunable values.
+    """What an update's norm is judged by. Norms are L2, over the kept prunable values.
 
     Parameters
     ----------
     norm : float
         Norm of the update, finite.
     weight : float
-        Weight that the reply states, > 0.
+        Weight that the reply reports, > 0.
     processed : int | None
-        Examples that it says it has processed (epochs count each time).
+        Examples that it reports as processed (each epoch counts them again).
     model : float
         Norm of the model that the node was sent.
     """
@@ -44,7 +44,7 @@ class Update:
 
 
 def joint_norm(arrays: Iterable[NDArray[Any]]) -> float:
-    """L2 norm of all values of floating arrays, summed in float32 at least; infinity where that overflows."""
+    """Return the L2 norm of all values of floating arrays, summed in at least float32; infinity if that overflows."""
     with np.errstate(over="ignore"):
         return math.hypot(
             *(
@@ -55,7 +55,7 @@ def joint_norm(arrays: Iterable[NDArray[Any]]) -> float:
 
 
 def low_median(values: Iterable[float]) -> float:
-    """Low median of the values > 0: of two the larger is judged by the smaller one; 0 if there is none."""
+    """Return the low median of the values > 0 (the smaller of two), or 0 if there is none."""
     positive = [value for value in values if value > 0]
     return statistics.median_low(positive) if positive else 0.0
 
@@ -63,15 +63,15 @@ def low_median(values: Iterable[float]) -> float:
 def find_outliers(
     updates: Mapping[int, Update], factor: float, earlier: float
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """Find the updates of a round that are too long, and those that are odd.
+    """Find the updates of a round whose norm is too large, and those whose norm is odd.
 
-    Explained is the median norm of the round, times the allowance for the work that the reply states; a lone update is
-    compared with ``earlier`` rounds. An update is too long above ``factor`` times that, and odd above :data:`ODD`
-    times.
+    The expected norm is the round's median norm, times the allowance for the work that the reply reports. A single
+    update is compared with ``earlier`` rounds. A norm is too large above ``factor`` times the expected one, and odd
+    above :data:`ODD` times.
 
-    A factor of :data:`FAR` or more spares whoever may be honest: ``earlier`` rounds explain an update, too, where they
-    are longer, and none is too long that the model outgrows. It ruins nothing, and clients that have converged move so
-    little that an honest one may move ten thousand times as far.
+    A factor of :data:`FAR` or more rejects only updates that cannot be honest. Then the expected norm is at least that
+    of ``earlier`` rounds, and an update shorter than the model is never too large. Such an update does no lasting harm,
+    and once most clients have converged, an honest update may be ten thousand times as long as theirs.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def find_outliers(
     Returns
     -------
     tuple[dict[int, str], dict[int, str]]
-        Nodes whose updates are too long, and nodes whose updates are odd and count, each with the reason.
+        Nodes whose updates are too large, and nodes whose updates are odd but count, each with the reason.
     """
     spares = factor >= FAR
     moved = [update.norm for update in updates.values() if update.norm > 0]
@@ -109,7 +109,7 @@ def find_outliers(
 
 
 def _allowances(updates: Mapping[int, Update]) -> dict[int, float]:
-    """How many times as far as most a node may have moved, by its weight and the examples it has processed."""
+    """Return by what factor each node's update may exceed the median, given its weight and its processed examples."""
 
     def ratios(stated: Callable[[Update], float]) -> dict[int, float]:
         found = {node: stated(update) for node, update in updates.items()}

@@ -19,20 +19,21 @@ from autoflip_flwr.wire.keys import TRAIN
 
 @dataclass(frozen=True)
 class ReplyRules:
-    """Which replies are left out beyond those that are malformed, and what follows.
+    """Which replies are rejected besides malformed ones, and what happens to their nodes.
 
     Parameters
     ----------
     norm_factor : float
-        A reply is left out whose update (or exploration) has an L2 norm above so many times what the other replies and
-        the work it states explain (:mod:`autoflip_flwr.replies.norms`), > 1. From the default on only if earlier
-        rounds do not explain it either, and if it is longer than the model; ``math.inf`` leaves none out.
+        A reply is rejected if the L2 norm of its update (or exploration) exceeds the expected norm by this factor, > 1.
+        The other replies and the work that the node reports give the expected norm
+        (:mod:`autoflip_flwr.replies.norms`). From the default on, the update must also exceed the norm of earlier
+        rounds by this factor, and be longer than the model. ``math.inf`` rejects none.
     max_examples : float
-        A reply that weighs more (``num-examples``) is left out, > 0.
+        A reply with a larger weight (``num-examples``) is rejected, > 0.
     min_replies : int
-        A round in which fewer replies count keeps the model as it was, >= 1.
+        A round with fewer valid replies leaves the model as it was, >= 1.
     strikes, pause : int
-        A node whose replies were left out so many times in a row gets no messages for ``pause`` rounds; both >= 1.
+        A node whose replies were rejected ``strikes`` times in a row gets no messages for ``pause`` rounds; both >= 1.
 
     Raises
     ------
@@ -57,7 +58,7 @@ class ReplyRules:
 
 
 def why_none(replies: Iterable[Message], incidents: Sequence[Mapping[str, object]]) -> str:
-    """Why no train reply counts, given the error replies and what was noted meanwhile: at most three reasons."""
+    """Say why no train reply counts, given the error replies and the incidents of the round. At most three reasons."""
     reasons = Counter(explain_error(reply.error) for reply in replies if reply.has_error())
     reasons.update(
         str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == TRAIN
@@ -67,14 +68,14 @@ def why_none(replies: Iterable[Message], incidents: Sequence[Mapping[str, object
 
 
 class Quarantine:
-    """Keeps count of the replies that are left out.
+    """Counts rejected replies and pauses nodes.
 
     Parameters
     ----------
     rules : ReplyRules
-        When a node is left out for a while.
+        When a reply is rejected and when a node is paused.
     ledger : Ledger
-        Where each is noted.
+        Where each rejected reply is noted.
     """
 
     def __init__(self, rules: ReplyRules, ledger: Ledger) -> None:
@@ -86,7 +87,7 @@ class Quarantine:
         """The largest median norm of the updates that counted in a round or the exploration."""
 
     def strike(self, node: int, phase: str, round_: int, reason: str) -> None:
-        """Leave out a reply; one to an evaluation is noted, and costs the node no more."""
+        """Reject a reply. One to an evaluation is only noted: its node gets no strike."""
         log(WARNING, "%s, round %d: left out the reply of node %d: %s", phase, round_, node, reason)
         self._ledger.note("quarantined", node, phase, round_, reason)
         if phase == "evaluate":
@@ -99,7 +100,7 @@ class Quarantine:
             self._ledger.note("paused", node, phase, round_, reason)
 
     def judge_norms(self, updates: Mapping[int, Update], phase: str, round_: int) -> dict[int, str]:
-        """Find the nodes whose updates are too long, with the reason; note what is odd, and learn from what counts."""
+        """Find the nodes whose updates are too large, with the reason. Log odd ones, remember the largest median."""
         far, odd = find_outliers(updates, self.rules.norm_factor, self.longest)
         for node, reason in odd.items():
             if node not in self._odd:
@@ -111,20 +112,20 @@ class Quarantine:
         return far
 
     def clear(self, node: int) -> None:
-        """A reply of this node counts."""
+        """Note that a reply of this node counts: its strikes are forgotten."""
         self._strikes.pop(node, None)
 
     def active(self, nodes: Collection[int], round_: int, needed: int) -> list[int]:
-        """Those that get messages in this round, in their order; all, if fewer than ``needed`` would be left."""
+        """Return the nodes that are not paused in this round, in order; all if fewer than ``needed`` would remain."""
         left = [node for node in nodes if self._until.get(node, round_ - 1) < round_]
         return left if len(left) >= needed else list(nodes)
 
     def suffices(self, count: int, noised: int, round_: int) -> bool:
-        """Whether a round in which so many replies count may change the model; noise is scaled for ``noised``."""
+        """Return whether ``count`` valid replies may change the model. Privacy noise is scaled for ``noised``."""
         least = self.rules.min_replies
         if count < noised:
             self.keep_model(round_, f"{count} replies count, and the noise is scaled for {noised}")
-        elif count < least and least > 1:  # that there is none at all is the strategy's own affair
+        elif count < least and least > 1:  # the strategy itself handles a round without replies
             self.keep_model(round_, f"{count} replies count, fewer than {least}")
         else:
             return True
@@ -136,7 +137,7 @@ class Quarantine:
         self._ledger.note("unchanged", None, "train", round_, reason)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: nodes by their partition, since they may come back under another id."""
+        """Return the state for a checkpoint. Nodes are named by partition, since their ids may change."""
         names = self._ledger.partitions
         return {
             "strikes": {names.get(node, node): count for node, count in self._strikes.items()},
@@ -145,7 +146,7 @@ class Quarantine:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Restore what :meth:`state` returned."""
         nodes = {name: node for node, name in self._ledger.partitions.items()}
         self._strikes = Counter({nodes.get(name, name): count for name, count in state["strikes"].items()})
         self._until = {nodes.get(name, name): last for name, last in state["until"].items()}

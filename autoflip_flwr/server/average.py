@@ -1,4 +1,4 @@
-"""The weighted mean of replies at memory bandwidth, bit for bit that of Flower's FedAvg."""
+"""Compute the weighted mean of replies at memory bandwidth, bit-identical to Flower's FedAvg."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WORTH_THREADS = 2**20
 
 
 def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> NDArray[Any]:
-    """``sum_k (w_k / sum(w)) * v_k``, in the order of the replies and in the values' dtype, as FedAvg computes it.
+    """Return ``sum_k (w_k / sum(w)) * v_k``, in the order of the replies and in the values' dtype, as FedAvg does.
 
-    The vectors are read chunk by chunk, so that a chunk's sum stays in the cache while every reply is added to it, and
-    nothing is copied: memory is the result's alone. Each entry goes through the same multiplications and additions as
+    The vectors are read chunk by chunk, so that a chunk's sum stays in the cache while every reply is added to it.
+    Nothing is copied: only the result takes memory. Each entry goes through the same multiplications and additions as
     in FedAvg, whatever the number of threads.
 
     Parameters
@@ -62,7 +62,7 @@ def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> NDArra
     def aside(begin: int) -> None:
         try:
             work(begin, min(begin + share, size))
-        except BaseException as error:  # a thread's own errors end with it
+        except BaseException as error:  # an error in a thread would be lost with it
             failed.append(error)
 
     others = [Thread(target=aside, args=(begin,)) for begin in range(share, size, share)]

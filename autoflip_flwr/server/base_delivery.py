@@ -1,4 +1,4 @@
-"""Which node has the base: it goes along to the nodes that are known to lack it, and to no others."""
+"""Track which nodes hold the base, and send it only to those that are known to lack it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from autoflip_flwr.wire.base_record import base_digest, encode_base
 from autoflip_flwr.wire.keys import BASE_RECORD, EXPLORE, GIVEN, HEADER, HELLO, MISSING
 
 Told = dict[int, str]
-"""By node: the digest of the base that it holds, ``GIVEN`` for a model of its user's, "" for none."""
+"""By node: the digest of the base that it holds, ``GIVEN`` for a model that its user provides, "" for none."""
 
-_LONGEST = 64  # of a digest: nothing longer is kept of what a node says
+_LONGEST = 64  # characters of a digest: a longer one is ignored
 
 
 def learn(told: Told, message: Message, reply: Message) -> None:
-    """Note what a reply says of the base that its node holds: to hello, to an exploration that names one, or a lack.
+    """Note what a reply says about the base that its node holds.
 
-    A node that lies does so to its own loss: it is sent what it lacks when it says so, and nothing it does not.
+    These are replies to hello, replies to an exploration that names a base, and replies that report a missing base. A
+    node that lies harms only itself: it is sent exactly what it reports as missing.
     """
     head = reply.content.get(HEADER) if reply.has_content() else None
     if not isinstance(head, ConfigRecord):
@@ -34,7 +35,7 @@ def learn(told: Told, message: Message, reply: Message) -> None:
 
 
 def missing_of(reply: Message) -> tuple[str, ...]:
-    """Return the records that a reply says its node lacks."""
+    """Return the names of the records that a reply reports as missing at its node."""
     head = reply.content.get(HEADER) if reply.has_content() else None
     status = head.get("status") if isinstance(head, ConfigRecord) else None
     return MISSING.get(status, ()) if isinstance(status, str) else ()
@@ -43,16 +44,16 @@ def missing_of(reply: Message) -> tuple[str, ...]:
 class BaseDelivery:
     """Name the base in headers, and put it into the messages of the nodes that lack it.
 
-    A node of which nothing is known may hold it: it says so if it does not, and is sent it in the same round.
+    A node of which nothing is known may hold it. If not, it says so, and is sent the base in the same round.
 
     Parameters
     ----------
     layout : Layout
         The model's arrays.
     arrays : dict[str, ndarray] | None
-        What stands outside the mask: full arrays by name. ``None``: zero, of which nothing is said.
+        The values outside the mask: full arrays by name. ``None``: zero, then no base is named or sent.
     told : dict[int, str]
-        What the nodes have told so far; kept up to date here.
+        What the nodes have reported so far; updated here.
     """
 
     def __init__(self, layout: Layout, arrays: Arrays | None, told: Told) -> None:
@@ -62,11 +63,11 @@ class BaseDelivery:
         self._encoded: ArrayRecord | None = None
 
     def digest(self, mask: Mask) -> str:
-        """Return the digest that messages under a mask name; "" where zero, or nothing, is outside of it."""
+        """Return the digest that messages under a mask name; "" if only zeros, or nothing, is outside the mask."""
         return "" if mask.is_full else self._digest
 
     def confirm(self, nodes: Iterable[int], mask: Mask) -> None:
-        """Note that these nodes have worked under this mask, and so hold what messages under it name."""
+        """Note that these nodes have worked under this mask, and so hold the base that its messages name."""
         if digest := self.digest(mask):
             self._told |= dict.fromkeys(nodes, digest)
 
@@ -77,7 +78,7 @@ class BaseDelivery:
 
     @property
     def record(self) -> ArrayRecord:
-        """The base's record; made once, and only if a node lacks it."""
+        """The base's record; it is made once, and only if a node lacks it."""
         if self._encoded is None:
             self._encoded = encode_base(self._layout, self.arrays or {})
         return self._encoded

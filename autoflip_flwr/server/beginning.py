@@ -1,4 +1,4 @@
-"""All that comes before the rounds: nodes, exploration, the first mask, what goes on after an interruption."""
+"""Do all that comes before the rounds: wait for nodes, explore, choose the first mask, or resume a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from autoflip_flwr.wrapped.privacy import check_exploration
 from autoflip_flwr.wrapped.template import template_of
 
 if TYPE_CHECKING:
-    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
 
 
 class Beginning(Rounds):
@@ -45,14 +45,14 @@ class Beginning(Rounds):
     checkpoints: Checkpoints | None
     _integers: bool
     _made_from: tuple[dict[str, Any], object, Exploration | Statistics | None]
-    """What the mask and the exploration at hand were made from."""
+    """What the present mask and exploration were made from."""
     _moved_by: Exploration | Statistics | None
-    """The exploration from whose average training has begun."""
+    """The exploration whose average is the model that training began with."""
 
     def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
-        """All that comes before the rounds; puts what their loop is to get into ``given``."""
+        """Do all that comes before the rounds. Put the arguments for their loop into ``given``."""
         previous, initial = self._translator, model_of(given["initial_arrays"])
-        if previous is not None:  # a second start, from what FedAdam, say, has made float64 of
+        if previous is not None:  # a second start: its model may be float64 by now, as FedAdam makes it
             initial = previous.mask.layout.cast(initial)
         packed, self._packed = self._packed, traits.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and traits.shows_integers(self.strategy)
@@ -68,7 +68,7 @@ class Beginning(Rounds):
         timeout = math.inf if given["timeout"] is None else given["timeout"]
         facade = self._connect(given["grid"], timeout)
         everything = Mask.full(layout)
-        own = vars(self)  # what is chosen here is not of the user's setting
+        own = vars(self)  # past the setters: what is chosen here is not the user's setting
         going_on = previous is not None and goes_on(previous.subspace, initial)
         full = last_values(previous.mask, self._shadow, initial) if previous is not None and going_on else initial
         began = self._base if going_on and self._base is not None else initial
@@ -128,7 +128,7 @@ class Beginning(Rounds):
         return progress, first
 
     def _let_go(self, layout: Layout) -> None:
-        """Let go of a mask and an exploration that were made under other settings than those of now."""
+        """Drop a mask and an exploration that were made under other settings than the present ones."""
         choosing, exploring, exploration = self._made_from
         seen = statistics_of(self.exploration)
         if self._brought["exploration"] is None and seen is not None:
@@ -140,7 +140,7 @@ class Beginning(Rounds):
             vars(self)["mask"] = None
 
     def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """The facade of the grid; the nodes that are expected are there where it matters who takes part."""
+        """Return the facade of the grid. Wait for the expected nodes if it matters who takes part."""
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         needed = traits.nodes_needed(self.strategy)

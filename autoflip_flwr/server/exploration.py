@@ -1,4 +1,4 @@
-"""Round 0: before training, explorers work from the same W0 and report what the method asks."""
+"""Run round 0: before training, explorers work from the same W0 and report what the method asks for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from autoflip_flwr.wire.records import WireError
 from autoflip_flwr.wire.request import ask_entry, to_report
 
 if TYPE_CHECKING:
-    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
 from autoflip_flwr.wrapped.template import Template
 
 
@@ -58,18 +58,18 @@ def explore(
     checkpoints: Checkpoints | None = None,
     base: str = "",
 ) -> Statistics:
-    """Ask the explorers what the method asks in round 0.
+    """Ask explorers for what the method needs in round 0.
 
     Parameters
     ----------
     method : Method
-        Says what is asked, and of how many.
+        Says what to ask, and how many explorers.
     grid : OrderedGrid
-        The nodes, and the ledger that is charged.
+        The nodes, and the ledger for the costs.
     initial : dict[str, ndarray]
         W0, the full model.
     template : Template
-        What the wrapped strategy would send in round 1; its ArrayRecords are replaced by W0, its round by 0.
+        What the wrapped strategy would send in round 1. Its ArrayRecords are replaced by W0, its round by 0.
     mask : Mask
         A mask that keeps everything.
     weight_key : str
@@ -77,17 +77,17 @@ def explore(
     kind : str
         How W0 is quantised on its way to the explorers, one of :data:`~autoflip_flwr.core.choices.VALUES`.
     deltas : str
-        ``"log8"``: statistics travel as the method asks; ``"float32"``: unquantised.
+        ``"log8"``: statistics are quantised as the method asks; ``"float32"``: they are not quantised.
     seed : int | None
         Makes the choice of explorers reproducible.
     timeout : float | None
-        Seconds for each batch. A node that has not answered the roll call explores only where too few others would.
+        Seconds per batch. A node that has not answered the roll call explores only if there are too few others.
     judge : Judge
         Judges the replies.
     checkpoints : Checkpoints | None
-        Where answers are kept as they come; those that are there already are not asked for again.
+        Where answers are kept as they come. Answers that are already there are not asked for again.
     base : str
-        Digest of what will stand outside the mask, if explorers may keep it: W0. "": nothing of it.
+        Digest of W0 if explorers should keep it, since its values will stand outside the mask; "" if not.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def explore(
     compared = mask.layout.prunable_names or [spec.name for spec in mask.layout.specs if spec.floating]
     length = joint_norm(initial[name] for name in compared)
 
-    judged: dict[str, Answer | WireError] = {}  # by the message's id: each reply is judged once
+    judged: dict[str, Answer | WireError] = {}  # by message id: each reply is judged once
 
     def arrived(message: Message, reply: Message) -> None:
         if reply.has_error():
@@ -150,7 +150,7 @@ def explore(
             **ask_entry(to_report(requests)),
         )
         ours = RecordDict({HEADER: head, MASK_RECORD: mask_record.encode_mask(mask)})
-        contents: dict[int, RecordDict] = {}  # strategies put one record into all of their messages, or few
+        contents: dict[int, RecordDict] = {}  # strategies put the same record into many messages
 
         def content(node: int) -> RecordDict:
             own = template.by_node.get(node, template.other)
@@ -229,10 +229,10 @@ def _names(grid: OrderedGrid) -> dict[int, int]:
 
 
 def _sample(nodes: list[int], count: int, seed: int | None, sure: Collection[int]) -> list[int]:
-    """So many of the nodes, in their order, with those that are ``sure`` among them."""
+    """Draw ``count`` of the nodes, in their order, including those that are ``sure``."""
     if count == len(nodes):
         return nodes
-    # drawn from a generator of its own, so that the wrapped strategy's sampling is the same with and without us
+    # with a generator of its own, so that the wrapped strategy's sampling is the same with and without AutoFLIP
     drawn = random.Random(None if seed is None else f"{seed}/explorers").sample(nodes, count)
     others = [node for node in drawn if node not in sure][: count - len(sure)]
     return [node for node in nodes if node in sure or node in others]

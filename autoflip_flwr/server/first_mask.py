@@ -1,4 +1,4 @@
-"""The mask of round 1: what the method chooses, and what is checked before any client works."""
+"""Choose the mask of round 1, and check what could fail before any client works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from autoflip_flwr.wire.records import to_arrays
 
 
 def choose_first(method: Method, sparsity: float, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mask:
-    """Let the method choose the mask of round 1; tied weights are one weight, and get one mask.
+    """Let the method choose the mask of round 1. Tied weights are one weight, and get one mask.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def rehearse(
 ) -> None:
     """Check settings and model now, so that nothing fails after clients have trained.
 
-    ``mask`` and ``seen`` are ready ones that the user has brought.
+    ``mask`` and ``seen`` are a mask and an exploration that the user has given.
 
     Raises
     ------
@@ -100,13 +100,13 @@ def rehearse(
 
 
 def _ties(layout: Layout, initial: Arrays, same: Statistics) -> list[dict[str, str]]:
-    """No ties, and those that there may be: arrays that start alike may turn out to be one weight."""
+    """Return two cases: no ties, and all possible ties (arrays that start equal may turn out to be one weight)."""
     tied = tied_weights(layout, initial, same)
     return [{}, tied] if tied else [{}]
 
 
 def _ones(layout: Layout, names: Collection[str], squares: Collection[str]) -> Statistics:
-    """Statistics in which all entries are alike."""
+    """Return statistics in which all entries are equal."""
     ones: dict[str, Floats] = {spec.name: np.ones(spec.shape) for spec in layout.prunable}
     mean = dict.fromkeys(names, ones) | ({"normalised": ones} if DELTA in names else {})
     return Statistics(mean, {name: ones for name in names if name in squares}, 0)
@@ -123,7 +123,7 @@ def _check_statistics(layout: Layout, seen: Statistics) -> None:
 
 
 def warn_of_problems(subspace: Subspace) -> None:
-    """Log the problems of a mask in one warning, with what to do; none where the pruned weights go on working."""
+    """Log the problems of a mask in one warning, with what to do. None if pruned weights keep non-zero values."""
     if subspace.base is None and (found := health.problems(subspace.mask)):
         log(
             WARNING,

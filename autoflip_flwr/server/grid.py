@@ -1,4 +1,4 @@
-"""A facade of Flower's grid: reproducible sampling, replies in the order of their messages, ttl, and the ledger."""
+"""A facade of Flower's grid: reproducible sampling, replies in message order, time limits, and the ledger."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ UNSENT = "the message was not sent: Flower's log says why"
 GONE = "no reply: the node has left"
 
 REPEATS = 2
-"""How often a message may be sent again in one exchange: a node may lack the mask, then what stands outside it."""
+"""How often a message may be sent again in one exchange: a node may lack the mask, and then the base."""
 
 LOOK = 10.0
-"""Seconds after which it is looked again whether the nodes whose replies are awaited are still connected."""
+"""Seconds between checks whether the nodes whose replies are awaited are still connected."""
 
 
 class OrderedGrid(Grid):
     """Wrap a grid so that a Flower strategy on top of it gives the same result each time.
 
-    - ``get_node_ids`` lists the nodes by partition id once those are known (:meth:`roll_call`); it asks nodes that come
+    - ``get_node_ids`` lists the nodes by partition id once those are known (:meth:`roll_call`). It asks nodes that come
       later for theirs, without waiting for the answer, and lists them last until then. With a seed it also seeds
-      :mod:`random`, from which Flower's strategies draw their sample right after, with the seed and the number of
-      exchanges so far.
-    - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in, gives
-      messages the time limit as their ttl (a late node then skips them), logs its progress where that takes long, and
-      charges both ways to the ledger.
+      :mod:`random` with the seed and the number of exchanges so far: Flower's strategies draw their sample right after.
+    - ``send_and_receive`` returns the replies in the order of their messages, whatever order they came in. It gives
+      messages the time limit as their ttl (a late node then skips them), logs progress if it takes long, and charges
+      both directions to the ledger.
 
     Parameters
     ----------
@@ -57,20 +56,20 @@ class OrderedGrid(Grid):
         self.observe: Callable[[str, list[Message]], None] | None = None
         """Called after each exchange with its phase (see :mod:`autoflip_flwr.costs.ledger`) and its replies."""
         self.choose: Callable[[list[int]], list[int]] | None = None
-        """From the connected nodes to those that may get messages."""
+        """Given the connected nodes, return those that may get messages."""
         self._unanswered: dict[str, None] = {}  # ids of what push_messages has sent
         self.bases: Told = {}
-        """What the nodes have told of the base that they hold."""
+        """What the nodes have reported about the base that they hold."""
         self.calls = RollCall(self._push, self.pull_messages, self._received)
 
     @property
     def partitions(self) -> dict[int, int]:
-        """Partition id by node id, of the nodes that have told it."""
+        """Partition id by node id, of the nodes that have reported it."""
         return self.calls.partitions
 
     @property
     def num_partitions(self) -> int:
-        """Number of partitions, as most nodes say; 0: none has said."""
+        """Number of partitions that most nodes report; 0 if none does."""
         return self.calls.num_partitions
 
     def set_run(self, run: object) -> None:
@@ -89,7 +88,7 @@ class OrderedGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
+        """Return the connected nodes: in the grid's order before a roll call, in that of their partitions after it."""
         nodes = list(self._grid.get_node_ids())
         if self.calls.begun:
             self.calls.greet(nodes)
@@ -102,7 +101,7 @@ class OrderedGrid(Grid):
         return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages; returns their ids in order, ``""`` for one that the SuperLink refuses."""
+        """Send messages. Return their ids in order, ``""`` for one that the SuperLink refuses."""
         ids = self._push(list(messages))
         self._unanswered |= dict.fromkeys(filter(None, ids))
         return ids
@@ -110,7 +109,7 @@ class OrderedGrid(Grid):
     def _push(self, batch: list[Message]) -> list[str]:
         ids = list(self._grid.push_messages(batch))
         pushed = set(filter(None, ids))
-        self.ledger.partitions |= self.partitions  # here, since AutoFlip.start puts its own ledger in place
+        self.ledger.partitions |= self.partitions  # here, since AutoFlip.start sets its own ledger
         for message in batch:
             if message.metadata.message_id in pushed:
                 self.ledger.sent(message)
@@ -119,9 +118,9 @@ class OrderedGrid(Grid):
     def pull_messages(  # type: ignore[override]  # Flower 1.43's parameters
         self, reply_to_message_ids: Iterable[str] | None = None, *, message_ids: Iterable[str] | None = None
     ) -> list[Message]:
-        """Fetch the replies that have come to these messages; ``message_ids`` is the same, by the older name.
+        """Fetch the replies that have come to these messages. ``message_ids`` is the older name of the same parameter.
 
-        ``None``: to all that :meth:`push_messages` has sent and whose replies have not been fetched.
+        ``None`` means all messages sent by :meth:`push_messages` whose replies have not been fetched.
         """
         if message_ids is not None:
             if reply_to_message_ids is not None:
@@ -138,7 +137,7 @@ class OrderedGrid(Grid):
         learn(self.bases, message, reply)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send messages and wait for their replies, at most ``timeout`` seconds; replies come in message order."""
+        """Send messages and wait at most ``timeout`` seconds for their replies. Return these in message order."""
         batch, started = list(messages), time.monotonic()
         replies = self.exchange(batch, timeout)
         self.exchanges += 1
@@ -154,7 +153,7 @@ class OrderedGrid(Grid):
             left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.1)
             new = self.exchange(list(repeats.values()), left)
             second = {reply.metadata.reply_to_message_id: reply for reply in new}
-            # each second reply takes the place of the first
+            # the reply to a repeated message replaces the first one
             healed = [
                 second.get(repeats[key].metadata.message_id) if key in repeats else reply
                 for reply in replies
@@ -170,9 +169,9 @@ class OrderedGrid(Grid):
         timeout: float | None,
         arrived: Callable[[Message, Message], None] | None = None,
     ) -> list[Message]:
-        """``send_and_receive`` that does not count as a round's exchange (explorations, repeats).
+        """Do the same as ``send_and_receive``, but not counted as a round's exchange (for explorations and repeats).
 
-        ``arrived`` is called with a message and its reply as soon as that is there.
+        ``arrived`` is called with a message and its reply as soon as the reply is there.
         """
         if not messages:
             return []
@@ -186,7 +185,7 @@ class OrderedGrid(Grid):
         sent = set(filter(None, ids)) & order.keys()
         waiting = set(sent)
         replies: list[Message] = []
-        missed: set[str] = set()  # ids of the messages whose nodes were not there at the last look
+        missed: set[str] = set()  # ids of the messages whose nodes were not connected at the last check
         looked = started
         progress = Waiting(messages[0], len(waiting))
         while waiting:
@@ -197,8 +196,8 @@ class OrderedGrid(Grid):
                     arrived(messages[order[reply.metadata.reply_to_message_id]], reply)
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if waiting and time.monotonic() - looked > LOOK:
-                # Flower 1.42 answers for a node that has left; 1.43 does not, and takes messages to it. Twice, since a
-                # reply may have come right before the node left.
+                # Flower 1.42 answers for a node that has left; 1.43 does not, and accepts messages to it. It must be
+                # missing twice, since a reply may have come right before the node left.
                 there, looked = set(self._grid.get_node_ids()), time.monotonic()
                 gone = {key for key in waiting if messages[order[key]].metadata.dst_node_id not in there}
                 waiting, missed = waiting - (gone & missed), gone
@@ -233,8 +232,8 @@ class OrderedGrid(Grid):
     ) -> list[int]:
         """Wait for the nodes and learn their partitions: see :meth:`~autoflip_flwr.server.roll_call.RollCall.wait`.
 
-        Who answers later is known from then on. Nodes without ``autoflip_mod`` or without a partition id come last, in
-        the order of their node ids.
+        A node that answers later is known from then on. Nodes without ``autoflip_mod`` or without a partition id come
+        last, in the order of their node ids.
 
         Returns
         -------

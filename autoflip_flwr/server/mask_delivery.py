@@ -1,4 +1,4 @@
-"""Which node has which mask: the mask goes along to every node that has not confirmed it."""
+"""Track which node has which mask, and send the mask in force to every node that has not confirmed it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoflip_flwr.wire.keys import MASK_RECORD
 from autoflip_flwr.wire.records import array_bytes
 
 KEPT_MASKS = 4
-"""So many masks before the one in force are kept, for nodes that need the difference alone."""
+"""Number of earlier masks that are kept, so that nodes that have one of them get only the difference."""
 
 
 class MaskDelivery:
@@ -38,7 +38,7 @@ class MaskDelivery:
 
     @mask.setter
     def mask(self, mask: Mask) -> None:
-        bare = dataclasses.replace(self._mask)  # without its indices
+        bare = dataclasses.replace(self._mask)  # without its cached indices
         kept = [*self._older.items(), (bare.digest, bare)][-KEPT_MASKS:]
         self._older = {digest: older for digest, older in kept if digest != mask.digest}
         self._mask, self._encoded = mask, {}
@@ -53,7 +53,7 @@ class MaskDelivery:
         Raises
         ------
         WireError
-            If the mask keeps so little of so large a model that no client would believe it.
+            If the mask keeps so small a share of so large a model that clients would reject it.
         """
         had = self._confirmed.get(node, "")
         if had != self._mask.digest:
@@ -62,12 +62,12 @@ class MaskDelivery:
             content[MASK_RECORD] = self._record(had)
 
     def whole(self, message: Message) -> ConfigRecord | None:
-        """Return the whole mask for a node that lacks it after this message; ``None`` if the message held it."""
+        """Return the whole mask for a node that lacks it after this message; ``None`` if the message contained it."""
         had = message.content.get(MASK_RECORD)
         return self._record() if had is None or mask_record.base_of(had) else None
 
     def _record(self, had: str = "") -> ConfigRecord:
-        """The mask's record for a node that has the mask of that digest: the difference where that is smaller."""
+        """Return the mask's record for a node that has the mask of digest ``had``: the difference if it is smaller."""
         # compressing a large mask takes a while, and a new mask goes to every node
         if "" not in self._encoded:
             self._encoded[""] = mask_record.encode_mask(self._mask)

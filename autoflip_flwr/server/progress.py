@@ -1,4 +1,4 @@
-"""How far a run has come: its rounds' history, and all of its state as a checkpoint keeps it."""
+"""Track a run's finished rounds, and keep all of its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from autoflip_flwr.wrapped.privacy import PrivacyBudget
 from autoflip_flwr.wrapped.snapshot import load_strategy_state, strategy_state
 
 if TYPE_CHECKING:
-    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 ShouldStop = Callable[[int, Result], bool]
@@ -37,7 +37,7 @@ ShouldStop = Callable[[int, Result], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What has state of its own, beside the model."""
+    """The parts of a run that have state of their own, besides the model."""
 
     strategy: Strategy
     ledger: Ledger
@@ -56,11 +56,11 @@ class Progress:
     checkpoints : Checkpoints or None
         Where they are kept.
     before : int
-        Rounds that were finished before this process; Flower counts those that follow from 1.
+        Rounds that were finished before this process. Flower counts the following ones from 1.
     train, evaluate, central : dict[int, MetricRecord]
-        What Flower's Result holds of each round.
+        Metrics of each round, as in Flower's Result.
     base : dict[str, ndarray] or None
-        What stood outside the mask of the interrupted run; ``None`` where it was zero or the initial model.
+        The values outside the mask of the interrupted run; ``None`` if they were zero or the initial model's.
     """
 
     checkpoints: Checkpoints | None = None
@@ -75,7 +75,7 @@ class Progress:
     base: Arrays | None = None
 
     def open(self, settings: Mapping[str, object]) -> bool:
-        """Look for an interrupted run of these settings; whether one of its rounds is finished (0 is the start)."""
+        """Look for an interrupted run of these settings. Return whether it has finished a round (0 is the start)."""
         if self.checkpoints is None:
             return False
         self._start = str(settings["initial"])
@@ -88,7 +88,7 @@ class Progress:
         return found is not None
 
     def exploration(self, ledger: Ledger) -> Statistics | None:
-        """The finished exploration of the interrupted run; the ledger absorbs what it has cost if no round has it."""
+        """Return the finished exploration of the interrupted run. Charge its cost if no stored round includes it."""
         found = None if self.checkpoints is None else self.checkpoints.read_exploration()
         if found is None:
             return None
@@ -97,7 +97,7 @@ class Progress:
         return found.seen
 
     def explored(self, seen: Statistics, ledger: Ledger) -> None:
-        """Keep a finished exploration, and what it has cost."""
+        """Store a finished exploration and its cost."""
         if self.checkpoints is not None:
             from autoflip_flwr.storage.exploration_file import StoredExploration  # needs safetensors
 
@@ -115,28 +115,28 @@ class Progress:
             )
 
     def mask(self, layout: Layout) -> Mask:
-        """The mask in force when the run was interrupted."""
+        """Return the mask in force when the run was interrupted."""
         return Mask(layout, *self._read("mask"))
 
     def next_mask(self, layout: Layout) -> Mask | None:
-        """The mask that was set, but not yet in force, if there was one."""
+        """Return the mask that was set but not yet in force, if there was one."""
         found = self._read("next mask")
         return None if found is None else Mask(layout, *found)
 
     def seen(self) -> Statistics | None:
-        """What clients had reported in the last round of which something was asked."""
+        """Return what clients reported in the last round that asked for statistics."""
         found = self._read("seen")
         return None if found is None else Statistics(*found)
 
     def model(self, subspace: Subspace) -> tuple[ArrayRecord, Arrays | None, Arrays]:
-        """The model as the loop carries it, the last values of what its mask prunes, and its integer arrays.
+        """Return the loop's model, the last values of its pruned entries, and its integer arrays.
 
-        The last values are ``None`` where they are those with which training began.
+        The last values are ``None`` if they are those with which training began.
         """
         return to_record(subspace.unpack(self._read("model"))), self._shadow, self._read("integers")
 
     def restore(self, parts: Parts) -> None:
-        """Set the parts and the random states as they were."""
+        """Restore the parts and the random states."""
         assert self._saved is not None
         load_strategy_state(parts.strategy, self._saved["strategy"], self._arrays)
         parts.ledger.absorb(self._read("ledger"))
@@ -165,17 +165,17 @@ class Progress:
         parts: Parts,
         next_mask: Mask | None,
     ) -> None:
-        """Keep all state after a round; a failure is logged, and the run goes on.
+        """Store all state after a round. If that fails, the failure is logged and the run goes on.
 
-        ``shadow`` is as :meth:`model` returns it. ``base`` holds the prunable arrays of what stands outside the mask;
-        ``None`` where that is zero, or the initial model. ``next_mask`` comes into force with the next round.
+        ``shadow`` is as :meth:`model` returns it. ``base`` holds the prunable arrays of the values outside the mask;
+        ``None`` if they are zero or the initial model's. ``next_mask`` comes into force with the next round.
         """
         if self.checkpoints is None:
             return
         mask = translator.mask
         arrays: dict[str, NDArray[Any]] = {}
         values: dict[str, object] = {
-            "model": mask.gather(to_arrays(model)),  # outside the mask it is zero or the base
+            "model": mask.gather(to_arrays(model)),  # outside the mask it is zero or the base's value
             "integers": translator.integers,
             "mask": (mask.bits, mask.version),
             "next mask": next_mask and (next_mask.bits, next_mask.version),
@@ -203,13 +203,13 @@ class Progress:
         self.checkpoints.write(round_, state, arrays, **beside)
 
     def evaluation(self, evaluate_fn: Evaluate | None, keep: Callable[[int, ArrayRecord], None]) -> Evaluate:
-        """What Flower's loop calls before its first round and at the end of each: evaluates, then keeps the round."""
+        """Return what Flower's loop calls before its first round and after each: evaluate, then store the round."""
 
         def evaluate(flowers_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if flowers_round == 0 and self.before:
                 return None
             round_ = flowers_round + self.before
-            if round_ == 0:  # the exploration is over, whatever becomes of the evaluation
+            if round_ == 0:  # the exploration is over, even if the evaluation fails
                 keep(round_, arrays)
             found = None if evaluate_fn is None else evaluate_fn(round_, arrays)
             if found is not None:
@@ -221,7 +221,7 @@ class Progress:
         return evaluate
 
     def stopping(self, should_stop: ShouldStop, model: ArrayRecord) -> ShouldStop:
-        """What Flower's loop calls at each round's end: ``should_stop``, of the run's rounds, those before included.
+        """Return what Flower's loop calls after each round: ``should_stop``, given the rounds of the whole run.
 
         The loop begins with ``model``.
         """
@@ -232,7 +232,7 @@ class Progress:
         return stop
 
     def complete(self, result: Result, model: ArrayRecord) -> Result:
-        """Flower's result of the rounds that this process has run, with those before; ``model`` if none gave arrays."""
+        """Add the rounds before this process to Flower's result. Its arrays are ``model`` if no round gave any."""
         result = dataclasses.replace(result, arrays=result.arrays or model)  # Flower 1.43 does so itself
         if self.before:
             result.train_metrics_clientapp = self.train

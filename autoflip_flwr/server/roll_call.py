@@ -1,4 +1,4 @@
-"""The roll call: who is there, which partition each node has, and waiting until those that are expected have come."""
+"""Ask the nodes for their partitions, and wait until the expected nodes are connected."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from autoflip_flwr.wire.keys import HEADER, HELLO
 from autoflip_flwr.wire.messages import make_header
 
 SETTLE = 10.0
-"""Seconds without a new node after which all have come, where nobody knows how many there are."""
+"""Seconds without a new node after which waiting ends, if no node reports how many there are."""
 
 ANSWERS = 15.0
-"""Seconds without a new node or answer after which nodes that have not answered are mute, at least."""
+"""Least seconds without a new node or answer after which nodes that have not answered count as mute."""
 
 SLOWER = 3.0
-"""A next answer may take so many times as long as the first one: who explores must not depend on a busy machine."""
+"""A later answer may take this many times as long as the first, so that a busy machine does not exclude a node."""
 
 EVERY = 10.0
-"""Seconds after which it is said again for whom a run waits."""
+"""Seconds between two log lines on which nodes the run waits for."""
 
 
 class RollCall:
@@ -32,18 +32,18 @@ class RollCall:
     Parameters
     ----------
     push : Callable[[list[Message]], Iterable[str]]
-        Sends messages; returns the ids of those that were taken.
+        Sends messages; returns the ids of those that were accepted.
     pull : Callable[[list[str]], list[Message]]
         Fetches the replies that have come to the messages of these ids.
     received : Callable[[Message, Message], None]
-        Told of each message with its reply.
+        Called with each message and its reply.
 
     Attributes
     ----------
     partitions : dict[int, int]
-        Partition id by node id, of those that have told it.
+        Partition id by node id, of the nodes that have reported it.
     with_mod : set[int]
-        Ids of the nodes that have answered as ``autoflip_mod`` does.
+        Ids of the nodes whose answers came from ``autoflip_mod``.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class RollCall:
         self.with_mod: set[int] = set()
         self._told: Counter[int] = Counter()
         self._greeted: set[int] = set()
-        self._refused: dict[int, float] = {}  # when a node's hello was
-        self._asked: dict[str, Message] = {}  # what they were asked, by message id, until they answer
+        self._refused: dict[int, float] = {}  # time at which a node's hello was refused
+        self._asked: dict[str, Message] = {}  # unanswered hellos, by message id
 
     @property
     def begun(self) -> bool:
@@ -67,7 +67,7 @@ class RollCall:
 
     @property
     def num_partitions(self) -> int:
-        """Number of partitions, as most nodes say (0: none has said); one alone cannot keep the others waiting."""
+        """Number of partitions that most nodes report (0: none does); one wrong node cannot delay the others."""
         return max(self._told, key=lambda count: self._told[count], default=0)
 
     @property
@@ -76,7 +76,7 @@ class RollCall:
         return {message.metadata.dst_node_id for message in self._asked.values()}
 
     def greet(self, nodes: Iterable[int]) -> int:
-        """Ask those that have not been asked, without waiting; returns how many answers have come since before.
+        """Ask the nodes not asked before, without waiting. Return how many answers have come since the last call.
 
         A node whose message the SuperLink refuses is asked again, :data:`EVERY` seconds later at the earliest.
         """
@@ -108,27 +108,27 @@ class RollCall:
         timeout: float = 60.0,
         longest: float | None = None,
     ) -> set[int]:
-        """Wait until the expected nodes are connected and have answered; the log says at once for how many.
+        """Wait until the expected nodes are connected and have answered. The log says at once how many are expected.
 
-        As many are expected as the caller says, else as the nodes' ``num-partitions`` says. Where nobody says it, all
-        have come once no new node has for :data:`SETTLE` seconds. A node that does not answer holds the others for
-        :data:`ANSWERS` seconds (or :data:`SLOWER` times as long as the first answer took; as often ``timeout`` while
-        nobody has answered), and is then :attr:`mute`; it may answer later.
+        The number of expected nodes is given by the caller, or else by the nodes' ``num-partitions``. If neither is
+        known, waiting ends when no new node has come for :data:`SETTLE` seconds. The wait for an answer ends after
+        :data:`ANSWERS` seconds, or :data:`SLOWER` times as long as the first answer took (while nobody has answered,
+        :data:`SLOWER` times ``timeout``). A node without an answer is then :attr:`mute`, but may answer later.
 
         Parameters
         ----------
         connected : Callable[[], Iterable[int]]
             The nodes that are connected now.
         minimum : int
-            Fewest with which a run can go on.
+            Smallest number of nodes with which the run can go on.
         expected : int
-            How many are expected; 0: as many as the nodes say.
+            How many nodes are expected; 0: as many as the nodes report.
         fewest : int
-            How many are expected at least, where nobody says how many.
+            How many are expected at least, if no node reports how many.
         timeout : float
-            Seconds without a new node after which it goes on with those that are there, if they are ``minimum``.
+            Seconds without a new node after which the run goes on with the connected nodes, if these are ``minimum``.
         longest : float | None
-            Seconds without a new node after which it gives up on ``minimum``; ``None``: ``timeout``.
+            Seconds without a new node after which waiting for ``minimum`` fails; ``None``: ``timeout``.
 
         Returns
         -------
@@ -141,7 +141,7 @@ class RollCall:
             If fewer than ``minimum`` nodes have connected in time.
         """
         started = came = time.monotonic()
-        asked = heard = 0.0  # when the first was, and when the last answer came
+        asked = heard = 0.0  # times of the first hello and of the last answer
         most, said = 0, _Said()
         # a first client process takes long to start
         patience = min(timeout, ANSWERS) if len(self._greeted) > len(self._asked) else SLOWER * timeout
@@ -156,11 +156,11 @@ class RollCall:
                 most, came = len(nodes), now
             known = expected or self.num_partitions
             wanted = max(minimum, known or fewest)
-            # fewer than the strategy needs, and not because the nodes know of no others
+            # fewer than the strategy needs, although the nodes report that there are more, or do not report
             lacking = len(nodes) < min(minimum, known or minimum)
             limit = timeout if longest is None or not lacking else longest
             late = now - came > limit
-            # nodes that all answer without autoflip_mod cannot explore: better said at once than after a pause
+            # if all nodes answer without autoflip_mod, none can explore: fail at once instead of waiting
             settled = known > 0 or (heard > 0 and not self.with_mod) or now - came > min(SETTLE, timeout)
             all_there = len(nodes) >= wanted and settled
             waited_for = self.mute & nodes
@@ -207,7 +207,7 @@ class RollCall:
 
 
 class _Said:
-    """Says for whom a run waits: at once, when that changes (once a second), and every :data:`EVERY` seconds."""
+    """Logs which nodes a run waits for: at once, on a change (once per second), and every :data:`EVERY` seconds."""
 
     def __init__(self) -> None:
         self._text, self._when = "", 0.0
@@ -220,5 +220,5 @@ class _Said:
 
 
 def pause(started: float) -> float:
-    """Seconds until replies are asked for again: a twentieth of what it has taken, from 0.02 s to 1 s."""
+    """Return the seconds until replies are pulled again: a twentieth of the time waited so far, from 0.02 s to 1 s."""
     return min(max((time.monotonic() - started) / 20, 0.02), 1.0)

@@ -1,4 +1,4 @@
-"""The rounds: between Flower's loop and the wrapped strategy, under the mask in force."""
+"""Run the rounds: connect Flower's loop with the wrapped strategy, under the mask in force."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class Rounds(Configured):
     _packed: bool
     _translator: Translator | None
     _shadow: Arrays
-    """The last values of what the mask prunes; full arrays."""
+    """The last values of the pruned entries, as full arrays."""
     _base: Arrays | None
-    """The values with which training began, where they stand outside the mask; full arrays. ``None``: zero does."""
+    """The values outside the mask if they are those with which training began, as full arrays; ``None``: zero."""
     _changed: Arrays | None
-    """The model of this round, if its mask is new."""
+    """The model of this round, if the round has a new mask."""
     _round: int
     _asked: int
-    """Nodes that this round's messages went to."""
+    """Number of nodes that this round's messages went to."""
     _noted: int
-    """Incidents before this round's messages."""
+    """Number of incidents before this round's messages."""
     _fresh: bool
-    """Whether no round has had messages yet."""
+    """Whether no round has sent messages yet."""
     _in_rounds: bool
-    """Whether the mask may be set while start runs."""
+    """Whether rounds are running, so that the mask may be set although start has not returned."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -66,7 +66,7 @@ class Rounds(Configured):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the replies, let the wrapped strategy average those that count; returns full arrays.
+        """Judge the replies, and let the wrapped strategy average those that count. Return full arrays.
 
         Raises
         ------
@@ -75,7 +75,7 @@ class Rounds(Configured):
         """
         record, metrics = self._aggregate(server_round + self._progress.before, replies)
         changed, self._changed = self._changed, None
-        if record is None and changed is not None:  # what the loop has is still under the mask before
+        if record is None and changed is not None:  # the loop's model is still under the old mask
             record = to_record(changed)
         return record, metrics
 
@@ -102,7 +102,7 @@ class Rounds(Configured):
             privacy.refuse(self.strategy, server_round, self.privacy)
             return None, None
         if plainly:
-            _, metrics = self.strategy.aggregate_train(server_round, counted)  # of no arrays: the metrics alone
+            _, metrics = self.strategy.aggregate_train(server_round, counted)  # metrics only, there are no arrays
         else:
             undo = undo_of(self.strategy)
             record, metrics = privacy.aggregate(self.strategy, server_round, counted, self.privacy)
@@ -140,7 +140,7 @@ class Rounds(Configured):
         Raises
         ------
         RuntimeError
-            That says how to start a run.
+            Always, unless the wrapped strategy has the method. The message says how to start a run.
         """
         own = getattr(self.strategy, "initialize_parameters", None)
         if own is None:
@@ -167,7 +167,7 @@ class Rounds(Configured):
         return self._translator
 
     def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
-        """The model under the mask of this round: one that was set since, then the method's, then the schedule's."""
+        """Return the model under this round's mask: apply one set by the user, the method's, then the schedule's."""
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
         if server_round > 1 and translator.mask.layout.prunable:
@@ -179,7 +179,7 @@ class Rounds(Configured):
         return full
 
     def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
-        """The model under a new mask, which is in force from now on."""
+        """Put a new mask into force, and return the model under it."""
         old = translator.mask
         if new.digest != old.digest:
             if new.version <= old.version:

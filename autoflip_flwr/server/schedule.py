@@ -1,4 +1,4 @@
-"""Masks that change: what a schedule is asked, what it may answer, and from where coordinates grow again."""
+"""Change masks during training: call a schedule, check its answer, and find the values that entries grow from."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def arguments_of(schedule: Schedule) -> int:
-    """How many of the round, the mask in force and the model a mask schedule takes by position.
+    """Return how many of the round, the mask in force and the model a mask schedule takes by position.
 
-    A parameter with a default other than None keeps that: it may hold something for the function's own use.
+    A parameter with a default other than None keeps its default: it may be meant for the function's own use.
 
     Raises
     ------
     TypeError
-        If it is no function, or takes none of them, or needs more.
+        If it is not a function, takes none of them, or needs more.
     """
     if not callable(schedule):
         raise TypeError(
@@ -36,7 +36,7 @@ def arguments_of(schedule: Schedule) -> int:
         )
     try:
         parameters = list(inspect.signature(schedule).parameters.values())
-    except ValueError:  # some that are written in C do not say
+    except ValueError:  # some functions written in C have no signature
         return 1
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     given = len(list(takewhile(lambda each: each.default in (each.empty, None), positional)))
@@ -64,13 +64,13 @@ def ask_schedule(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> 
 
 
 def refined(method: Method, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
-    """Return the mask that a method names for a round; the same of it as of :func:`ask_schedule`."""
+    """Return the mask that a method names for a round, as :func:`ask_schedule` does for a schedule."""
     new = method.refine(round_, mask, _views(model), seen)
     return None if new is None else check_mask(new, mask.layout, f"{type(method).__name__}.refine in round {round_}")
 
 
 def _views(model: Arrays) -> Arrays:
-    """The model, read-only: it is to tell a mask, not to be changed."""
+    """Return read-only views of the model, so that a schedule cannot change it."""
     views = {name: array.view() for name, array in model.items()}
     for view in views.values():
         view.flags.writeable = False
@@ -78,14 +78,14 @@ def _views(model: Arrays) -> Arrays:
 
 
 def check_mask(mask: object, layout: Layout, origin: str) -> Mask:
-    """Check a mask that is to be in force from the next round on; ``origin`` says where it comes from.
+    """Check a mask that comes into force with the next round. ``origin`` says where it comes from.
 
     Raises
     ------
     TypeError
-        If it is no mask.
+        If it is not a mask.
     ValueError
-        If its arrays are not those of the layout.
+        If its arrays differ from the layout's.
     """
     if not isinstance(mask, Mask):
         raise TypeError(
@@ -97,15 +97,15 @@ def check_mask(mask: object, layout: Layout, origin: str) -> Mask:
 
 
 def same_arrays(layout: Layout, model: Arrays) -> bool:
-    """Whether a model has the names and shapes of a layout, in its order."""
+    """Return whether a model has the names and shapes of a layout, in its order."""
     return [(spec.name, spec.shape) for spec in layout.specs] == [(name, each.shape) for name, each in model.items()]
 
 
 def goes_on(before: Subspace, model: Arrays) -> bool:
-    """Whether a model is where an earlier start ended: in its subspace.
+    """Return whether a model continues an earlier start, that is, lies in its subspace.
 
-    The model with which that start began is in it too where its values stand outside the mask, and goes on with
-    nothing.
+    The initial model of that start does not continue it, although it lies in the subspace if its values stand outside
+    the mask.
     """
     if not same_arrays(before.mask.layout, model):
         return False
@@ -117,5 +117,5 @@ def goes_on(before: Subspace, model: Arrays) -> bool:
 
 
 def last_values(mask: Mask, values: Arrays, model: Arrays) -> Arrays:
-    """The model in which an earlier start ended, with the values from which coordinates grow again outside its mask."""
+    """Return the final model of an earlier start, with the values that entries grow from outside its mask."""
     return mask.layout.cast(mask.scatter(mask.gather(model), into=values))

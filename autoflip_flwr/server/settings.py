@@ -1,4 +1,4 @@
-"""The settings of AutoFlip: each stays readable under its name, and is checked whenever it is set."""
+"""The settings of AutoFlip: each can be read by its name, and is checked whenever it is set."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Values:
 
     @classmethod
     def of(cls, values: object) -> Values:
-        """Make it of what the constructor takes: these, or one text for both directions."""
+        """Convert what the constructor takes: a ``Values``, or one text for both directions."""
         if isinstance(values, Values):
             return values
         if not isinstance(values, str) or values not in VALUES:
@@ -99,7 +99,7 @@ class Nodes:
 
     @classmethod
     def of(cls, nodes: object) -> Nodes:
-        """Make it of what the constructor takes: these, a number of nodes, or ``None``."""
+        """Convert what the constructor takes: a ``Nodes``, a number of nodes, or ``None``."""
         if isinstance(nodes, Nodes):
             return nodes
         if isinstance(nodes, bool) or not isinstance(nodes, numbers.Integral | None):
@@ -108,7 +108,7 @@ class Nodes:
 
 
 _MADE: dict[str, Callable[[], object]] = {"strategy": FedAvg, "ledger": Ledger, "rules": ReplyRules}
-"""What None stands for."""
+"""Makes the value that None stands for."""
 
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "method": (Method, "a Method, such as LossExploration(...)"),
@@ -122,9 +122,9 @@ _NEVER_NONE = ("strategy", "method", "ledger", "rules")
 
 
 class Configured(Strategy):
-    """A strategy around another one, whose constructor's arguments are settings: read and set under their names.
+    """A strategy that wraps another one. Its constructor's arguments are settings, read and set by their names.
 
-    Any other name is the wrapped strategy's where it has it, for reading and for setting.
+    Other attributes that the wrapped strategy has are read from it and set on it.
     """
 
     strategy: Strategy
@@ -134,10 +134,10 @@ class Configured(Strategy):
     mask: Mask | None
     exploration: Exploration | Statistics | None
     _brought: dict[str, Any]
-    """A mask and an exploration of the user's own, by these names."""
+    """The mask and the exploration that the user has given, by these names."""
     _defaults: ClassVar[dict[str, object]]
-    _ready = False  # its constructor is through
-    _running = False  # its start is not
+    _ready = False  # whether the constructor has finished
+    _running = False  # whether a start is running
 
     def __init_subclass__(cls) -> None:
         parameters = inspect.signature(cls).parameters
@@ -146,8 +146,8 @@ class Configured(Strategy):
             cls._defaults = {each.name: each.default for each in parameters.values()}
 
     def __getattr__(self, name: str) -> Any:
-        # a project that calls methods of its own strategy goes on doing so
-        if name == "strategy" or name.startswith("__"):  # not there yet, or a protocol, as in a copy that is being made
+        # code that calls methods of its own strategy keeps working
+        if name == "strategy" or name.startswith("__"):  # not set yet, or a protocol name, as while a copy is made
             raise AttributeError(name)
         return getattr(self.strategy, name)
 
@@ -165,7 +165,7 @@ class Configured(Strategy):
                 vars(self)["privacy"] = budget_of(value)
             vars(self)[name] = value
         elif self._ready and name not in vars(self) and hasattr(self.strategy, name):
-            setattr(self.strategy, name, value)  # as reading
+            setattr(self.strategy, name, value)  # as in reading
         else:
             if (
                 self._ready
@@ -182,9 +182,9 @@ class Configured(Strategy):
         check(settings)
 
     def _told(self) -> dict[str, str]:
-        """The settings that are not their defaults, by name, as they are written in the constructor."""
+        """Return the settings that differ from their defaults, by name, as they are written in the constructor."""
         found = {}
-        for name, value in {**self._arguments(), **self._brought}.items():  # what was chosen is no setting
+        for name, value in {**self._arguments(), **self._brought}.items():  # a mask that was chosen is not a setting
             default = self._defaults[name]
             default = _MADE[name]() if default is None and name in _MADE else default
             plain = isinstance(value, bool | int | float | str | list | tuple)
@@ -202,20 +202,20 @@ class Configured(Strategy):
         return Nodes.of(vars(self)["nodes"])
 
     def _layout(self, arrays: Arrays) -> Layout:
-        """The layout of a model, given by its arrays."""
+        """Return the layout of a model, given by its arrays."""
         own = vars(self)
         return Layout.of(arrays, **{name: own[name] for name in ("prunable", "exclude", "biases", "output")})
 
     def _arguments(self) -> dict[str, Any]:
-        """The constructor's arguments as they are now."""
+        """Return the present values of the constructor's arguments."""
         return {name: vars(self)[name] for name in self._defaults}
 
     def _choosing(self) -> dict[str, Any]:
-        """What decides the first mask, beside the model and what clients report."""
+        """Return what decides the first mask, besides the model and the clients' reports."""
         return {name: vars(self)[name] for name in ("sparsity", "method", "prunable", "exclude", "biases", "output")}
 
     def _decisive(self, layout: Layout, initial: Arrays, *, packed: bool) -> dict[str, object]:
-        """What must be the same when an interrupted run goes on. Raises ``ValueError`` if it could not."""
+        """Return what must not change when a run is resumed. Raise ``ValueError`` if it could not be resumed."""
         if self.checkpoints is None:
             return {}
         if type(self.strategy).start is not Strategy.start:
@@ -237,7 +237,7 @@ class Configured(Strategy):
         }
 
     def _check_running(self, name: str, value: object) -> None:
-        """Raise an error unless a setting may be set to this while rounds run."""
+        """Raise an error unless the setting may get this value while rounds run."""
         raise RuntimeError(
             f"{name} was set while AutoFlip runs, where it would do nothing: set it before start; only the mask may "
             "change between rounds (mask_schedule=, or strategy.mask = ...)"
@@ -245,7 +245,7 @@ class Configured(Strategy):
 
 
 def told(value: object) -> str:
-    """Show a setting as it is written in code; of objects without such a form, their class."""
+    """Return a setting as it is written in code, or the class of an object without such a form."""
     if isinstance(value, Configured):
         return repr(value)
     if isinstance(value, Strategy):
@@ -259,7 +259,7 @@ def told(value: object) -> str:
 
 
 def _method_key(method: Method) -> dict[str, object]:
-    """What a method's results depend on, by name."""
+    """Return what a method's results depend on, by name."""
     names: list[str] = [f.name for f in dataclasses.fields(method)] if dataclasses.is_dataclass(method) else []
     own = {name: getattr(method, name) for name in names if name not in ("public", "timeout")}
     return {"method": type(method).__name__, **own}
@@ -271,9 +271,9 @@ def check(settings: Mapping[str, Any]) -> None:
     Raises
     ------
     TypeError
-        If one is of another type than it must be, or ``mask_schedule`` takes what it is not given.
+        If one has the wrong type, or ``mask_schedule`` needs other arguments than it is given.
     ValueError
-        If one is out of range, or two do not go together.
+        If one is out of range, or two contradict each other.
     """
     _check_strategy(settings["strategy"])
     for name, (kind, what) in _TYPES.items():

@@ -25,7 +25,7 @@ from autoflip_flwr.server.settings import Nodes, Values
 from autoflip_flwr.wrapped import loop, privacy, traits
 
 if TYPE_CHECKING:
-    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which only those who keep some have
+    from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
 
 
 class Pruned(Beginning):
@@ -192,21 +192,21 @@ class Pruned(Beginning):
     ) -> Result:
         """Explore, choose the mask, then run ``num_rounds`` pruned rounds; see :meth:`Strategy.start`.
 
-        ``timeout`` (seconds) holds for each round, and for each batch of explorers where the method's own does not.
-        ``evaluate_fn(0, arrays)`` sees the start under the mask, in full arrays. ``should_stop(round, result)`` (from
-        Flower 1.43 on) is called at each round's end; a run that goes on from a checkpoint asks it of the last round
-        first. A wrapped strategy with a ``start`` of its own gets those of these parameters that it has, by name, and
-        ``own``.
+        ``timeout`` (seconds) limits each round, and each batch of explorers if the method has no timeout of its own.
+        ``evaluate_fn(0, arrays)`` gets the initial model under the mask, as full arrays. ``should_stop(round, result)``
+        (from Flower 1.43 on) is called after each round; a run resumed from a checkpoint first calls it for the last
+        finished round. A wrapped strategy with its own ``start`` gets those of these parameters that it takes, by name,
+        and ``own``.
 
         Raises
         ------
         ValueError
-            If the model cannot be pruned as asked, or explorers would work outside the noise of a differential-privacy
-            wrapper, before any client works.
+            Before any client works, if the model cannot be pruned as asked, or if explorers would report without the
+            noise of a differential-privacy wrapper.
         CheckpointError
             If a checkpoint is in the way, damaged or of another run.
         TypeError
-            If an argument is of another type, or neither Flower's ``start`` nor the wrapped strategy's takes it.
+            If an argument has the wrong type, or neither Flower's ``start`` nor the wrapped strategy's takes it.
         RuntimeError
             If too few nodes are connected, too few explorers answer, or no reply of the first round counts.
         """
@@ -219,10 +219,10 @@ class Pruned(Beginning):
             "evaluate_config": evaluate_config,
             "evaluate_fn": evaluate_fn,
         }
-        # a strategy with a loop of its own keeps it
+        # a strategy with its own loop keeps it
         own_loop = type(self.strategy).start is not Strategy.start
         loop.check(grid, initial_arrays, given if own_loop else {**given, "should_stop": should_stop})
-        if should_stop is not None:  # a start that does not know it is not to see its default
+        if should_stop is not None:  # a start that does not take it must not get the default
             own["should_stop"] = should_stop
         start = loop.twin(self.strategy, methods_of=self).start if own_loop else super().start
         loop.bind(start, given, own)
@@ -238,7 +238,7 @@ class Pruned(Beginning):
             result = start(*args, **named)
         finally:
             self._running = self._in_rounds = False
-        if given["grid"] is not grid:  # who brings the facade, as the shipped app does, has a summary of its own
+        if given["grid"] is not grid:  # a caller that passes the facade, as the shipped app does, logs its own summary
             self._tell_savings(initial_arrays)
         return result if own_loop else progress.complete(result, first)
 

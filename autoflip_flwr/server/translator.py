@@ -1,4 +1,4 @@
-"""Between the wrapped strategy's messages and the wire's: what leaves is packed, what comes back is unpacked."""
+"""Translate between the wrapped strategy's messages and those on the wire: pack messages, unpack replies."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ from autoflip_flwr.wire.request import ask_entry, to_report, unpack_statistics
 from autoflip_flwr.wire.values import is_coded
 
 _NUDGE = 1e-7
-"""Its square is a normal float32."""
+"""Size of a tiny update. Its square is still a normal float32."""
 
 
 class Translator:
-    """Speak the strategy's language on one side and the wire's on the other, under the mask in force.
+    """Packs the strategy's messages and unpacks the replies, under the mask in force.
 
     Parameters
     ----------
     mask : Mask
         The mask in force; assign another one to change it.
     initial : dict[str, ndarray]
-        The full model; its integer and bool arrays are kept here, since no strategy averages them.
+        The full model. Its integer and bool arrays are kept here, since no strategy averages them.
     packed : bool
         Whether the strategy sees packed arrays or full ones.
     integers : bool
-        Whether it sees integer and bool arrays; what it makes of them is not used.
+        Whether it sees integer and bool arrays. Its result for them is not used.
     weight_key : str
-        Metric by which replies are weighed; "" where the strategy has none, and asks nothing of metrics.
+        Metric by which replies are weighted; "" if the strategy has none. Then metrics are not checked.
     judge : Judge
         Judges the replies.
     method : Method
-        Says which statistics are asked for in a round.
+        Says which statistics to ask for in a round.
     nudges : bool
-        Whether an update of exactly zero is made a tiny one, for a strategy that divides by its norm.
+        Whether an update of exactly zero is replaced by a tiny one, for a strategy that divides by its norm.
     down, up : str
-        How values are coded on their way to the nodes and back, of :data:`~autoflip_flwr.core.choices.VALUES`.
+        How values are quantised on their way to the nodes and back, one of :data:`~autoflip_flwr.core.choices.VALUES`.
     base : dict[str, ndarray] | None
-        What stands outside the mask: full arrays by name. ``None``: zero.
+        The values outside the mask: full arrays by name. ``None``: zero.
     told : dict[int, str] | None
-        What the nodes have told of the base that they hold (:mod:`autoflip_flwr.server.base_delivery`).
+        What the nodes have reported about the base that they hold (:mod:`autoflip_flwr.server.base_delivery`).
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Translator:
         self._sent: dict[int, Sent] = {}  # by node
         self._requests: tuple[Request, ...] = ()
         self.seen: Statistics | None = None
-        """What clients reported in the last round of which something was asked."""
+        """What clients reported in the last round that asked for statistics."""
 
     @property
     def mask(self) -> Mask:
@@ -108,29 +108,29 @@ class Translator:
 
     @property
     def subspace(self) -> Subspace:
-        """The mask in force, and what stands outside it."""
+        """The mask in force, and the values outside it."""
         return Subspace(self.mask, self._base.arrays)
 
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
-        """Packed arrays -> the arrays as the strategy sees them."""
+        """Convert packed arrays to the arrays that the strategy sees."""
         arrays = packed if self._packed else self.subspace.unpack(packed)
         return to_record({name: arrays[name] for name in self.shown})
 
     def from_strategy(self, record: ArrayRecord) -> Arrays:
-        """What the strategy holds -> full arrays of the subspace, in the strategy's dtypes and the model's order."""
+        """Convert the strategy's arrays to full ones of the subspace, in its dtypes and the model's order."""
         arrays = to_arrays(record) | self.integers
         return self.subspace.unpack(arrays) if self._packed else self.subspace.project(arrays)
 
     def outgoing(self, messages: Iterable[Message], phase: str, round_: int) -> list[Message]:
-        """Pack the strategy's messages; the mask goes along to every node that has not confirmed it.
+        """Pack the strategy's messages.
 
-        What stands outside it goes to those that are known to lack it.
+        Add the mask for every node that has not confirmed it, and the base for nodes that are known to lack it.
 
         Raises
         ------
         ValueError
-            If the strategy's messages do not hold one ArrayRecord each, or the mask keeps so little of so large a
-            model that no client would believe it.
+            If the strategy's messages do not hold one ArrayRecord each, or the mask keeps so small a share of so large
+            a model that clients would reject it.
         """
         batch = list(messages)
         self._sent = {}
@@ -145,7 +145,7 @@ class Translator:
             if len(content.array_records) != 1:
                 raise ValueError(f"{len(content.array_records)} ArrayRecords in a message of the strategy, expected 1")
             key, record = next(iter(content.array_records.items()))
-            if id(record) not in values:  # strategies put one record into all of their messages
+            if id(record) not in values:  # strategies put the same record into many messages
                 values[id(record)] = self._to_wire(record)
             node = message.metadata.dst_node_id
             content[key], self._sent[node] = values[id(record)]
@@ -156,7 +156,7 @@ class Translator:
         return batch
 
     def repeat(self, message: Message, reply: Message) -> Message | None:
-        """Make a message again, with what its node says it lacks: the whole mask, what stands outside it, or both."""
+        """Return the message again, with what its node reports as missing: the whole mask, the base, or both."""
         lacks, more = missing_of(reply), RecordDict()
         if MASK_RECORD in lacks and (whole := self._delivery.whole(message)) is not None:
             more[MASK_RECORD] = whole
@@ -169,7 +169,7 @@ class Translator:
         return Message(content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
     def incoming(self, replies: Iterable[Message], round_: int) -> list[Message]:
-        """The train replies that count, as the strategy expects them, then the error replies."""
+        """Return the train replies that count, as the strategy expects them, then the error replies."""
         batch = self._judged(replies, round_)
         for reply, found in zip(batch.counted, batch.judged, strict=True):
             arrays = arrays_of(self.mask, found.vectors)
@@ -179,7 +179,7 @@ class Translator:
         return batch.counted + batch.errors
 
     def average(self, replies: Iterable[Message], round_: int) -> tuple[list[Message], Arrays | None]:
-        """The train replies that count, their metrics without their arrays, and FedAvg's mean: full arrays."""
+        """Return the train replies that count, without their arrays, and FedAvg's mean of these as full arrays."""
         batch = self._judged(replies, round_)
         counted, judged, errors = batch.counted, batch.judged, batch.errors
         if not judged:
@@ -193,7 +193,7 @@ class Translator:
         return counted + errors, self.subspace.unpack(split_vectors(self.mask, mean) | self.integers)
 
     def incoming_evaluate(self, replies: Iterable[Message], round_: int) -> list[Message]:
-        """The evaluate replies that count, without our header, then the error replies."""
+        """Return the evaluate replies that count, without AutoFLIP's header, then the error replies."""
         batch = self._judge.evaluate(replies, mask=self.mask, round_=round_)
         self._confirm(batch.accepted)
         return batch.counted + batch.errors
@@ -203,7 +203,7 @@ class Translator:
         self._base.confirm(nodes, self.mask)
 
     def _judged(self, replies: Iterable[Message], round_: int) -> Batch:
-        """The train replies, judged; integer and bool arrays become those of the reply with the largest weight."""
+        """Judge the train replies. Take the integer and bool arrays from the reply with the largest weight."""
         batch = self._judge.train(
             replies, mask=self.mask, round_=round_, sent=self._sent, kind=self._up, requests=self._requests
         )
@@ -217,7 +217,7 @@ class Translator:
         return batch
 
     def _statistics(self, batch: Batch) -> Statistics | None:
-        """What the clients whose replies count have reported; deltas need no report."""
+        """Return the statistics of the clients whose replies count. Deltas are computed from the replies' values."""
         statistics = Accumulator(self.mask.layout, self._method.squares)
         any_ = False
         for reply, judged in zip(batch.counted, batch.judged, strict=True):
@@ -234,7 +234,7 @@ class Translator:
         return statistics.result() if any_ else None
 
     def _deltas(self, judged: Judged, sent: Sent) -> Arrays:
-        """How far a client moved each kept entry of the prunable arrays; full arrays, 0 elsewhere."""
+        """Return a client's delta of each kept entry of the prunable arrays, as full arrays that are 0 elsewhere."""
         flat = {dtype: judged.vectors[dtype].whole() - values for dtype, values in sent.exact.items()}
         packed = split_vectors(self.mask, flat)
         found: Arrays = {}
@@ -245,11 +245,11 @@ class Translator:
         return found
 
     def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, Sent]:
-        """The message's values, and what its reply is read and judged by.
+        """Return the values for a message, and what its reply is read and judged by.
 
-        A reply's values are added to the server's exact ones where it holds an update. A reply in full is corrected by
-        what the coding of the message has changed, so that rounding the values on their way down shifts where a client
-        starts, but never adds up in the model.
+        If a reply holds an update, it is added to the server's exact values. If it holds full values, they are
+        corrected by the message's rounding error. So rounding on the way down shifts where a client starts, but never
+        adds up in the model.
         """
         arrays = to_arrays(record) | self.integers
         packed = arrays if self._packed else self.mask.gather(arrays)
@@ -269,7 +269,7 @@ class Translator:
 
 
 def _nudged(arrays: Arrays) -> Arrays:
-    """The arrays with one value moved by about its last digit."""
+    """Return the arrays with one value changed by about its last digit."""
     name, values = next((name, values) for name, values in arrays.items() if values.size and values.dtype.kind == "f")
     moved = values.copy()
     flat = moved.reshape(-1)

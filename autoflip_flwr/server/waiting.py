@@ -1,4 +1,4 @@
-"""Progress while replies are awaited: a log line every ten seconds, with how many are there and the time left."""
+"""Log progress while replies are awaited: every ten seconds, how many are there and the estimated time left."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flwr.common.logger import log
 from autoflip_flwr.costs.ledger import phase_of, round_of
 
 INTERVAL = 10.0
-"""Seconds between two lines of progress; a shorter exchange has none."""
+"""Seconds between two lines of progress. A shorter exchange logs none."""
 
 
 class Waiting:
-    """Log how an exchange comes along.
+    """Logs the progress of an exchange.
 
     Parameters
     ----------
     message : Message
-        One of its messages: its phase and its round name the exchange.
+        One of its messages, which gives the phase and the round.
     total : int
         Number of replies that are awaited.
     """
@@ -28,10 +28,10 @@ class Waiting:
     def __init__(self, message: Message, total: int) -> None:
         self._phase, self._round, self._total = phase_of(message), round_of(message), total
         self._began = self._told = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when the first replies were there, and how many
+        self._first: tuple[float, int] | None = None  # time of the first replies, and their number
 
     def tell(self, done: int) -> None:
-        """Log a line if the last one is :data:`INTERVAL` seconds old; ``done`` replies are there."""
+        """Log that ``done`` replies are there, if the last line is :data:`INTERVAL` seconds old."""
         now = time.monotonic()
         if done and self._first is None:
             self._first = now, done
@@ -39,7 +39,7 @@ class Waiting:
             return
         self._told = now
         left = f" after {duration(now - self._began)}"
-        # the first replies take longer, with all that is loaded for them: how fast the others come tells the time left
+        # the first replies take longer, since modules are loaded for them: the time left is estimated from the others
         if self._first is not None and done > self._first[1]:
             since, before = self._first
             left = f", about {duration((now - since) * (self._total - done) / (done - before))} left"
@@ -53,7 +53,7 @@ class Waiting:
 
 
 def duration(seconds: float) -> str:
-    """A duration to read: ``42 s``, ``4 min``, ``2 h 5 min``."""
+    """Return a readable duration: ``42 s``, ``4 min``, ``2 h 5 min``."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

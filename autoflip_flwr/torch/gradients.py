@@ -1,4 +1,4 @@
-"""Report what the server asks of gradients, for PyTorch clients."""
+"""Report the gradient statistics that the server asks for, for PyTorch clients."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def gradients(
 ) -> Iterator[None]:
     """Report the gradients of the ``backward`` calls in this block, where the server asks for them.
 
-    Each call counts as one minibatch; the mean over all is reported: of the gradient (``"gradient"``), of its square
-    (``"gradient-square"``), of ``|gradient x weight|`` (``"saliency"``). Gradients are read before
-    :func:`~autoflip_flwr.torch.masked_training` sets those of pruned weights to zero. Where nothing is asked, nothing
-    is done.
+    Each call counts as one minibatch. The mean over all of them is reported: of the gradient (``"gradient"``), of its
+    square (``"gradient-square"``), or of ``|gradient x weight|`` (``"saliency"``). Gradients are read before
+    :func:`~autoflip_flwr.torch.masked_training` sets those of pruned weights to zero. If the server asks for nothing,
+    nothing is done.
 
     Parameters
     ----------
     model, names
         As in :func:`~autoflip_flwr.torch.masked_training`.
     context : Context
-        Of the Flower client.
+        The context of the Flower client.
 
     Raises
     ------

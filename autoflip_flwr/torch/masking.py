@@ -1,4 +1,4 @@
-"""Training under a mask: pruned weights stay at zero or at the base's values, their gradients at zero."""
+"""Train under a mask: pruned weights stay at zero or at the base's values, and their gradients at zero."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autoflip_flwr.torch.targets import Holder, Key, Model, Parameters, target_o
 
 
 class _Masking:
-    """A target that is kept in a mask's subspace, until it is ended."""
+    """Keeps a target in a mask's subspace until it is ended."""
 
     def __init__(self, target: Model | Parameters, subspace: Subspace) -> None:
         self._target, self._subspace = target, subspace
@@ -34,18 +34,18 @@ class _Masking:
         self.bind()
 
     def bind(self) -> None:
-        """Take hold of the parameters that the target has now.
+        """Bind to the parameters that the target has now.
 
         Raises
         ------
         ValueError
-            If they are not those that the server sent; then nothing is changed.
+            If they differ from those that the server sent; then nothing is changed.
         """
         pruned = pruned_of(self._target, self._subspace)
         self.release()
         for parameter, own in pruned.items():
             if parameter.requires_grad:
-                # torch.utils.swap_tensors takes the hooks along, but not what calls them
+                # torch.utils.swap_tensors moves the hooks, but not the code that calls them
                 parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
                 handle = parameter.register_post_accumulate_grad_hook(own.zero_grad)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
@@ -55,31 +55,31 @@ class _Masking:
         self.after_step()
 
     def may_go_on(self) -> bool:
-        """Whether it has neither been ended nor lost its target."""
+        """Return whether it has neither been ended nor lost its target."""
         return self._target.alive() and not self._ended
 
     def end(self) -> None:
-        """Let go of the parameters for good."""
+        """Release the parameters for good."""
         self._ended = True
         self.release()
 
     def release(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._pruned = [], {}
 
     def trained_by(self, parameters: set[int]) -> bool:
-        """Whether an optimizer of parameters with these ids trains the target."""
+        """Return whether an optimizer of parameters with these ids trains the target."""
         return not parameters.isdisjoint(self._pruned)
 
     def follow(self, parameters: set[int]) -> None:
-        """Bind again if parameters were replaced and an optimizer of these trains the target."""
+        """Bind again if parameters were replaced and an optimizer of parameters with these ids trains the target."""
         if not self._target.replaced():
             return
         if self.trained_by(parameters) or not parameters.isdisjoint(self._target.now()):
             try:
-                with _lock:  # of one model, several threads may step
+                with _lock:  # several threads may step the same model
                     if self._target.replaced():
                         self.bind()
             except ValueError as error:
@@ -100,9 +100,9 @@ class _Masking:
                     own.zero(value)
 
     def after_step(self) -> None:
-        """Set the pruned weights to what stands there."""
+        """Set the pruned weights to zero or to the base's values."""
         for parameter, own in self._bound():
-            own.restore(parameter.data)  # no change in autograd's books: another loss may still go back through it
+            own.restore(parameter.data)  # unseen by autograd: another backward may still use it
 
     def _bound(self) -> Iterator[tuple[torch.Tensor, Pruned]]:
         for hold, own in self._pruned.values():
@@ -113,14 +113,14 @@ class _Masking:
 class MaskedTraining:
     """A model that is kept in a mask's subspace, until :meth:`remove` or the end of a ``with`` block.
 
-    After the block the mask is in force that was so before it.
+    After the block, the mask from before it is in force again.
     """
 
     def __init__(self, key: Key, masking: _Masking | None, outer: _Masking | None) -> None:
         self._key, self._masking, self._outer = key, masking, outer
 
     def remove(self) -> None:
-        """Let go of the model; it then trains dense."""
+        """Release the model; it then trains dense."""
         with _lock:
             if self._masking is not None:
                 self._masking.end()
@@ -135,25 +135,25 @@ class MaskedTraining:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _lock:
-            ours = _in_force.get(self._key) is self._masking  # a call in the block may have taken its place
+            ours = _in_force.get(self._key) is self._masking  # a call in the block may have replaced it
             self.remove()
             if ours and self._outer is not None and self._outer.may_go_on():
                 self._outer.bind()
                 _in_force[self._key] = self._outer
 
 
-# one model trains under one mask: a second call takes the place of the first
+# one model trains under one mask: a second call replaces the first
 _in_force: dict[Key, _Masking] = {}
-_lock = RLock()  # threads may train models of their own
+_lock = RLock()  # several threads may train their own models
 
 
 def _gone(key: Key, in_force: dict[Key, _Masking] = _in_force) -> None:
-    # without the lock, since Python may collect a model at any time; at exit, after it has emptied this module
+    # without the lock, since Python may collect a model at any time (at exit even after emptying this module)
     in_force.pop(key, None)
 
 
 def _maskings(optimizer: torch.optim.Optimizer) -> tuple[list[_Masking], set[int]]:
-    """Those in force, and the ids of the optimizer's parameters."""
+    """Return the maskings in force, and the ids of the optimizer's parameters."""
     with _lock:
         maskings = list(_in_force.values())
     return maskings, {id(p) for group in optimizer.param_groups for p in group["params"]} if maskings else set()
@@ -174,7 +174,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             masking.after_step()
 
 
-# of all optimizers: the one that will train the model need not exist yet
+# for all optimizers, since the one that will train the model need not exist yet
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
@@ -185,7 +185,7 @@ def apply_mask(
     *,
     names: Names | None = None,
 ) -> None:
-    """Set the pruned parameters of a model to what stands outside the mask, in place: zero, or the base's values.
+    """Set the pruned entries of a model, in place, to the values outside the mask: zero, or the base's values.
 
     The parameters and the errors are those of :func:`masked_training`.
     """
@@ -206,32 +206,32 @@ def masked_training(
 ) -> MaskedTraining:
     """Keep a model in a mask's subspace, whatever trains it.
 
-    Pruned weights are set to zero, or to the base's values, now and after every step of any optimizer; their gradients
-    are set to zero as soon as they are there, so that moments stay at zero (but for what weight decay adds beside a
-    base) and clipping sees what is kept alone. Nothing is added to the model or its state
-    dict, and a copy of the model is free. Parameters that are replaced later on (``load_state_dict(assign=True)``) are
-    bound by the next step of an optimizer.
+    Pruned weights are set to zero, or to the base's values, now and after every step of any optimizer. Their gradients
+    are set to zero as soon as they are computed. So moments stay at zero (except for what weight decay adds with a
+    base), and gradient clipping sees the kept entries only. Nothing is added to the model or its state dict. Copies of
+    the model are not masked. Parameters that are replaced later (``load_state_dict(assign=True)``) are bound at the
+    next optimizer step.
 
-    Call it once before the training loop; the mask then holds until the next call for the same model. In a ``with``
-    block it ends with the block, after which the mask is in force that was so before.
+    Call it once before the training loop. The mask then holds until the next call for the same model. In a ``with``
+    statement it holds until the end of the block; then the mask from before is in force again.
 
     Parameters
     ----------
     model : Module | Mapping[str, Tensor]
-        The model whose ``state_dict`` (or whose parameters) the server sent, compiled or wrapped for data-parallel
-        training or not; where a list was sent, in that order. Or parameters under the names that the server sent.
+        The model whose ``state_dict`` (or parameters) the server sent; if a list was sent, in that order. It may be
+        compiled or wrapped for data-parallel training. Or parameters under the names that the server sent.
     mask : Mask | Subspace | Context | None
-        The context of the Flower client: then it is its current subspace. Or a subspace; or a mask alone, outside of
-        which all is zero. ``None`` trains dense. So do explorers, but from their context the names are checked already.
+        The context of the Flower client, which holds its current subspace. Or a subspace, or a mask, outside of which
+        all is zero. ``None`` trains dense. So does an explorer's context, but then the names are checked.
     names : Mapping[str, str | Tensor] | None
-        The server's name of an array -> the model's own name of the parameter, or the parameter, where they differ.
-        Components that ``torch.compile``, ``DataParallel`` or PEFT (``lora_A.default.weight``) put in need none.
+        The server's name of an array -> the model's name of the parameter, or the parameter itself, if they differ.
+        Name parts added by ``torch.compile``, ``DataParallel`` or PEFT (``lora_A.default.weight``) need no entry.
 
     Raises
     ------
     ValueError
-        If the model lacks a prunable array that the server sent, or has it in another shape; from an optimizer's step
-        if that is so of parameters that were replaced.
+        If the model lacks a prunable array that the server sent, or has it in another shape. If this is true of
+        replaced parameters, the optimizer's step raises it.
 
     Examples
     --------

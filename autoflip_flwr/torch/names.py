@@ -1,4 +1,4 @@
-"""Which of a PyTorch model's parameters are the arrays that the server sent, whatever has been wrapped around it."""
+"""Find a PyTorch model's parameters by the names of the arrays that the server sent, even if the model is wrapped."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from autoflip_flwr.core.layout import ArraySpec, Layout
 
 Tensors = dict[str, torch.Tensor]
 Names = Mapping[str, str | torch.Tensor]
-"""The server's name of an array -> the model's own name of the parameter, or the parameter."""
+"""The server's name of an array -> the model's name of the parameter, or the parameter itself."""
 
 _WRAPPERS = frozenset({"_orig_mod", "module", "_module"})
-"""What torch.compile, (Distributed)DataParallel and Opacus put into the names of what they wrap."""
+"""Name parts that torch.compile, (Distributed)DataParallel and Opacus add to the parameters of what they wrap."""
 
 
 def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A model's modules, each with what its parameters' names begin with; a shared one comes under each name."""
-    yield prefix, model  # unlike named_modules, nothing is hashed: a module may compare as it likes
-    for name, child in list(model._modules.items()):  # a copy: another thread may be changing its own model
+    """Yield a model's modules, each with the prefix of its parameters' names. A shared one comes once per name."""
+    yield prefix, model  # unlike named_modules, this hashes nothing: a module may define its own __eq__
+    for name, child in list(model._modules.items()):  # a copy, since another thread may change the dict
         if child is not None:
             yield from modules(child, f"{prefix}{name}.")
 
 
 def parameters(model: nn.Module, prefix: str = "") -> Tensors:
-    """A model's parameters, each under all of its names."""
+    """Return a model's parameters, each under all of its names."""
     return {
         before + name: parameter
         for before, module in modules(model, prefix)
@@ -37,7 +37,7 @@ def parameters(model: nn.Module, prefix: str = "") -> Tensors:
 
 
 def unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
-    """What a wrapper puts in front of the names of the model that it trains, and that model."""
+    """Return the prefix that wrappers put in front of a model's names, and the model inside them."""
     prefix = ""
     while len(model._modules) == 1 and not [*model._parameters, *model._buffers]:
         ((name, child),) = model._modules.items()
@@ -48,27 +48,27 @@ def unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def find(model: nn.Module, prefix: str, layout: Layout, names: Names) -> Tensors:
-    """The parameters that are prunable arrays of the server's, under the server's names.
+    """Return the parameters that match the server's prunable arrays, under the server's names.
 
-    A name is looked up in ``names``, then as it is, then without what wrappers put into names, then as one that has
-    more components in the model: PEFT sends ``lora_A.weight`` of ``lora_A.default.weight``. Where the server sent a
-    list of arrays, its names are positions. Buffers are left out: no optimizer trains them.
+    A name is looked up in ``names``, then as it is, then without the parts that wrappers add, then as a name that has
+    more parts in the model: PEFT sends ``lora_A.weight`` for ``lora_A.default.weight``. If the server sent a list of
+    arrays, its names are positions. Buffers are skipped: no optimizer trains them.
 
     Parameters
     ----------
     model : Module
-        Without its wrappers.
+        The model, without its wrappers.
     prefix : str
-        What these put in front of its names.
+        What the wrappers put in front of its names.
     layout : Layout
-        What the server sent.
+        Layout of the arrays that the server sent.
     names : Mapping[str, str | Tensor]
-        What is known of the names.
+        Names or parameters given by the user.
 
     Raises
     ------
     ValueError
-        If a prunable array is not in the model, may be several of its parameters, or has another shape there.
+        If a prunable array is not in the model, matches several of its parameters, or has another shape there.
     """
     trained = parameters(model, prefix)
     buffers = {
@@ -104,7 +104,7 @@ def find(model: nn.Module, prefix: str, layout: Layout, names: Names) -> Tensors
 
 
 def check(name: str, tensor: torch.Tensor, sent: ArraySpec) -> None:
-    """Raise ``ValueError`` unless the model's tensor is a whole one in the shape that the server sent."""
+    """Raise ``ValueError`` unless the model's tensor is unsharded and has the shape that the server sent."""
     if hasattr(tensor, "placements"):  # a DTensor
         raise ValueError(f"parameter {name!r} is sharded: a mask holds on whole ones, train without fully_shard")
     if tuple(tensor.shape) != sent.shape:
@@ -112,12 +112,12 @@ def check(name: str, tensor: torch.Tensor, sent: ArraySpec) -> None:
 
 
 def _bare(name: str) -> str:
-    """A name without what wrappers put into it."""
+    """Return a name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _saved(model: nn.Module, prefix: str, own: Tensors) -> Tensors:
-    """The state dict's tensors, in its order; the model's own ones where a hook gives them other names there."""
+    """Return the state dict's tensors, in its order; the model's own ones if a hook renames them there."""
     saved = {prefix + name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     if any(name not in own for name in saved):
         by_memory = {(tensor.data_ptr(), tensor.shape): tensor for tensor in own.values()}
@@ -126,7 +126,7 @@ def _saved(model: nn.Module, prefix: str, own: Tensors) -> Tensors:
 
 
 def _positions(layout: Layout, saved: Tensors, trained: Tensors, buffers: Tensors) -> dict[str, str]:
-    """The server's names -> the model's, where the server's are the positions of a list of arrays."""
+    """Map the server's names to the model's, if the server's names are positions in a list of arrays."""
     if [spec.name for spec in layout.specs] != [str(position) for position in range(len(layout.specs))]:
         return {}
     shapes = [spec.shape for spec in layout.specs]
@@ -139,7 +139,7 @@ def _positions(layout: Layout, saved: Tensors, trained: Tensors, buffers: Tensor
 
 
 def _once(tensors: Tensors) -> Tensors:
-    """Each tensor under the first of its names."""
+    """Return each tensor under the first of its names."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
@@ -147,7 +147,7 @@ def _once(tensors: Tensors) -> Tensors:
 
 
 def _extra(longer: str, name: str) -> list[str] | None:
-    """What a name has beyond the components of another one; ``None`` if it lacks one of those."""
+    """Return the parts of ``longer`` that ``name`` lacks; ``None`` if ``longer`` lacks a part of ``name``."""
     parts, extra = name.split("."), []
     for part in longer.split("."):
         if parts and part == parts[0]:
@@ -158,10 +158,10 @@ def _extra(longer: str, name: str) -> list[str] | None:
 
 
 def _longer(spec: ArraySpec, layout: Layout, trained: Tensors) -> list[str]:
-    """Names of parameters in the shape of what was sent that have more components, behind the first.
+    """Return parameters of the sent shape whose names have more parts than the sent name, after its first part.
 
-    Not before the first: a part of the model may well have the names of another part. Nor numbers: they tell layers
-    apart. Where there are several, those that are frozen are copies (PEFT's ``original_module``).
+    Parts before the first do not count, since a submodule may have the names of another one. Numbers do not count,
+    since they distinguish layers. If there are several, the frozen ones are copies (PEFT's ``original_module``).
     """
     sent = _bare(spec.name)
     fits = []
@@ -174,7 +174,7 @@ def _longer(spec: ArraySpec, layout: Layout, trained: Tensors) -> list[str]:
 
 
 def _check_unique(fitting: Mapping[str, list[str]], own: Tensors) -> None:
-    """Raise ``ValueError`` if a name may mean several of the model's tensors, or two names mean the same one."""
+    """Raise ``ValueError`` if a name matches several of the model's tensors, or two names match the same one."""
     taken: dict[str, str] = {}
     for name, fits in fitting.items():
         rival = taken.setdefault(fits[0], name)
@@ -184,7 +184,7 @@ def _check_unique(fitting: Mapping[str, list[str]], own: Tensors) -> None:
 
 
 def _lacking(lacking: list[str], layout: Layout, trained: Tensors, names: Names) -> str:
-    """What was sent, what the model has, and which of it fits."""
+    """Describe what was sent, what the model has, and which parameters would fit."""
     text = (
         f"the model has no {[names.get(name, name) for name in lacking][:3]}: "
         f"the server sent {[spec.name for spec in layout.specs][:3]}, the model has {list(trained)[:3]}"

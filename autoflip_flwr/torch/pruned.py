@@ -1,4 +1,4 @@
-"""The pruned entries of parameters, and what stands there: zero, or the base's values."""
+"""The pruned entries of parameters, and their values: zero, or the base's."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from autoflip_flwr.torch.targets import Model, Parameters
 
 
 class Pruned:
-    """The pruned entries of one parameter, and what stands there.
+    """The pruned entries of one parameter, and their values.
 
-    It holds no parameter: Python cannot collect a cycle through a gradient hook, nor the model with it.
+    It does not hold the parameter, since Python cannot collect a cycle through a gradient hook (nor the model in it).
 
     Parameters
     ----------
     entries : Tensor
         Booleans in the parameter's shape, True where it is pruned.
     base : Tensor | None
-        Values in the parameter's shape, of which those of the pruned entries matter; ``None``: zero.
+        Values in the parameter's shape; only those of the pruned entries are used. ``None``: zero.
     """
 
     def __init__(self, entries: torch.Tensor, base: torch.Tensor | None) -> None:
         self._entries, self._base = entries, base
-        self._cast = base  # as the parameter is now
+        self._cast = base  # the base in the parameter's present dtype and device
 
     def __or__(self, other: Pruned) -> Pruned:
-        """What either prunes; where both do, this one's base."""
+        """Return the union of the pruned entries. Where both prune, this one's base holds."""
         base = self._base
         if base is not None and other._base is not None:
             base = torch.where(self._entries, base, other._base)
         return Pruned(self._entries | other._entries, base)
 
     def entries(self, device: torch.device) -> torch.Tensor:
-        """Booleans in the parameter's shape, True where it is pruned, on the device to which it has been moved."""
+        """Return booleans in the parameter's shape, True where it is pruned, on the given device."""
         if self._entries.device != device:
             self._entries = self._entries.to(device)
         return self._entries
 
     @torch.no_grad()
     def zero(self, values: torch.Tensor) -> None:
-        """Set them to zero, in the parameter itself or in what has its shape."""
+        """Set the pruned entries to zero, in the parameter or in a tensor of its shape."""
         values.masked_fill_(self.entries(values.device), 0)
 
     @torch.no_grad()
     def restore(self, values: torch.Tensor) -> None:
-        """Set them to what stands there, in the parameter itself; rounded, where it is of fewer digits."""
+        """Set the pruned entries of the parameter to their values, rounded to the parameter's dtype."""
         if self._base is None or self._cast is None:
             self.zero(values)
             return
@@ -57,7 +57,7 @@ class Pruned:
         torch.where(self.entries(values.device), self._cast, values, out=values)
 
     def zero_grad(self, parameter: torch.Tensor) -> None:
-        """Set the gradient's to zero: with zero weights, moments that are zero stay so, whatever is decayed."""
+        """Set the pruned entries of the gradient to zero. If the weights are zero, zero moments then stay zero."""
         grad = parameter.grad
         if grad is not None and grad.is_sparse:  # rows of an embedding
             parameter.grad = grad = grad.coalesce()
@@ -67,18 +67,18 @@ class Pruned:
 
 
 def pruned_of(target: Model | Parameters, subspace: Subspace) -> dict[torch.Tensor, Pruned]:
-    """The parameters that lose entries, with those."""
+    """Return the parameters that have pruned entries, with these entries."""
     found: dict[torch.Tensor, Pruned] = {}
     for name, parameter in target.find(subspace.mask.layout).items():
         keep = subspace.mask.keep[name]
         if not keep.all():
             base = None if subspace.base is None else _tensor(subspace.base[name], parameter.device)
             pruned = Pruned(_tensor(~keep, parameter.device), base)
-            # tied weights go by several names: what one of them prunes is pruned
+            # tied weights have several names: an entry is pruned if it is under any of them
             found[parameter] = pruned | found[parameter] if parameter in found else pruned
     return found
 
 
 def _tensor(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A tensor of its own: the array may be read-only."""
+    """Return a copy as a tensor, since the array may be read-only."""
     return torch.from_numpy(values if values.flags.writeable else values.copy()).to(device)

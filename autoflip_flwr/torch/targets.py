@@ -1,4 +1,4 @@
-"""What trains under a mask: a model, or parameters by name; and whether its parameters have been replaced."""
+"""Targets of a mask: a model, or parameters by name. They notice when their parameters are replaced."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Parameters:
         self._given = {name: ref(tensor, lambda _: gone(key)) for name, tensor in given.items()}
 
     def find(self, layout: Layout) -> Tensors:
-        """Those that are prunable arrays of the server's.
+        """Return the parameters that match the server's prunable arrays.
 
         Raises
         ------
         ValueError
-            If a name or shape is not that of an array that the server sent.
+            If a name or shape differs from those of the arrays that the server sent.
         """
         found = {name: tensor for name, given in self._given.items() if (tensor := given()) is not None}
         for name, tensor in found.items():
@@ -38,27 +38,27 @@ class Parameters:
         return {name: tensor for name, tensor in found.items() if layout[name].prunable}
 
     def hold(self, tensor: torch.Tensor) -> Holder:
-        """How to get at a parameter later on."""
+        """Return a function that returns the parameter later, if it is still alive."""
         return ref(tensor)
 
     def watch(self, bound: Collection[torch.Tensor]) -> None:
-        """Nothing: which parameter has taken the place of one cannot be known."""
+        """Do nothing: a replacement of a parameter cannot be found."""
 
     def replaced(self) -> bool:
-        """Whether another parameter has taken the place of one."""
+        """Return whether a parameter has been replaced by another one."""
         return False
 
     def now(self) -> set[int]:
-        """Ids of the parameters."""
+        """Return the ids of the parameters."""
         return set(self.key)
 
     def alive(self) -> bool:
-        """Whether all of them are."""
+        """Return whether all parameters are alive."""
         return all(given() is not None for given in self._given.values())
 
 
 class Model:
-    """A model, without what is wrapped around it. It is not kept alive.
+    """A model, without its wrappers. It is not kept alive.
 
     Parameters
     ----------
@@ -73,17 +73,17 @@ class Model:
     def __init__(self, model: nn.Module, names: Names, gone: Callable[[Key], object]) -> None:
         _check_parameters({sent: name for sent, name in names.items() if not isinstance(name, str)})
         self._prefix, inner = unwrapped(model)
-        self.key = key = frozenset([id(inner)])  # by identity: a model may compare as it likes
+        self.key = key = frozenset([id(inner)])  # by identity: a model may define its own __eq__
         self._model = ref(inner, lambda _: gone(key))
         own = {id(parameter): name for name, parameter in parameters(inner, self._prefix).items()}
-        self._names = {  # by name, a parameter that is replaced can be found again
+        self._names = {  # by name, the replacement of a parameter can be found
             sent: own.get(id(name), name) if isinstance(name, torch.Tensor) else name for sent, name in names.items()
         }
         self._children: list[tuple[ref[nn.Module], str, ref[nn.Module]]] = []
         self._places: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor, int]] = []
 
     def find(self, layout: Layout) -> Tensors:
-        """The parameters that are prunable arrays of the server's, as :func:`~autoflip_flwr.torch.names.find` does."""
+        """Return the parameters that match the server's prunable arrays (:func:`~autoflip_flwr.torch.names.find`)."""
         for name in self._names:
             if name not in layout:
                 raise ValueError(
@@ -93,11 +93,11 @@ class Model:
         return {} if model is None else find(model, self._prefix, layout, self._names)
 
     def hold(self, tensor: torch.Tensor) -> Holder:
-        """How to get at a parameter later on: a weak reference would keep PyTorch from swapping it."""
+        """Return a function that returns the parameter later. A weak reference would keep PyTorch from swapping it."""
         return lambda: tensor
 
     def watch(self, bound: Collection[torch.Tensor]) -> None:
-        """Remember where these parameters are."""
+        """Remember in which modules these parameters are, and under which names."""
         model, ids = self._model(), set(map(id, bound))
         found = [module for _, module in modules(model)] if model is not None and ids else []
         self._children = [
@@ -114,7 +114,7 @@ class Model:
         ]
 
     def replaced(self) -> bool:
-        """Whether one of them is no longer there, or has been swapped; identities alone are compared."""
+        """Return whether a watched parameter has been removed, replaced or swapped. Only identities are compared."""
         try:
             for place, name, parameter, data in self._places:
                 if place[name] is not parameter or parameter._cdata != data:
@@ -128,17 +128,17 @@ class Model:
         return False
 
     def now(self) -> set[int]:
-        """Ids of the parameters that the model has now."""
+        """Return the ids of the parameters that the model has now."""
         model = self._model()
         return set() if model is None else {id(parameter) for parameter in parameters(model).values()}
 
     def alive(self) -> bool:
-        """Whether the model is."""
+        """Return whether the model is alive."""
         return self._model() is not None
 
 
 def _check_parameters(given: Mapping[str, object]) -> None:
-    """Raise ``TypeError`` if one is not what an optimizer trains; a mask on a copy would do nothing."""
+    """Raise ``TypeError`` if one is not a parameter that an optimizer can train. A mask on a copy would do nothing."""
     trained = {name for name, tensor in given.items() if isinstance(tensor, torch.Tensor) and tensor.requires_grad}
     if odd := [name for name in given if name not in trained and not isinstance(given[name], nn.Parameter)]:
         raise TypeError(f"{odd[:3]} are no parameters: pass those of named_parameters(); a state dict holds copies")
@@ -147,7 +147,7 @@ def _check_parameters(given: Mapping[str, object]) -> None:
 def target_of(
     model: nn.Module | Mapping[str, torch.Tensor], names: Names | None, gone: Callable[[Key], object]
 ) -> Model | Parameters:
-    """What a user passes as the model."""
+    """Return the target for what a user passes as the model."""
     if isinstance(model, nn.Module):
         return Model(model, names or {}, gone)
     if not isinstance(model, Mapping):

@@ -1,4 +1,4 @@
-"""The loop over the rounds: what ``start`` must be given, and how a wrapped strategy's own one is called."""
+"""Check the arguments of ``start``, and call the ``start`` of a wrapped strategy that has its own."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flwr.serverapp.strategy import Strategy
 
 METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
-_GRID = ("get_node_ids", "push_messages", "pull_messages")  # what we call of Flower's grid
+_GRID = ("get_node_ids", "push_messages", "pull_messages")  # methods of Flower's grid that are used
 _FIRST = ("grid", "initial_arrays")
 _STANDARD = {name: each.default for name, each in inspect.signature(Strategy.start).parameters.items()}
-_ALIKE = 0.85  # names that are more so are a typo even where a start takes any
+_ALIKE = 0.85  # more similar names are taken for a typo, even if the start takes any name
 
 
 def check(grid: object, initial_arrays: object, arguments: Mapping[str, Any]) -> None:
-    """Check what ``start`` was given, before any client works.
+    """Check the arguments of ``start`` before any client works.
 
     Raises
     ------
     TypeError
-        If one is of another type than Flower's ``Strategy.start`` takes.
+        If an argument has another type than Flower's ``Strategy.start`` takes.
     ValueError
         If ``num_rounds`` or ``timeout`` is out of range.
     """
@@ -63,9 +63,9 @@ def check(grid: object, initial_arrays: object, arguments: Mapping[str, Any]) ->
 
 
 def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
-    """A strategy of the same class and with the same state, whose rounds are those of ``methods_of``.
+    """Return a strategy of the same class and with the same state, but with the round methods of ``methods_of``.
 
-    With it a strategy that brings a ``start`` of its own (to keep the best model, say) runs its own loop.
+    So a strategy with its own ``start`` (one that keeps the best model, say) still runs its own loop.
     """
 
     def forward(name: str) -> Callable[..., object]:
@@ -80,17 +80,17 @@ def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
 def bind(
     start: Callable[..., object], given: Mapping[str, Any], own: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Sort the arguments as the parameters of a ``start`` want them; positional ones, and those by name.
+    """Match the arguments to the parameters of a ``start``. Return the positional ones and the named ones.
 
     Parameters
     ----------
     start : Callable
         The bound method of the strategy.
     given : Mapping[str, Any]
-        The arguments of Flower's ``Strategy.start`` by name, in its order. The first two, the grid and the model, go by
-        position where no parameter has their name. What ``start`` does not take is left out if it is the default.
+        The arguments of Flower's ``Strategy.start`` by name, in its order. The first two, the grid and the model, are
+        passed by position if no parameter has their name. Defaults that ``start`` does not take are omitted.
     own : Mapping[str, Any]
-        What else the user has given by name.
+        Further arguments that the user gave by name.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The state of Flower's own server optimisers, taken from one mask to the next."""
+"""Carry the state of Flower's own server optimisers from one mask to the next."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def carry_state(
     packed: bool,
     was_packed: bool | None = None,
 ) -> None:
-    """Take the state of Flower's own server optimisers from one mask to the next.
+    """Carry the state of Flower's own server optimisers from one mask to the next.
 
-    ``names`` are those of the arrays that the strategy sees, in its order. Weights that a strategy keeps
-    (``current_arrays``) are read off the dense shadow, and stand outside the new mask where the subspace says; moments
-    are zero there, and start at zero where a coordinate has grown. The coordinates are as before, unless ``was_packed``
-    says otherwise.
+    ``names`` are the names of the arrays that the strategy sees, in its order. Weights that a strategy keeps
+    (``current_arrays``) are read from the dense shadow; outside the new mask they get the subspace's values. Moments
+    are zero there, and start at zero where an entry has grown again. ``was_packed`` says whether the strategy saw
+    packed arrays before; ``None``: as ``packed`` says.
     """
     new = subspace.mask
 

@@ -1,4 +1,4 @@
-"""Flower's differential privacy around the rounds: what is refused under it, and what it has spent."""
+"""Support Flower's differential-privacy wrappers: refuse what would break them, and track the budget spent."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ ADAPTIVE = DifferentialPrivacyClientSideAdaptiveClipping | DifferentialPrivacySe
 WRAPPERS = ADAPTIVE | DifferentialPrivacyClientSideFixedClipping | DifferentialPrivacyServerSideFixedClipping
 
 RELATIONS = {"add-or-remove-one": 1.0, "replace-one": 2.0}
-"""What one client may do to the sum, in clipping norms, by neighbouring relation."""
+"""The most that one client can change the sum, in clipping norms, by neighbouring relation."""
 
 
 @dataclass
 class PrivacyBudget:
     """Privacy budget spent so far, as zero-concentrated differential privacy.
 
-    It counts the released averages of training replies, and nothing else: neither an exploration, nor metrics, numbers
-    of examples, integer and bool arrays. It claims no amplification by sampling: it holds whoever was sampled, and for
-    who knows it. Weights (numbers of examples) count as public. Clients that clip are trusted to do so.
+    It counts the released averages of train replies only. An exploration, metrics, numbers of examples, and integer
+    and bool arrays are not counted. It claims no amplification by sampling, so it also holds against someone who knows
+    which clients were sampled. Weights (numbers of examples) count as public. Clients that clip are trusted to do so.
 
     Attributes
     ----------
     releases : int
         Rounds that were aggregated.
     refused : int
-        Rounds that were not, since replies were missing.
+        Rounds that were not aggregated because replies were missing.
     rho : float
-        Sum of the releases' costs where a client's update may be there or count as zero (``"add-or-remove-one"``);
+        Sum of the releases' costs under ``"add-or-remove-one"`` (a client's update is there or counts as zero);
         infinite if a release has no bound.
     """
 
@@ -50,15 +50,15 @@ class PrivacyBudget:
     rho: float = 0.0
 
     def epsilon(self, delta: float = 1e-5, relation: str = "replace-one") -> float:
-        """The epsilon spent so far, at most, at ``delta``: rho + 2 sqrt(rho ln(1 / delta)) (arXiv 1605.02065).
+        """Return an upper bound of the epsilon spent at ``delta``: rho + 2 sqrt(rho ln(1 / delta)) (arXiv 1605.02065).
 
-        ``relation`` is ``"replace-one"``, where a client's update may be any other one, or ``"add-or-remove-one"``,
-        where it may count as zero, which costs a quarter of the rho.
+        ``relation`` is ``"replace-one"``, where any other update may replace a client's, or ``"add-or-remove-one"``,
+        where a client's update may count as zero. The latter costs a quarter of the rho.
 
         Raises
         ------
         ValueError
-            If ``delta`` is not in (0, 1), or the relation is another one.
+            If ``delta`` is not in (0, 1), or the relation is unknown.
         """
         if not 0 < delta < 1:
             raise ValueError(f"delta = {delta}: must be in (0, 1)")
@@ -69,12 +69,12 @@ class PrivacyBudget:
 
 
 def budget_of(strategy: Strategy) -> PrivacyBudget | None:
-    """A budget of which nothing is spent; ``None`` without a differential-privacy wrapper."""
+    """Return a new, unspent budget; ``None`` without a differential-privacy wrapper."""
     return PrivacyBudget() if any(_wrappers(strategy)) else None
 
 
 def check_exploration(strategy: Strategy) -> None:
-    """Raise ``ValueError`` if an exploration, which is outside the noise, is about to run under a wrapper."""
+    """Raise ``ValueError`` if an exploration is about to run under a wrapper, whose noise does not cover it."""
     for wrapper in _wrappers(strategy):
         raise ValueError(
             f"an exploration is outside the noise and the budget of {type(wrapper).__name__}: bring a mask= that does "
@@ -84,14 +84,14 @@ def check_exploration(strategy: Strategy) -> None:
 
 
 def replies_needed(strategy: Strategy) -> int:
-    """The number of replies for which the noise is scaled; 0 without a differential-privacy wrapper."""
+    """Return the number of replies for which the noise is scaled; 0 without a differential-privacy wrapper."""
     return max((wrapper.num_sampled_clients for wrapper in _wrappers(strategy)), default=0)
 
 
 def aggregate(
     strategy: Strategy, server_round: int, replies: Sequence[Message], budget: PrivacyBudget | None
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    """Let the strategy aggregate the replies that count; under a wrapper none may be missing, and it is charged."""
+    """Let the strategy aggregate the valid replies. Under a wrapper none may be missing, and the budget is charged."""
     wrapper = next(_wrappers(strategy), None)
     if wrapper is None:
         return strategy.aggregate_train(server_round, replies)
@@ -115,7 +115,7 @@ def refuse(strategy: Strategy, server_round: int, budget: PrivacyBudget | None) 
     if budget is not None:
         budget.refused += 1
     if getattr(wrapper, "accountant", None) is not None:
-        strategy.aggregate_train(server_round, [])  # it refuses too, and lets go of what it has noted for the round
+        strategy.aggregate_train(server_round, [])  # it refuses as well, and clears its notes on the round
 
 
 def _wrappers(strategy: Strategy) -> Iterator[WRAPPERS]:
@@ -123,7 +123,7 @@ def _wrappers(strategy: Strategy) -> Iterator[WRAPPERS]:
 
 
 def _no_bound(wrapper: WRAPPERS) -> str:
-    """Why nothing can be said of what a release costs; "" if something can."""
+    """Say why the cost of a release has no bound; "" if it has one."""
     if wrapper.noise_multiplier <= 0:
         return "there is no noise"
     if not traits.averages_plainly(wrapper.strategy):
@@ -132,15 +132,15 @@ def _no_bound(wrapper: WRAPPERS) -> str:
 
 
 def _largest_share(wrapper: WRAPPERS, replies: Sequence[Message]) -> float:
-    """The largest client's share of the weighted mean."""
+    """Return the largest share of a single client in the weighted mean."""
     key = traits.weight_key_of(wrapper.strategy)
     weights = [float(record[key]) for reply in replies for record in reply.content.metric_records.values()]  # type: ignore[arg-type]
     return max(weights) / sum(weights)
 
 
 def _cost(wrapper: WRAPPERS, share: float, clipped_at: float) -> float:
-    """Rho of one release: of the mean, and of the count by which the norm adapts."""
-    # the noise is that of equal shares, and of the norm as it has adapted after the clipping
+    """Return the rho of one release: of the mean, plus of the count by which the clipping norm adapts."""
+    # the noise is scaled for equal shares, and for the norm as adapted after clipping
     fitting = wrapper.clipping_norm / clipped_at / (share * wrapper.num_sampled_clients)
     rho = 1 / (2 * (wrapper.noise_multiplier * fitting) ** 2)
     if isinstance(wrapper, ADAPTIVE):

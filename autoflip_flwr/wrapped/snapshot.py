@@ -1,4 +1,4 @@
-"""A strategy's state, read for a checkpoint and put back, or undone."""
+"""Read a strategy's state for a checkpoint, load it again, or undo changes to it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _CODE = (FunctionType, MethodType, BuiltinFunctionType, partial, type)
 
 
 def strategy_state(strategy: Strategy, arrays: Arrays) -> list[Any]:
-    """The state of a strategy and of those inside it, as JSON and arrays.
+    """Return the state of a strategy and of those inside it, as JSON and arrays.
 
-    That is what their ``state_dict()`` returns where they have one, as Flower's privacy accountant has, and else their
-    attributes, but for functions and classes.
+    It is what their ``state_dict()`` returns, if they have one (as Flower's privacy accountant does). Otherwise it is
+    their attributes, without functions and classes.
 
     Raises
     ------
     ValueError
-        If an attribute can neither be kept nor be left out; the message names it.
+        If an attribute can be neither stored nor skipped; the message names it.
     """
 
     def of(thing: Any, at: str) -> Any:
@@ -57,7 +57,7 @@ def strategy_state(strategy: Strategy, arrays: Arrays) -> list[Any]:
 
 
 def load_strategy_state(strategy: Strategy, state: list[Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Give a strategy the state that :func:`strategy_state` has read from one that was made alike."""
+    """Load the state that :func:`strategy_state` returned for a strategy made in the same way."""
 
     def put(thing: Any, tree: dict[str, Any], assign: Callable[[Any], None]) -> None:
         ((kind, found),) = tree.items()
@@ -74,10 +74,10 @@ def load_strategy_state(strategy: Strategy, state: list[Any], arrays: Mapping[st
 
 
 def undo_of(strategy: Strategy) -> Callable[[], None]:
-    """A function that gives a strategy, and those inside it, the attributes that they have now.
+    """Return a function that resets a strategy, and those inside it, to their present attributes.
 
-    Dicts, lists and sets get back the entries that they have now; what those hold is not copied. Wrappers for
-    differential privacy stay as they are then: what they have released is released.
+    Dicts, lists and sets get back their present entries; the entries themselves are not copied. Wrappers for
+    differential privacy are not reset, since a release cannot be undone.
     """
     kept = []
     for layer in layers(strategy):
@@ -99,7 +99,7 @@ def undo_of(strategy: Strategy) -> Callable[[], None]:
 
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:
-    """Class and plain settings (numbers, text) of a strategy and of those inside it, as they are now."""
+    """Return class and plain settings (numbers, text) of a strategy and of those inside it, as they are now."""
     return {
         f"{index}.{type(layer).__name__}": {
             name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str)

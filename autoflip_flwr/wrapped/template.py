@@ -1,4 +1,4 @@
-"""What the wrapped strategy would send in round 1: explorers get messages of the same form."""
+"""Find what the wrapped strategy would send in round 1, so that explorers get messages of the same form."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from autoflip_flwr.wrapped.traits import setting
 
 @dataclass(frozen=True)
 class Template:
-    """What the wrapped strategy would send in round 1: to each node that it names, and to any other."""
+    """The content that the wrapped strategy would send in round 1, to each node it selects and to any other."""
 
     by_node: dict[int, RecordDict]
     other: RecordDict
 
 
 def template_of(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Template:
-    """What the strategy would send in round 1, asked of a copy so that neither it nor ``random`` is disturbed."""
+    """Return what the strategy would send in round 1. A copy is asked: the strategy and ``random`` stay unchanged."""
     config = ConfigRecord(dict(config))
     messages: list[Message] = []
     state = random.getstate()
     try:
         messages = list(copy.deepcopy(strategy).configure_train(1, arrays, config, grid))
-    except Exception as error:  # a lock or a file cannot be copied; what its own start sets is not there yet
+    except Exception as error:  # it holds a lock or file that cannot be copied, or lacks what its own start sets
         name = type(strategy).__name__
         log(
             WARNING,

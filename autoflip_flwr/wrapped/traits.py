@@ -18,9 +18,9 @@ from flwr.serverapp.strategy import (
 from autoflip_flwr.core.choices import COORDINATES
 
 NORM_BIT = "norm_bit"
-"""The metric in which clients of adaptive clipping say whether they clipped: Flower's private `KEY_NORM_BIT`."""
+"""Metric by which clients report whether they clipped, in adaptive clipping: Flower's private `KEY_NORM_BIT`."""
 
-_BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or AutoFlip's full ones
+_BLIND = ("__init__", "__repr__", "summary", "start")  # methods that see no arrays, or full ones
 _NOT_OF_THE_MEAN = ("__", "summary", "configure_", "aggregate_evaluate")
 _FLOATS_ONLY = (
     QFedAvg,
@@ -32,7 +32,7 @@ _FLOATS_ONLY = (
 
 
 def layers(strategy: Strategy) -> Iterator[Strategy]:
-    """The strategy and, through wrappers such as Flower's differential privacy, the ones inside it."""
+    """Yield the strategy and then, through wrappers such as Flower's differential privacy, the ones inside it."""
     found = [strategy]
     for layer in found:
         inside = [value for value in vars(layer).values() if isinstance(value, Strategy)]
@@ -41,12 +41,12 @@ def layers(strategy: Strategy) -> Iterator[Strategy]:
 
 
 def weight_key_of(strategy: Strategy) -> str:
-    """The metric by which the strategy weighs replies; "" where it has none, and asks nothing of metrics."""
+    """Return the metric by which the strategy weights replies; "" if it has none. Then metrics are not checked."""
     return str(setting(strategy, "weighted_by_key", ""))
 
 
 def metrics_needed(strategy: Strategy) -> dict[str, float]:
-    """Metrics without which one reply would end the round, by name, with the least value of each."""
+    """Return the metrics that every reply must have, or the round would fail: smallest allowed value by name."""
     needed = {}
     for layer in layers(strategy):
         if isinstance(layer, QFedAvg):
@@ -57,7 +57,7 @@ def metrics_needed(strategy: Strategy) -> dict[str, float]:
 
 
 def metrics_averaged(strategy: Strategy) -> set[str]:
-    """Phases (``"train"``, ``"evaluate"``) whose metrics Flower's own mean averages, not a function of the user's."""
+    """Return the phases (``"train"``, ``"evaluate"``) whose metrics are averaged by Flower's mean, not a user's."""
     return {
         phase
         for phase in ("train", "evaluate")
@@ -66,15 +66,15 @@ def metrics_averaged(strategy: Strategy) -> set[str]:
 
 
 def setting(strategy: Strategy, name: str, default: object) -> object:
-    """An attribute of the outermost layer that has it."""
+    """Return an attribute of the outermost layer that has it."""
     return next((getattr(layer, name) for layer in layers(strategy) if hasattr(layer, name)), default)
 
 
 def resolve(coordinates: str, strategy: Strategy) -> str:
-    """``"packed"`` or ``"dense"``; ``"auto"`` packs where every method and function in force is Flower's own.
+    """Return ``"packed"`` or ``"dense"``. ``"auto"`` is packed if every method and function in use is Flower's own.
 
-    A strategy with overridden methods, or with functions of the user's own that are given replies (metric functions,
-    a selection rule), may look at the arrays: it gets full ones.
+    A strategy gets full arrays if it overrides methods or passes replies to the user's functions (metric functions, a
+    selection rule), since these may look at the arrays.
     """
     if coordinates not in COORDINATES:
         raise ValueError(f"coordinates = {coordinates!r}: must be one of {', '.join(COORDINATES)}")
@@ -84,10 +84,10 @@ def resolve(coordinates: str, strategy: Strategy) -> str:
 
 
 def shows_integers(strategy: Strategy) -> bool:
-    """Whether integer and bool arrays are shown to a strategy in dense coordinates.
+    """Return whether a strategy in dense coordinates sees integer and bool arrays.
 
-    Only to one with code of the user's own, which may want the whole model; not where QFedAvg or a
-    differential-privacy wrapper may fail on them, or take them for a part of the update, as they do in Flower alone.
+    Only strategies with the user's own code do, since it may need the whole model. QFedAvg and differential-privacy
+    wrappers do not: they may fail on such arrays, or treat them as a part of the update, as they do in Flower alone.
     """
     found = list(layers(strategy))
     return not all(map(_is_flowers, found)) and not any(isinstance(layer, _FLOATS_ONLY) for layer in found)
@@ -107,24 +107,24 @@ def _module(thing: object) -> str:
 
 
 def clips_at_clients(strategy: Strategy) -> bool:
-    """Whether a differential-privacy wrapper relies on the clients' updates being no longer than its norm."""
+    """Return whether a differential-privacy wrapper relies on the clients to clip their updates to its norm."""
     kinds = (DifferentialPrivacyClientSideAdaptiveClipping, DifferentialPrivacyClientSideFixedClipping)
     return any(isinstance(layer, kinds) for layer in layers(strategy))
 
 
 def divides_by_norm(strategy: Strategy) -> bool:
-    """Whether a differential-privacy wrapper scales each update by its norm, and fails on one of exactly zero."""
+    """Return whether a differential-privacy wrapper divides each update by its norm, and so fails on a zero update."""
     kinds = (DifferentialPrivacyServerSideAdaptiveClipping, DifferentialPrivacyServerSideFixedClipping)
     return any(isinstance(layer, kinds) for layer in layers(strategy))
 
 
 def nodes_needed(strategy: Strategy) -> int:
-    """How many nodes the strategy waits for, or must have."""
+    """Return how many nodes the strategy waits for or needs."""
     return _largest(strategy, "min_available_nodes", "min_train_nodes", "min_evaluate_nodes", "num_sampled_clients")
 
 
 def nodes_waited_for(strategy: Strategy) -> int:
-    """How many nodes the strategy waits for, without a limit, before its first message."""
+    """Return how many nodes the strategy waits for, without a time limit, before its first message."""
     return _largest(strategy, "min_available_nodes", "min_train_nodes")
 
 
@@ -133,7 +133,7 @@ def _largest(strategy: Strategy, *names: str) -> int:
 
 
 def averages_plainly(strategy: Strategy) -> bool:
-    """Whether FedAvg's own weighted mean is in force, of arrays and metrics alike."""
+    """Return whether both arrays and metrics are averaged by FedAvg's own weighted mean."""
     used = [name for name, thing in vars(FedAvg).items() if callable(thing) and not name.startswith(_NOT_OF_THE_MEAN)]
     own = all(getattr(type(strategy), name, None) is vars(FedAvg)[name] for name in used)
     own = own and not vars(strategy).keys() & set(used)

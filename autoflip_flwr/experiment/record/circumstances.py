@@ -1,4 +1,4 @@
-"""When a run started, of which code, with which versions, on what."""
+"""Record when a run started, its code, its package versions and its machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _DISTRIBUTIONS = ("autoflip-flwr", "flwr", "torch", "torchvision", "numpy", "ray
 
 
 def circumstances(started: datetime) -> dict[str, object]:
-    """When a run starts, of which code, with which versions, on what."""
+    """Return when a run starts, its code, its package versions and its machine."""
     package = Path(__file__).resolve().parents[2]
     source = source_digest(package)
     commit, dirty = source_commit(package)
     beside = Path.cwd() / package.name
     if commit is None and beside.is_dir() and source_digest(beside) == source:
-        # `flwr run` works on a copy of the app, which is no checkout; the one it was made from may lie here
+        # `flwr run` works on a copy of the app, which is no checkout; the original may be here
         commit, dirty = source_commit(beside)
     return {
         "versions": _versions(),
@@ -43,7 +43,7 @@ def stamp(moment: datetime) -> str:
 
 
 def source_digest(package: Path) -> str:
-    """SHA-256 (hex) of the names and contents of the folder's Python files."""
+    """Return the SHA-256 (hex) of the names and contents of the folder's Python files."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
@@ -52,18 +52,18 @@ def source_digest(package: Path) -> str:
 
 
 def source_commit(package: Path) -> tuple[str | None, bool | None]:
-    """The git commit that the folder ``package`` is at, and whether it differs from it.
+    """Return the git commit of the folder ``package``, and whether the folder has changed since.
 
     Both are ``None`` if git is missing or does not track the folder.
     """
 
     def git(*arguments: str) -> str:
-        # Without the optional locks, so that asking never gets in the way of a git command running beside it.
+        # Without optional locks, so that this never blocks another git command.
         command = ("git", "--no-optional-locks", "-C", str(package), *arguments)
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An installed copy may lie inside somebody else's checkout, which does not track it.
+        # An installed copy may be inside another project's checkout, which does not track it.
         git("ls-files", "--error-unmatch", ".")
         return git("rev-parse", "--verify", "HEAD"), bool(git("status", "--porcelain", "."))
     except (OSError, subprocess.SubprocessError):

@@ -1,8 +1,8 @@
-"""What a run leaves behind: one folder, written while the run goes on.
+"""The record of a run: one folder, written while the run goes on.
 
-``config.json`` is there from the start and ``metrics.jsonl`` grows by a line a phase step, so a run that is
-interrupted can still be reported. ``summary.json`` is written last: its presence says that the run is complete.
-``failure.json`` says why a run has ended without one, until it goes on.
+``config.json`` is there from the start, and ``metrics.jsonl`` grows by one line per phase step, so an interrupted run
+can still be reported. ``summary.json`` is written last: it marks a complete run. ``failure.json`` says why a run ended
+without it, until the run is resumed.
 Bytes are counted in bytes throughout and shown in MB of 10^6 bytes.
 """
 
@@ -36,8 +36,8 @@ class RunRecord:
     def create(cls, output_dir: str | Path, name: str, config: Mapping[str, object]) -> RunRecord:
         """Make ``<output_dir>/<YYYYMMDD-HHMMSS>-<name>/`` (UTC) and write ``config.json`` into it.
 
-        Characters of ``name`` that do not belong in a folder's name become ``-``; a folder that exists already is
-        never reused, the new one gets ``-2``, ``-3`` and so on. ``config`` holds every setting, resolved.
+        Characters of ``name`` that do not belong in a folder's name become ``-``. An existing folder is never reused:
+        the new one gets ``-2``, ``-3`` and so on. ``config`` holds the resolved value of every setting.
 
         Raises ``OSError`` if the folder cannot be made.
         """
@@ -49,43 +49,43 @@ class RunRecord:
         return record
 
     def about(self) -> dict[str, Any]:
-        """What ``config.json`` holds."""
+        """Return the content of ``config.json``."""
         found: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
         return found
 
     def goes_on(self, config: Mapping[str, object], after: int) -> None:
-        """Note in ``config.json`` that the run goes on after a round, with which settings, and on what."""
+        """Note in ``config.json`` that the run is resumed after a round, its settings, and its machine."""
         about = self.about()
         about.setdefault("resumed", []).append({"after": after, "config": config, **circumstances(datetime.now(UTC))})
         _write_json(self.path / "config.json", about)
 
     def fail(self, reason: str) -> None:
-        """Write ``failure.json``, with the reason for which the run has ended."""
+        """Write ``failure.json`` with the reason why the run has ended."""
         pass  # as in `finish`
 
         _write_json(self.path / "failure.json", {"reason": reason, "ended": stamp(datetime.now(UTC))})
 
     def forget_failure(self) -> None:
-        """Remove ``failure.json``: the run goes on, or is complete."""
+        """Remove ``failure.json``, since the run is resumed or complete."""
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def has_rounds(self) -> bool:
-        """Whether ``metrics.jsonl`` has a line of a round."""
+        """Return whether ``metrics.jsonl`` has a line of a round."""
         lines = self.path / "metrics.jsonl"
         return lines.exists() and '"phase": "train"' in lines.read_text("utf-8")
 
     def shorten(self, size: int) -> None:
-        """Cut ``metrics.jsonl`` back to its first ``size`` bytes: what came after them was not finished."""
+        """Cut ``metrics.jsonl`` to its first ``size`` bytes, since the rest belongs to unfinished rounds."""
         if self.size() > size:
             os.truncate(self.path / "metrics.jsonl", size)
 
     def size(self) -> int:
-        """Bytes of ``metrics.jsonl``."""
+        """Return the size of ``metrics.jsonl`` in bytes."""
         lines = self.path / "metrics.jsonl"
         return lines.stat().st_size if lines.exists() else 0
 
     def append(self, line: Mapping[str, object]) -> None:
-        """Add one line to ``metrics.jsonl``; it is on the disk when this returns. NaN and infinities become null."""
+        """Add one line to ``metrics.jsonl``. It is on the disk when this returns. NaN and infinities become null."""
         path = self.path / "metrics.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
@@ -134,5 +134,5 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def _write_tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    # safetensors wants C order; ascontiguousarray would turn the shape () into (1,).
+    # safetensors needs C order; ascontiguousarray would turn the shape () into (1,).
     write_atomic(path, safetensors_bytes({name: np.asarray(array, order="C") for name, array in arrays.items()}))

@@ -1,4 +1,4 @@
-"""The report of a run as one self-contained HTML page."""
+"""Write the report of a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_INCIDENTS = 200
 
 
 def render(run: Run, pictures: Mapping[str, bytes]) -> str:
-    """The page of a run, with its pictures (PNG, by name) in it."""
+    """Return the page of a run, with its pictures (PNG, by name) embedded."""
     origin = _without_settings(run.about)
     for number, each in enumerate(run.about.get("resumed", []), 1):
         origin[f"resumed.{number}"] = _without_settings(each)

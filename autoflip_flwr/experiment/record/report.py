@@ -1,6 +1,6 @@
-"""The report of a run: plots, and one self-contained HTML page, made from what ``record`` wrote.
+"""Report a run: make plots, and one self-contained HTML page, from its record.
 
-A run that is still going on, or was interrupted, is reported as far as it got. MB are 10^6 bytes.
+A run that still goes on, or was interrupted, is reported as far as it got. MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autoflip_flwr.experiment.record.runs import Run
 from autoflip_flwr.experiment.record.summary import BYTE_TITLES
 from autoflip_flwr.storage.files import write_atomic
 
-# The Okabe-Ito colours, which stay apart for colour-blind readers, one a kind of message.
+# The Okabe-Ito colours, which colour-blind readers can tell apart: one per kind of message.
 _KINDS = {
     "exploration": "#e69f00",
     "mask": "#009e73",
@@ -33,9 +33,9 @@ _INK, _PALE = "#333333", "#e4e4e4"
 
 
 def write(run_dir: Path) -> Path:
-    """Write the plots and ``report.html`` into the folder of a run, and return the path of the latter.
+    """Write the plots and ``report.html`` into the folder of a run. Return the path of ``report.html``.
 
-    A plot that there is no data for is left out.
+    Plots without data are omitted.
 
     Raises ``NotADirectoryError`` if ``run_dir`` is no folder.
     """
@@ -131,7 +131,7 @@ def _axes(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes
 
 def _bars(title: str, x: str, names: Sequence[str]) -> tuple[Figure, Axes]:
     figure, axes = _axes(title, x, "", height=1.2 + 0.32 * len(names))
-    # A name of a layer is no formula, whatever dollar signs it has.
+    # A layer's name is not a formula, even with dollar signs.
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")

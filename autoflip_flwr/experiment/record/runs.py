@@ -1,4 +1,4 @@
-"""Reading the folder of a run, whether it is complete, still goes on, was interrupted or has failed."""
+"""Read the folder of a run, whether it is complete, still goes on, was interrupted or has failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run says: its config, its metrics so far, its summary, incidents, and why it has failed."""
+    """The content of a run's folder: config, metrics so far, summary, incidents, and the reason if it has failed."""
 
     path: Path
     about: Mapping[str, Any]
@@ -24,9 +24,9 @@ class Run:
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
-        """Read the folder of a run; files that are not there yet count as empty.
+        """Read the folder of a run. Missing files count as empty.
 
-        The summary of a run without ``summary.json`` is put together from its last line of metrics.
+        Without ``summary.json``, the summary is made from the last line of metrics.
 
         Raises ``NotADirectoryError`` if ``run_dir`` is no folder.
         """
@@ -37,32 +37,32 @@ class Run:
         metrics: list[dict[str, Any]] = []
         with suppress(FileNotFoundError):
             for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                # The last line of a run that was killed may be torn.
+                # The last line of a killed run may be incomplete.
                 with suppress(json.JSONDecodeError):
                     metrics.append(json.loads(line))
-        complete = bool(summary) and not failure  # a complete run may have gone on, and failed then
+        complete = bool(summary) and not failure  # a complete run may have been resumed and then failed
         if not complete:
             summary = _summary_so_far(_settings(about), metrics)
         return cls(run_dir, about, metrics, summary, complete, list(incidents), str(failure.get("reason", "")))
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The settings that the run ended with: those of the last time it went on, if it did."""
+        """The settings that the run ended with: those of the last time it was resumed, if it was."""
         return _settings(self.about)
 
     @property
     def name(self) -> str:
-        """The name the run was given, or else that of its folder."""
+        """The name given to the run, or else that of its folder."""
         return str(self.about.get("name") or self.path.resolve().name)
 
     @property
     def label(self) -> str:
-        """What the run is called beside others: its method and density."""
+        """The run's label in comparisons: its method and density."""
         method, density = self.summary.get("method") or self.name, self.summary.get("density")
         return str(method) if density is None else f"{method}, density {100 * density:.3g}%"
 
     def by_round(self) -> tuple[list[int], list[float]]:
-        """The rounds of training that were evaluated, and the accuracy after each in %; round 0 is the start."""
+        """Return the evaluated rounds, and the accuracy after each in %. Round 0 is the start."""
         points = {
             line["round"]: 100 * line["accuracy"]
             for line in self.metrics
@@ -71,7 +71,7 @@ class Run:
         return list(points), list(points.values())
 
     def by_megabytes(self) -> tuple[list[float], list[float]]:
-        """The MB sent so far at each evaluation, all messages both ways, and the accuracy there in %."""
+        """Return the MB sent up to each evaluation (all messages, both directions), and the accuracy there in %."""
         evaluated = [line for line in self.metrics if line["accuracy"] is not None]
         return [line["bytes"]["total"] / 1e6 for line in evaluated], [100 * line["accuracy"] for line in evaluated]
 

@@ -1,4 +1,4 @@
-"""A run's summary, as rows to read."""
+"""Format a run's summary as readable rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BYTE_TITLES: Mapping[str, str] = {
     "evaluate_down": "Evaluation, down",
     "other": "Other",
 }
-"""The phases that bytes are counted in, in the order they are shown, with their titles."""
+"""The phases in which bytes are counted, in the order shown, with their titles."""
 
 
 def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
-    """The (title, value) pairs that a summary is shown as; what it lacks, or holds as null or NaN, is left out."""
+    """Return the (title, value) pairs that show a summary. Values that are missing, null or NaN are omitted."""
     known = {key: value for key, value in jsonable(summary).items() if value is not None}
     sent: Mapping[str, int] = known.get("bytes", {})
     total, dense = sent.get("total"), known.get("dense_bytes")
@@ -60,7 +60,7 @@ def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def summary_table(summary: Mapping[str, object]) -> str:
-    """A summary as a plain text table, at most 80 columns wide, without colour codes."""
+    """Return a summary as a plain text table, at most 80 columns wide, without colour codes."""
     table = Table("Run", "", box=box.SIMPLE_HEAD, show_edge=False)
     for row in summary_rows(summary):
         table.add_row(*row)
@@ -70,7 +70,7 @@ def summary_table(summary: Mapping[str, object]) -> str:
 
 
 def jsonable(value: object) -> Any:
-    """``value`` as what JSON can hold: NaN and infinities as null, NumPy values as Python's, the unknown as text."""
+    """Convert ``value`` to JSON types: NaN and infinities to null, NumPy values to Python's, unknown types to text."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

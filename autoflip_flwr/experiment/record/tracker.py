@@ -1,4 +1,4 @@
-"""Following a run: central evaluation, progress, and the run record, for AutoFLIP and FedAvg alike."""
+"""Track a run: central evaluation, progress, and the run record, for AutoFLIP and FedAvg alike."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from autoflip_flwr.wire.records import to_arrays, to_record
 
 
 class Tracker:
-    """Evaluates the model after every round and writes the run record while the run goes on.
+    """Evaluates the model after every round, and writes the run record while the run goes on.
 
     Parameters
     ----------
@@ -37,15 +37,15 @@ class Tracker:
     config : Config
         The run's settings.
     model : nn.Module
-        A model to evaluate with, on the device to do it on.
+        A model for the evaluation, on the device to use.
     x, y : torch.Tensor
         The test set.
     ledger : Ledger
-        What the run has cost so far; it is told what an example costs.
+        The run's costs so far. It gets the FLOPs of an example from here.
     mask : Callable[[], Mask | None]
-        The mask in force.
+        Returns the mask in force.
     exploration_seconds : float
-        Time of an exploration that an earlier run has made.
+        Duration of an exploration that was reused from an earlier run.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Tracker:
         self._explored_before = exploration_seconds
         self._accuracies: dict[int, float] = {}
         self._resumed: list[int] = []
-        self._writes = not config.resume  # else the record may be one that cannot go on, and stays as it is
-        # since the last line of the record
+        self._writes = not config.resume  # a resumed record is not written before it is known that it can be resumed
+        # counted since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
         ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
 
     def state(self) -> dict[str, object]:
-        """What a checkpoint keeps of the run's record, as JSON can hold it."""
+        """Return the record's state for a checkpoint, as JSON types."""
         return {
             "size": self.record.size(),
             "seconds": self._seconds(),
@@ -84,7 +84,7 @@ class Tracker:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on with the record of an interrupted run; ``None`` if none of its rounds was finished."""
+        """Resume the record of an interrupted run; ``None`` if it finished no round."""
         self._writes = True
         self.record.forget_failure()
         if state is None:
@@ -102,12 +102,12 @@ class Tracker:
         self.record.goes_on(self._config.as_dict(), after)
 
     def observe(self, phase: str, replies: list[Message]) -> None:
-        """Take note of an exchange's replies; a batch of explorers gets its line in the record."""
+        """Note an exchange's replies. Write a line of the record for a batch of explorers."""
         if phase not in ("exploration", "train") or not replies:
             return
         found = [record for reply in replies if reply.has_content() for record in reply.content.metric_records.values()]
         losses = [float(record["train-loss"]) for record in found if isinstance(record.get("train-loss"), int | float)]  # type: ignore[arg-type]
-        self._nodes += len(found)  # a round has a second exchange where nodes lacked the mask
+        self._nodes += len(found)  # a round has a second exchange if nodes lacked the mask
         self._losses += [loss for loss in losses if math.isfinite(loss)]  # the replies are not judged yet
         if phase == "exploration":
             self.exploration_seconds = time.monotonic() - self._began
@@ -115,7 +115,7 @@ class Tracker:
             log(INFO, "[exploration] %d explorers, %s sent, %s", len(found), self._sent(), duration(self._seconds()))
 
     def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Flower's ``evaluate_fn``: test the global model, write the round's line, and say how it goes."""
+        """Test the global model, write the round's line, and log progress (Flower's ``evaluate_fn``)."""
         if server_round == 0:
             self._rounds_began = time.monotonic()
         training.set_arrays(self._model, [array.numpy() for array in arrays.values()])
@@ -135,7 +135,7 @@ class Tracker:
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
     def fail(self, reason: str) -> None:
-        """Write the incidents, the reason for which the run has ended, and the report."""
+        """Write the incidents, the reason why the run has ended, and the report."""
         if not self._writes:
             return
         if self._ledger.incidents:
@@ -144,7 +144,7 @@ class Tracker:
         _write_report(self.record.path)
 
     def finish(self, arrays: ArrayRecord) -> Path:
-        """Write the summary, the model, the mask and the report; print the summary table."""
+        """Write the summary, the model, the mask and the report. Print the summary table."""
         final, mask, ledger = to_arrays(arrays), self._mask(), self._ledger
         table = ledger.bytes_by_phase()
         replies = ledger.replies["train"]
@@ -220,6 +220,6 @@ class Tracker:
 
 
 def _write_report(path: Path) -> None:
-    from autoflip_flwr.experiment.record import report  # matplotlib is slow to load, and nothing before wants it
+    from autoflip_flwr.experiment.record import report  # matplotlib is slow to load, and not needed before
 
     report.write(path)
