@@ -194,10 +194,10 @@ def _run(
         return _reply(message, context, head, content, digest=mask.digest, **value_entries(values=wanted), **own)
     key, arrays = _result(content, mask, exploring=head["phase"] == EXPLORE)
     if head["phase"] == EXPLORE:
-        moves = {
+        deltas = {
             spec.name: np.subtract(arrays[spec.name], full[spec.name]) for spec in mask.layout.specs if spec.floating
         }
-        values = pack_deltas(mask, moves) if wanted == LOG8 else pack_values(mask, mask.gather({**arrays, **moves}))
+        values = pack_deltas(mask, deltas) if wanted == LOG8 else pack_values(mask, mask.gather({**arrays, **deltas}))
     else:
         values = pack_reply(context, mask, wanted, mask.gather(arrays), start)
     content[key] = values

@@ -62,15 +62,15 @@ class Updates:
         self._square = sum(_dot(values, values) for values in self._initial.values())
         self._lengths: list[float] = []  # norm of what each returned, in units of W0's; inf: not an update
 
-    def add(self, moves: Mapping[str, NDArray[Any]]) -> None:
+    def add(self, deltas: Mapping[str, NDArray[Any]]) -> None:
         """Add the deltas of one explorer."""
         along = square = 0.0
         for name, values in self._initial.items():
             if values.any():
-                move = moves[name].reshape(-1)
-                along += _dot(move, values)
-                square += _dot(move, move)
-        # the explorer returned W0 + move: its norm, and its inner product with W0, in units of W0's norm
+                delta = deltas[name].reshape(-1)
+                along += _dot(delta, values)
+                square += _dot(delta, delta)
+        # the explorer returned W0 + delta: its norm, and its inner product with W0, in units of W0's norm
         length, product = math.inf, math.inf
         if self._square > 0:
             length = math.sqrt(max(1 + (square + 2 * along) / self._square, 0.0))

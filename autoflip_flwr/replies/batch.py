@@ -225,7 +225,7 @@ class Judge:
         deltas = found.get(DELTA)
         judged = [deltas] if deltas is not None else list(found.values())
         if not math.isfinite(joint_norm(array for arrays in judged for array in arrays.values())):
-            raise WireError("the norm of its moves overflows")
+            raise WireError("the norm of its deltas overflows")
         norm = joint_norm(arrays[name] for arrays in judged for name in compared if name in arrays)
         model = 0.0 if deltas is None else length  # statistics do not scale with the model's norm
         return Answer(Update(norm, weight, examples_processed(reply.content), model), record)

@@ -174,13 +174,13 @@ def read_answer(record: ArrayRecord, *, mask: Mask, requests: tuple[Request, ...
 def read_deltas(record: ArrayRecord, *, mask: Mask, kind: str) -> Arrays:
     """Return an explorer's delta of each floating array, from its reply. Raise errors as :func:`judge_update` does."""
     if kind == LOG8:
-        moves = unpack_deltas(mask, record)
+        deltas = unpack_deltas(mask, record)
     else:
-        moves = mask.scatter(arrays_of(mask, _finite(mask, read_vectors(mask, record, kind))))
-    for name, values in moves.items():
+        deltas = mask.scatter(arrays_of(mask, _finite(mask, read_vectors(mask, record, kind))))
+    for name, values in deltas.items():
         if values.dtype == np.float64 and (np.abs(values) > MAX_DELTA).any():
             raise WireError(f"array {name!r} has moved by more than {MAX_DELTA:g}")
-    return moves
+    return deltas
 
 
 def _judge_record(

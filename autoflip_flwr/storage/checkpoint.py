@@ -247,10 +247,10 @@ class Checkpoints:
             log(WARNING, "%s; the rounds go on without it", error)
             return None
 
-    def add_explorer(self, explorer: int, about: Mapping[str, Any], moves: ArrayRecord) -> None:
+    def add_explorer(self, explorer: int, about: Mapping[str, Any], deltas: ArrayRecord) -> None:
         """Write an explorer's reply unchanged; a failure is logged, and the run continues."""
         try:
-            _write(self._folder / EXPLORERS / f"{explorer}.safetensors", about, to_arrays(moves), self._settings)
+            _write(self._folder / EXPLORERS / f"{explorer}.safetensors", about, to_arrays(deltas), self._settings)
         except OSError as error:
             log(ERROR, "the answer of explorer %d could not be written: %s", explorer, error)
 

@@ -31,14 +31,14 @@ LARGEST = 1e36
 _BLURRED = 0.05
 
 
-def encode_deltas(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
+def encode_deltas(specs: Sequence[ArraySpec], deltas: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
     """Quantise and compress the deltas of these arrays, in their order.
 
     Parameters
     ----------
     specs : Sequence[ArraySpec]
         The floating arrays of the model.
-    moves : Mapping[str, ndarray]
+    deltas : Mapping[str, ndarray]
         ``Delta_k`` of each array, in its shape.
 
     Returns
@@ -53,7 +53,7 @@ def encode_deltas(specs: Sequence[ArraySpec], moves: Mapping[str, NDArray[Any]])
     """
     ranges, parts = [], []
     for spec in specs:
-        values = moves[spec.name].reshape(-1)
+        values = deltas[spec.name].reshape(-1)
         if spec.prunable:
             top, step, codes = _encode(spec.name, values)
             ranges += [top, step]
@@ -100,13 +100,13 @@ def decode_deltas(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
     coded = [spec for spec in specs if spec.prunable]
     head = 8 * len(coded)
     if len(data) < head:
-        raise ValueError(f"{len(data)} bytes of moves do not hold the ranges of {len(coded)} arrays")
+        raise ValueError(f"{len(data)} bytes of deltas do not hold the ranges of {len(coded)} arrays")
     ranges = np.frombuffer(data[:head], "<f4").reshape(-1, 2)
     if not ((ranges >= 0) & (ranges <= LARGEST)).all():
-        raise ValueError(f"the range of an array's moves is not a number in [0, {LARGEST:g}]")
+        raise ValueError(f"the range of an array's deltas is not a number in [0, {LARGEST:g}]")
     tables = dict(zip((spec.name for spec in coded), map(_table, ranges.astype(np.float64)), strict=True))
-    whole = inflate(data[head:], sum(map(_bytes, specs)), "the moves", exact=True)
-    moves: Arrays = {}
+    whole = inflate(data[head:], sum(map(_bytes, specs)), "the deltas", exact=True)
+    deltas: Arrays = {}
     start = 0
     for spec in specs:
         part = whole[start : start + _bytes(spec)]
@@ -116,9 +116,9 @@ def decode_deltas(specs: Sequence[ArraySpec], data: bytes) -> Arrays:
             values = np.frombuffer(part, np.dtype(spec.dtype).newbyteorder("<"))
             if not np.isfinite(values).all():
                 raise ValueError(f"array {spec.name!r} has moved by NaN or infinity")
-        moves[spec.name] = values.reshape(spec.shape)
+        deltas[spec.name] = values.reshape(spec.shape)
         start += len(part)
-    return moves
+    return deltas
 
 
 def _table(range_: NDArray[np.float64]) -> NDArray[np.float32]:

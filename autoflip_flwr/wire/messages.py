@@ -173,14 +173,14 @@ def read_vectors(
     return found
 
 
-def pack_deltas(mask: Mask, moves: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+def pack_deltas(mask: Mask, deltas: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Make the record of an explorer's reply from its deltas, under a mask that keeps everything.
 
     It has the same keys as the message, as Flower's mods expect. Integer dtypes get an encoding of no arrays.
     """
     try:
         coded = {
-            dtype: encode_deltas([spec for spec in specs if spec.floating], moves)
+            dtype: encode_deltas([spec for spec in specs if spec.floating], deltas)
             for dtype, specs in mask.layout.by_dtype.items()
         }
     except ValueError as error:
@@ -192,15 +192,15 @@ def unpack_deltas(mask: Mask, record: ArrayRecord) -> Arrays:
     """Return the deltas of an explorer's reply per floating array, in its shape, as :func:`decode_deltas` does."""
     expected = mask.layout.by_dtype
     if set(record) != set(expected):
-        raise WireError(f"an explorer's moves have the keys {sorted(record)[:5]}, expected {sorted(expected)}")
-    moves: Arrays = {}
+        raise WireError(f"an explorer's deltas have the keys {sorted(record)[:5]}, expected {sorted(expected)}")
+    deltas: Arrays = {}
     try:
         for dtype, specs in expected.items():
             data = bytes(view_of(record[dtype], "uint8").data)
-            moves |= decode_deltas([spec for spec in specs if spec.floating], data)
+            deltas |= decode_deltas([spec for spec in specs if spec.floating], data)
     except ValueError as error:
         raise WireError(str(error)) from error
-    return moves
+    return deltas
 
 
 def _parts(mask: Mask, packed: Mapping[str, NDArray[Any]]) -> dict[str, list[NDArray[Any]]]:

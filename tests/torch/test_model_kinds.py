@@ -380,7 +380,7 @@ def test_both_ways_one_flat_array_of_each_dtype_travels(name: str):
         sizes = dense if content[HEADER]["phase"] == EXPLORE else kept
         (record,) = content.array_records.values()
         found = {key: (array.dtype, array.shape) for key, array in record.items()}
-        if content[HEADER].get("values") == LOG8:  # an explorer's moves: bytes, coded by Huffman
+        if content[HEADER].get("values") == LOG8:  # an explorer's deltas: bytes, coded by Huffman
             assert {dtype: kind for dtype, (kind, _) in found.items()} == dict.fromkeys(sizes, "uint8")
             continue
         assert found == {dtype: (dtype, (size,)) for dtype, size in sizes.items()}

@@ -235,7 +235,7 @@ def test_the_moves_made_by_hand_are_read_where_nothing_is_wrong_with_them():
 
 @pytest.mark.parametrize("size", [0, 1, 8, 15])
 def test_moves_shorter_than_their_ranges_are_refused(size: int):
-    with pytest.raises(ValueError, match=f"{size} bytes of moves do not hold the ranges of 2 arrays"):
+    with pytest.raises(ValueError, match=f"{size} bytes of deltas do not hold the ranges of 2 arrays"):
         decode_deltas(SPECS, GOOD[:size])
 
 
@@ -263,7 +263,7 @@ def test_ranges_that_are_not_sizes_are_refused(value: float, at: int):
     ],
 )
 def test_moves_of_another_length_are_refused(data: bytes):
-    with pytest.raises(ValueError, match=r"the moves|the range"):
+    with pytest.raises(ValueError, match=r"the deltas|the range"):
         decode_deltas(SPECS, data)
 
 
