@@ -146,7 +146,7 @@ def accuracy(sites: Sequence[Site], strategy: Strategy, rounds: int, seed: int) 
     grid = LocalGrid(client_app(sites, seed), len(sites))
     result = strategy.start(grid, to_record(mlp(images.shape[1], seed)), rounds)
     guesses = digits.forward(_floats(result.arrays), images)[1].argmax(axis=1)
-    left_out = strategy.ledger.failures["quarantined"] if isinstance(strategy, AutoFlip) else 0
+    left_out = strategy.ledger.failures["rejected"] if isinstance(strategy, AutoFlip) else 0
     return float((guesses == labels).mean()), left_out
 
 

@@ -19,7 +19,7 @@ from autoflip_flwr.core.selection import narrowed, select, widened
 from autoflip_flwr.core.statistics import Accumulator, Exploration
 from autoflip_flwr.wire.keys import PHASE_KEY
 
-NO_FAILURES = {"quarantined": 0, "errors": 0, "absent": 0}
+NO_FAILURES = {"rejected": 0, "errors": 0, "absent": 0}
 
 
 class Killed(BaseException):

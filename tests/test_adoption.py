@@ -375,7 +375,7 @@ def test_a_mod_that_refuses_an_evaluation_does_not_hold_the_round_up(caplog):
     strategy = AutoFlip(FedAvg(), sparsity=0.5)
     result = strategy.start(LocalGrid(message_app(mods=mods), NODES), floats, num_rounds=1, timeout=60)
     assert result.arrays
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": NODES, "absent": 0}
+    assert strategy.ledger.failure_counts() == {"rejected": 0, "errors": NODES, "absent": 0}
     assert FIRST.replace("\\", "") not in caplog.text
 
 

@@ -129,7 +129,7 @@ def test_a_node_that_forgot_and_one_that_is_new_get_the_mask_in_the_same_round(l
     # of the node that was stopped, if it was at work; up to Flower 1.42 the SuperLink says so
     lost = told["failures"]["errors"] + told["failures"]["absent"]
     assert lost <= 1
-    assert told["failures"]["quarantined"] == 0
+    assert told["failures"]["rejected"] == 0
     # one message more than 2 a round: to the node that said that it lacked the mask
     assert told["messages"]["train"] == 11
     assert told["replies"]["train"] == 11 - lost

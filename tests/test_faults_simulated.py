@@ -187,7 +187,7 @@ def test_half_of_the_clients_fail_at_random_for_20_rounds(tmp_path: Path, half_f
     failing = told(folder)
     assert failing["rounds"] == 20
     assert 80 < failing["failures"]["errors"] < 130  # of 210
-    assert failing["failures"]["quarantined"] == failing["failures"]["absent"] == 0
+    assert failing["failures"]["rejected"] == failing["failures"]["absent"] == 0
     happened = told(folder, "incidents.json")
     assert len(happened) == failing["failures"]["errors"]
     assert {each["node"] for each in happened} == set(range(10))

@@ -213,6 +213,8 @@ def test_the_library_requires_flower_and_numpy_only(metadata):
 
 
 OTHER_ROOMS = ("torch", "experiment", "launch")
+STORED = ("storage.checkpoint", "storage.exploration_file", "storage.sealed")
+"""Modules that have an extra of their own."""
 
 # --- where nothing else is installed ---------------------------------------------------------------------------------
 
@@ -229,8 +231,15 @@ def test_every_module_of_the_library_can_be_imported_there(bare, wheel, tmp_path
     library = [path for path in ours if path.parts[1] not in OTHER_ROOMS]
     names = [".".join(path.with_suffix("").parts) for path in library]
     assert len(names) > 40
-    names.remove("autoflip_flwr.storage.checkpoint")  # has an extra of its own
+    for module in STORED:
+        names.remove(f"autoflip_flwr.{module}")
     output(bare / "python", "-c", f"import importlib\nfor name in {names}: importlib.import_module(name)", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("module", STORED)
+def test_what_is_stored_says_there_which_extra_it_needs(module, bare, tmp_path):
+    code = f"try: import autoflip_flwr.{module}\nexcept ModuleNotFoundError as error: print(error)"
+    assert 'pip install "autoflip-flwr[checkpoint]"' in output(bare / "python", "-c", code, cwd=tmp_path)
 
 
 def test_a_federation_prunes_there(bare, tmp_path):
@@ -247,7 +256,7 @@ def test_a_federation_prunes_there(bare, tmp_path):
         "kept and zero": 0,
         "explored": 4,
         "trained": 8,
-        "failures": {"quarantined": 0, "errors": 0, "absent": 0},
+        "failures": {"rejected": 0, "errors": 0, "absent": 0},
     }
 
 

@@ -89,7 +89,7 @@ class Ledger:
         Partition ids by node id, as far as they are known.
     failures : Counter[str]
         Number of incidents by kind: ``errors`` (error replies), ``absent`` (no reply in time, or the node has left),
-        ``quarantined`` (replies rejected by the firewall), and the others.
+        ``rejected`` (replies rejected by the firewall), and the others.
     examples : Counter[str]
         Examples that clients said they processed, by phase.
     messages, replies : Counter[str]
@@ -99,7 +99,7 @@ class Ledger:
     flops_per_example : float
         Floating-point operations of one example, forward and backward, through the dense model.
     incidents : list[dict[str, int or str or None]]
-        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``quarantined``; ``odd``: the reply is used, though
+        What went wrong, in order: ``kind`` (``errors``, ``absent``, ``rejected``; ``odd``: the reply is used, though
         its update is unusually long; ``paused``: the node gets no messages for a while; ``unchanged``: the round does
         not change the model), ``phase``, ``round``, ``node`` (its partition id if known, else its node id; ``None`` for
         the whole round) and ``reason``.
@@ -225,8 +225,8 @@ class Ledger:
         return {name: {**+table[name], "total": table[name].total()} for name in sorted(table)}
 
     def failure_counts(self) -> dict[str, int]:
-        """Return ``{"quarantined": ..., "errors": ..., "absent": ...}``."""
-        return {key: self.failures[key] for key in ("quarantined", "errors", "absent")}
+        """Return ``{"rejected": ..., "errors": ..., "absent": ...}``."""
+        return {key: self.failures[key] for key in ("rejected", "errors", "absent")}
 
     def flops(self) -> dict[str, float]:
         """Return the clients' floating-point operations by phase: processed examples times ``flops_per_example``.

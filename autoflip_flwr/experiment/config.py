@@ -187,10 +187,10 @@ class Config:
     norm_factor: float = _of_safety(
         1000.0,
         _ABOVE_ONE,
-        "A reply is left out whose update is so many times longer than other replies and its work explain; from the "
+        "A reply is rejected whose update is so many times longer than other replies and its work explain; from the "
         "default on only if earlier rounds do not explain it either, and it is longer than the model",
     )
-    max_examples: float = _of_safety(1e9, _POSITIVE, "A reply that says it has more examples is left out")
+    max_examples: float = _of_safety(1e9, _POSITIVE, "A reply that says it has more examples is rejected")
     checkpoints: int = _of_safety(2, _NOT_BELOW_ZERO, "Rounds whose whole state is kept in the run's folder. 0: none")
     resume: str = _of_safety(
         "",

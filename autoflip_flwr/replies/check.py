@@ -194,7 +194,7 @@ def _judge_record(
     weight = _judge_weight(reply, weight_key, max_weight)
     head = reply.content[HEADER]
     if head.get("values", "float32") != kind:
-        raise WireError(f"its values are coded as {head.get('values', 'float32')!r}, expected {kind!r}")
+        raise WireError(f"its values are quantised as {head.get('values', 'float32')!r}, expected {kind!r}")
     if head.get("fingerprint") != fingerprint(arrays[0][1]):
         raise WireError(f"its values were changed after autoflip_mod had packed them: {MOD_FIRST}")
     return *arrays[0], weight

@@ -60,9 +60,7 @@ class ReplyRules:
 def why_none(replies: Iterable[Message], incidents: Sequence[Mapping[str, object]]) -> str:
     """Say why no train reply counts, given the error replies and the incidents of the round. At most three reasons."""
     reasons = Counter(explain_error(reply.error) for reply in replies if reply.has_error())
-    reasons.update(
-        str(each["reason"]) for each in incidents if each["kind"] == "quarantined" and each["phase"] == TRAIN
-    )
+    reasons.update(str(each["reason"]) for each in incidents if each["kind"] == "rejected" and each["phase"] == TRAIN)
     told = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in reasons.items()]
     return "; ".join(told[:3]) or why_absent(incidents)
 
@@ -88,14 +86,14 @@ class Quarantine:
 
     def strike(self, node: int, phase: str, round_: int, reason: str) -> None:
         """Reject a reply. One to an evaluation is only noted: its node gets no strike."""
-        log(WARNING, "%s, round %d: left out the reply of node %d: %s", phase, round_, node, reason)
-        self._ledger.note("quarantined", node, phase, round_, reason)
+        log(WARNING, "%s, round %d: rejected the reply of node %d: %s", phase, round_, node, reason)
+        self._ledger.note("rejected", node, phase, round_, reason)
         if phase == "evaluate":
             return
         self._strikes[node] += 1
         if self._strikes[node] >= self.rules.strikes:
             self._until[node] = last = round_ + self.rules.pause
-            reason = f"{self._strikes[node]} replies in a row were left out: no messages until round {last}"
+            reason = f"{self._strikes[node]} replies in a row were rejected: no messages until round {last}"
             log(WARNING, "node %d: %s", node, reason)
             self._ledger.note("paused", node, phase, round_, reason)
 

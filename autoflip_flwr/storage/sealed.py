@@ -10,10 +10,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save
 
 from autoflip_flwr.storage.files import write_atomic
+
+try:
+    from safetensors import safe_open
+    from safetensors.numpy import save
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        'checkpoints and stored explorations need safetensors: pip install "autoflip-flwr[checkpoint]"',
+        name=missing.name,
+    ) from missing
 
 Arrays = dict[str, NDArray[Any]]
 

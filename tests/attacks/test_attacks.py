@@ -184,7 +184,7 @@ def serve(
     grid = LocalGrid(client([]), num_nodes=len(NODES), tamper=tamper)
     result = strategy.start(grid, to_record(forge.MODEL), num_rounds=1)
     assert len(result.train_metrics_clientapp) == len(result.evaluate_metrics_clientapp) == 1
-    return strategy, to_arrays(result.arrays), strategy.ledger.failures["quarantined"]
+    return strategy, to_arrays(result.arrays), strategy.ledger.failures["rejected"]
 
 
 @functools.cache
@@ -283,7 +283,7 @@ def test_a_node_that_always_says_that_it_lacks_the_base_is_sent_it_and_costs_its
     strategy, grid = lying(change)
     assert set(sent_with_base(grid)) == {HOSTILE}
     assert len(sent_with_base(grid)) <= 4  # at most once for each message
-    assert strategy.ledger.failures["quarantined"] == 4
+    assert strategy.ledger.failures["rejected"] == 4
 
 
 @pytest.mark.parametrize("lie", [None, "0" * 64, "given"])
@@ -295,14 +295,14 @@ def test_an_explorer_that_lies_about_its_base_is_healed(lie: str | None):
 
     strategy, grid = lying(change)
     refused = lie == "given"  # no digest: the reply does not count
-    assert strategy.ledger.failures["quarantined"] == refused
+    assert strategy.ledger.failures["rejected"] == refused
     assert sent_with_base(grid) == ([] if refused else [HOSTILE])
 
 
 @pytest.mark.parametrize("lie", [7, 0.5, True, [1], ["0" * 64], b"0", "0" * 64, "1" * 10**6, "given"])
 def test_a_node_that_lies_in_its_hello_is_healed(lie: Any):
     strategy, grid = lying(lambda head: {**head, "base": lie} if head["phase"] == HELLO else None)
-    assert strategy.ledger.failures["quarantined"] == 0
+    assert strategy.ledger.failures["rejected"] == 0
     assert sent_with_base(grid) == []  # it has explored since
 
 

@@ -579,7 +579,7 @@ def test_an_update_that_is_not_finite_is_refused_by_the_client_and_the_round_goe
     kind: str, value: float, caplog: pytest.LogCaptureFixture
 ):
     found = run(AutoFlip(inner(), mask=MASK, values=Values(up=kind)), spoiled(value))
-    assert found.failures == {"quarantined": 0, "errors": 3, "absent": 0}
+    assert found.failures == {"rejected": 0, "errors": 3, "absent": 0}
     errors = [(reply.node, reply.error) for reply in found.replies if reply.error]
     reason = "autoflip_mod: the client returned float32 values with NaN or infinity"
     assert errors == [(102, reason)] * 3
@@ -598,7 +598,7 @@ def test_a_client_that_recovers_counts_again_with_the_remainder_from_before():
         return moved
 
     found = run(AutoFlip(inner(), mask=FULL, values="int8"), client(work), LINE, rounds=3, nodes=2)
-    assert found.failures == {"quarantined": 0, "errors": 1, "absent": 0}
+    assert found.failures == {"rejected": 0, "errors": 1, "absent": 0}
     left = {node: np.delete(residual(found.grid, node, FULL), [0, 256]).max() for node in (100, 101)}
     assert left == {100: pytest.approx(3 * TINY, abs=1e-4), 101: pytest.approx(2 * TINY, abs=1e-4)}
 
@@ -647,12 +647,12 @@ def with_nan_scale(data: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("asked", "change", "reason"),
     [
-        pytest.param("int8", says(None), "coded as 'float32', expected 'int8'", id="says nothing"),
-        pytest.param("int8", says("bfloat16"), "coded as 'bfloat16', expected 'int8'", id="says another"),
-        pytest.param("int8", says("log8"), "coded as 'log8', expected 'int8'", id="says moves"),
+        pytest.param("int8", says(None), "quantised as 'float32', expected 'int8'", id="says nothing"),
+        pytest.param("int8", says("bfloat16"), "quantised as 'bfloat16', expected 'int8'", id="says another"),
+        pytest.param("int8", says("log8"), "quantised as 'log8', expected 'int8'", id="says moves"),
         pytest.param("int8", says("int4"), "values 'int4': must be one of", id="says an unknown one"),
-        pytest.param("bfloat16", says("float16"), "coded as 'float16', expected 'bfloat16'", id="of the same size"),
-        pytest.param("float32", says("int8"), "coded as 'int8', expected 'float32'", id="coded unasked"),
+        pytest.param("bfloat16", says("float16"), "quantised as 'float16', expected 'bfloat16'", id="of the same size"),
+        pytest.param("float32", says("int8"), "quantised as 'int8', expected 'float32'", id="coded unasked"),
         pytest.param("int8", holds(lambda data: data[:-1]), "uint8 values are", id="too short"),
         pytest.param("int8", holds(lambda data: np.append(data, data[:1])), "uint8 values are", id="too long"),
         pytest.param("int8", holds(lambda data: data.astype(np.float32)), "uint8 values are", id="not bytes"),
@@ -662,7 +662,7 @@ def with_nan_scale(data: np.ndarray) -> np.ndarray:
         pytest.param(
             "int8",
             holds(lambda data: np.zeros(coded_size("bfloat16", KEPT, SIZE), np.uint8), "bfloat16"),
-            "coded as 'bfloat16', expected 'int8'",
+            "quantised as 'bfloat16', expected 'int8'",
             id="really coded otherwise",
         ),
     ],
@@ -671,8 +671,8 @@ def test_a_reply_that_is_not_coded_as_asked_is_left_out(
     asked: str, change: Callable[[RecordDict], None], reason: str, caplog: pytest.LogCaptureFixture
 ):
     found = run(AutoFlip(inner(), mask=MASK, values=asked), spoiled(0, -1), tamper=tampered(change))
-    assert found.failures == {"quarantined": 3, "errors": 0, "absent": 0}
-    assert "left out the reply of node 102" in caplog.text
+    assert found.failures == {"rejected": 3, "errors": 0, "absent": 0}
+    assert "rejected the reply of node 102" in caplog.text
     assert reason in caplog.text
     others = run(AutoFlip(inner(), mask=MASK, values=asked), spoiled(0, -1), nodes=2)
     assert distance(found.arrays, others.arrays) < 1e-5  # all nodes move alike
@@ -690,7 +690,7 @@ def test_an_update_that_leads_beyond_the_models_range_is_left_out(caplog: pytest
     found = run(
         AutoFlip(inner(), mask=MASK, values=Values(up="bfloat16")), still, start, tamper=tampered(change), rounds=1
     )
-    assert found.failures == {"quarantined": 1, "errors": 0, "absent": 0}
+    assert found.failures == {"rejected": 1, "errors": 0, "absent": 0}
     assert "array 'hidden.bias' holds NaN or infinity" in caplog.text
     assert np.isfinite(found.arrays["hidden.bias"]).all()
 
@@ -826,7 +826,7 @@ def test_a_node_whose_reply_was_lost_has_a_later_mask_than_the_server_knows():
 
     masks = drift(3)
     found = drifting(masks, tamper=lose)
-    assert found.failures == {"quarantined": 1, "errors": 0, "absent": 0}
+    assert found.failures == {"rejected": 1, "errors": 0, "absent": 0}
     first, again = found.sent(101, 3)
     assert first[MASK_RECORD]["base"] == masks[0].digest
     assert mask_record.base_of(again[MASK_RECORD]) == ""

@@ -233,7 +233,7 @@ def test_error_replies_of_nodes_count_and_those_of_the_superlink_do_not():
     table, beside = expected(grid)
     assert told.by_node == table
     assert told.bytes_by_phase()["total"] == grid.up + grid.down + beside
-    assert told.failure_counts() == {"quarantined": 0, "errors": 2, "absent": 0}
+    assert told.failure_counts() == {"rejected": 0, "errors": 2, "absent": 0}
     assert told.replies["train"] == told.messages["train"] - 1
 
     class Gone(LocalGrid):
@@ -279,7 +279,7 @@ def test_a_message_counts_if_its_node_stays_away_but_not_if_it_was_never_sent():
     batch = messages([100, 101, 102])
     ordered.send_and_receive(batch, timeout=0.3)
     told = ordered.ledger
-    assert told.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 2}
+    assert told.failure_counts() == {"rejected": 0, "errors": 0, "absent": 2}
     assert told.by_node.keys() == {100, 101}
     assert told.by_node[101]["train_down"] == message_traffic(batch[1]).down
     assert told.by_node[101]["train_up"] == message_traffic(batch[1]).up < told.by_node[100]["train_up"]

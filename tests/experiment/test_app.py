@@ -115,8 +115,8 @@ def test_nodes_that_lack_the_mask_and_replies_that_are_left_out_are_counted_righ
     assert [line["nodes"] for line in lines if line["phase"] == "train"] == [0, 3, 3]
     incidents = json.loads((path / "incidents.json").read_text())
     assert [(each["kind"], each["round"], each["node"]) for each in incidents] == [
-        ("quarantined", 1, 3),
-        ("quarantined", 2, 3),
+        ("rejected", 1, 3),
+        ("rejected", 2, 3),
     ]
 
 

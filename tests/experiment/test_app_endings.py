@@ -38,7 +38,7 @@ def test_a_run_whose_exploration_fails_has_a_report_with_the_reason_and_the_inci
     assert json.loads((path / "failure.json").read_text())["reason"] == str(failure.value)
     page = (path / "report.html").read_text("utf-8")
     assert "This run is not complete: <strong>the exploration failed" in page
-    assert page.count("<td>quarantined</td>") == 3
+    assert page.count("<td>rejected</td>") == 3
 
 
 def test_a_client_that_raises_is_told_by_its_exception_and_not_by_the_place_of_our_mod(tmp_path):

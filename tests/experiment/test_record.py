@@ -62,7 +62,7 @@ SUMMARY = {
     "seconds_total": 61.25,
     "seconds": {"exploration": 10.25, "train": 51.0},
     "exchange_seconds": {"exploration": 9.0, "train": 40.5, "evaluate": 2.0},
-    "failures": {"quarantined": 0, "errors": 1, "absent": 2},
+    "failures": {"rejected": 0, "errors": 1, "absent": 2},
     "mask": {"version": 1, "digest": "ab12"},
     "density_by_layer": {"conv.weight": {"kept": 30, "size": 100}, "fc.$odd$": {"kept": 0, "size": 0}},
 }
@@ -86,7 +86,7 @@ def line(number: int, accuracy: float | None, *, phase: str = "train", total: in
         "seconds": 1.5 * number,
         "density": 0.3,
         "nodes": 4,
-        "failures": {"quarantined": 0, "errors": 0, "absent": 0},
+        "failures": {"rejected": 0, "errors": 0, "absent": 0},
     }
 
 

@@ -88,7 +88,7 @@ def test_a_fedavg_summary_has_no_empty_rows_and_no_saving():
                 "dense_bytes": 1000,
                 "seconds_total": 3.0,
                 "seconds": {"exploration": 0.0, "train": 2.0},
-                "failures": {"quarantined": 0, "errors": 0, "absent": 0},
+                "failures": {"rejected": 0, "errors": 0, "absent": 0},
             }
         )
     )

@@ -135,7 +135,7 @@ def test_a_users_own_mean_gets_lists_of_different_lengths():
 def test_nobody_takes_the_weight_or_a_needed_metric_from_the_others(bad):
     client = app(only(0, {"train_loss": 1.0, **bad}, {"train_loss": 1.0}))
     strategy, result = run(client, QFedAvg(client_learning_rate=0.1, fraction_evaluate=0.0))
-    assert [(each["kind"], each["node"]) for each in strategy.ledger.incidents] == [("quarantined", 100)] * 2
+    assert [(each["kind"], each["node"]) for each in strategy.ledger.incidents] == [("rejected", 100)] * 2
     assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
     assert result.train_metrics_clientapp[2]["train_loss"] == 1.0
 
@@ -146,8 +146,8 @@ def test_an_evaluation_costs_a_node_no_training(weight, caplog):
     with caplog.at_level(logging.WARNING, "flwr"):
         strategy, result = run(client, rounds=5, rules=ReplyRules(strikes=1))
     assert strategy.ledger.replies["train"] == 5 * NODES
-    assert {each["kind"] for each in strategy.ledger.incidents} == (set() if weight == 0 else {"quarantined"})
-    assert any("left out" in each.getMessage() for each in caplog.records) == (weight != 0)
+    assert {each["kind"] for each in strategy.ledger.incidents} == (set() if weight == 0 else {"rejected"})
+    assert any("rejected the reply" in each.getMessage() for each in caplog.records) == (weight != 0)
     assert [dict(result.evaluate_metrics_clientapp[n]) for n in range(1, 6)] == [pytest.approx({"acc": 0.5})] * 5
 
 

@@ -146,7 +146,7 @@ def left_out(strategy):
     return [
         (each["phase"], each["round"], each["node"] % 100)
         for each in strategy.ledger.incidents
-        if each["kind"] == "quarantined"
+        if each["kind"] == "rejected"
     ]
 
 

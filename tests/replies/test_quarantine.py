@@ -145,7 +145,7 @@ def test_no_strategy_ends_or_is_poisoned(name, bad):
 @pytest.mark.parametrize("kind", [QFedAvg, FedYogi, FedTrimmedAvg])
 def test_too_few_to_compare_norms_and_still_no_overflow_counts(kind):
     strategy, result, _ = federation([hostile(BAD["overflowing"])], inner=kind, nodes=3)
-    assert strategy.ledger.failure_counts()["quarantined"] == ROUNDS
+    assert strategy.ledger.failure_counts()["rejected"] == ROUNDS
     assert all(np.isfinite(array).all() for array in to_arrays(result.arrays).values())
 
 
@@ -227,7 +227,7 @@ def test_the_rest_counts_as_if_the_bad_reply_had_never_come(bad):
     strategy, result, _ = federation([hostile(BAD[bad])], ReplyRules(strikes=99))
     for name, array in to_arrays(result.arrays).items():
         assert array.tobytes() == to_arrays(expected.arrays)[name].tobytes(), name
-    kind = "errors" if bad == "error" or bad in REFUSED_BY_THE_MOD else "quarantined"
+    kind = "errors" if bad == "error" or bad in REFUSED_BY_THE_MOD else "rejected"
     assert strategy.ledger.failure_counts()[kind] == ROUNDS
     assert [each["kind"] for each in strategy.ledger.incidents] == [kind] * ROUNDS
     assert {each["node"] for each in strategy.ledger.incidents} == {HOSTILE}  # its partition
@@ -280,7 +280,7 @@ def test_a_node_that_is_left_out_again_and_again_rests():
     assert all(trained[round_] >= set(range(1, NODES)) for round_ in trained)
     paused = [each for each in strategy.ledger.incidents if each["kind"] == "paused"]
     assert [each["round"] for each in paused] == [2, 6]
-    assert strategy.ledger.failure_counts()["quarantined"] == 3
+    assert strategy.ledger.failure_counts()["rejected"] == 3
 
 
 def test_a_node_whose_replies_count_in_between_does_not_rest():
@@ -293,8 +293,8 @@ def test_a_node_whose_replies_count_in_between_does_not_rest():
             BAD["NaN"](reply, before)
 
     strategy, _, _ = federation([hostile(act)], ReplyRules(strikes=2), rounds=6)
-    assert strategy.ledger.failure_counts()["quarantined"] == 3
-    assert all(each["kind"] == "quarantined" for each in strategy.ledger.incidents)
+    assert strategy.ledger.failure_counts()["rejected"] == 3
+    assert all(each["kind"] == "rejected" for each in strategy.ledger.incidents)
 
 
 def test_no_node_rests_where_the_strategy_needs_it():
@@ -303,7 +303,7 @@ def test_no_node_rests_where_the_strategy_needs_it():
     strategy = AutoFlip(inner, seed=1, rules=ReplyRules(strikes=1), method=LossExploration(epochs=1))
     grid = LocalGrid(message_app(mods=[autoflip_mod, hostile(BAD["NaN"])]), NODES)
     strategy.start(grid, record(model()), num_rounds=3)
-    assert strategy.ledger.failure_counts()["quarantined"] == 3
+    assert strategy.ledger.failure_counts()["rejected"] == 3
 
 
 def test_a_second_answer_and_an_old_one_do_not_count():

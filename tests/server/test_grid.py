@@ -126,7 +126,7 @@ def test_a_node_that_does_not_answer_in_time_is_absent_and_its_message_expires()
     sent = messages(grid, [100, 101, 102])
     replies = grid.send_and_receive(sent, timeout=0.3)
     assert [reply.metadata.src_node_id for reply in replies] == [100, 102]
-    assert grid.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 1}
+    assert grid.ledger.failure_counts() == {"rejected": 0, "errors": 0, "absent": 1}
     assert all(message.metadata.ttl == 0.3 for message in sent)
 
 

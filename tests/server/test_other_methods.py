@@ -151,7 +151,7 @@ def test_a_client_that_reports_far_too_much_does_not_decide_the_mask(factor: flo
     honest, _, _ = run(Snip(), grid=LocalGrid(app(silent=(2,)), NODES))
     strategy, _, _ = run(Snip(), grid=LocalGrid(app(says=lies), NODES))
     assert strategy.mask.digest == honest.mask.digest
-    assert strategy.ledger.failure_counts()["quarantined"] == 1
+    assert strategy.ledger.failure_counts()["rejected"] == 1
 
 
 # --- a method of one's own ------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_nodes_that_report_rubbish_in_a_round_are_rejected():
     method = Watching()
     strategy, _, _ = run(method, rounds=2, grid=LocalGrid(app(), NODES, tamper=tamper))
     assert method.seen[0][1].clients == NODES - 1
-    assert strategy.ledger.failure_counts()["quarantined"] == 1
+    assert strategy.ledger.failure_counts()["rejected"] == 1
 
 
 def test_statistics_far_beyond_the_others_are_dropped_and_the_update_counts(caplog):

@@ -451,5 +451,5 @@ def test_a_node_that_always_lacks_something_costs_its_replies_and_ends():
 
     grid = Mixed(message_app(), message_app(mods=[lose]), message_app())
     strategy, *_ = run(grid=grid, mask=half())
-    assert strategy.ledger.failures["quarantined"] == 0  # it is sent all in every round
+    assert strategy.ledger.failures["rejected"] == 0  # it is sent all in every round
     assert [node for node, _ in bases_sent(grid)].count(101) >= 3

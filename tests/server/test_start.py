@@ -146,7 +146,7 @@ def test_an_exploration_has_a_time_limit_of_its_own():
     strategy = started(grid, method=LossExploration(timeout=0.3))
     assert time.monotonic() - began < SOON
     assert strategy.exploration.explorers == 3
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 1}
+    assert strategy.ledger.failure_counts() == {"rejected": 0, "errors": 0, "absent": 1}
     ttl = {message.content["autoflip"]["phase"]: message.metadata.ttl for message in grid.sent}
     assert (ttl["explore"], ttl["train"]) == (0.3, 60)
 

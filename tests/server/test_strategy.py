@@ -250,8 +250,8 @@ def test_a_bad_reply_is_left_out_and_named(kind, caplog):
 
     expected = start(AutoFlip(inner(), sparsity=0.5), LocalGrid(message_app(), NODES, tamper=gone))
     same_bytes(arrays_of(expected.arrays), arrays_of(result.arrays))
-    assert strategy.ledger.failure_counts() == {"quarantined": 3, "errors": 0, "absent": 0}
-    assert "left out the reply of node 102" in caplog.text
+    assert strategy.ledger.failure_counts() == {"rejected": 3, "errors": 0, "absent": 0}
+    assert "rejected the reply of node 102" in caplog.text
 
 
 def _error():

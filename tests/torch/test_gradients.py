@@ -72,7 +72,7 @@ def run(net: Net, *, masked_first: bool, calls: int = 3) -> tuple[Asks, dict[str
     method = Asks()
     strategy = Pruned(FedAvg(fraction_evaluate=0.0), 0.5, method=method, nodes=2)
     strategy.start(LocalGrid(app, 2), ArrayRecord(net.state_dict()), num_rounds=2)
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert strategy.ledger.failure_counts() == {"rejected": 0, "errors": 0, "absent": 0}
     return method, expected
 
 
@@ -122,4 +122,4 @@ def test_a_block_without_backward_is_an_error():
 
     strategy = Pruned(FedAvg(fraction_evaluate=0.0), 0.5, method=Asks(), nodes=2)
     strategy.start(LocalGrid(app, 2), ArrayRecord(Net().state_dict()), num_rounds=1)
-    assert strategy.ledger.failure_counts() == {"quarantined": 0, "errors": 0, "absent": 0}
+    assert strategy.ledger.failure_counts() == {"rejected": 0, "errors": 0, "absent": 0}

@@ -243,7 +243,7 @@ def test_moves_shorter_than_their_ranges_are_refused(size: int):
 @pytest.mark.parametrize("value", [np.nan, -1.0, -1e-45, 1.1e36, np.inf, -np.inf])
 def test_ranges_that_are_not_sizes_are_refused(value: float, at: int):
     ranges = [value if i == at else number for i, number in enumerate(RANGES)]
-    with pytest.raises(ValueError, match="the range of an array's moves is not a number"):
+    with pytest.raises(ValueError, match="the range of an array's deltas is not a number"):
         decode_deltas(SPECS, made(ranges, CODES))
 
 

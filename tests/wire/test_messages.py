@@ -455,7 +455,7 @@ def moves_record(**changes: np.ndarray | None) -> ArrayRecord:
         (moves_record(float32=np.zeros(0, np.uint8)), "0 bytes of deltas do not hold the ranges"),
         (moves_record(float32=np.zeros(60, np.uint8)), "the deltas"),
         (moves_record(int64=np.zeros(3, np.uint8)), "the deltas"),
-        (moves_record(float16=np.full(60, 0xFF, np.uint8)), "the range of an array's moves"),
+        (moves_record(float16=np.full(60, 0xFF, np.uint8)), "the range of an array's deltas"),
     ],
     ids=["missing dtype", "extra dtype", "floats", "2-D", "no bytes", "zeros", "integers' zeros", "NaN ranges"],
 )

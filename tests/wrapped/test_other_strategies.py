@@ -271,7 +271,7 @@ def test_integers_come_from_a_reply_that_counts():
 
     strategy = AutoFlip(fedavg(), sparsity=0.0)
     result = strategy.start(LocalGrid(message_app(), NODES, tamper=heavy), record(model()), num_rounds=1)
-    assert strategy.ledger.failure_counts()["quarantined"] == 1
+    assert strategy.ledger.failure_counts()["rejected"] == 1
     assert result.arrays["steps"].numpy() == 3  # node 102's; node 103 says 4
 
 

@@ -156,7 +156,7 @@ def absent(replies):
 
 
 MISSING = {
-    "quarantined": {"tamper": broken},
+    "rejected": {"tamper": broken},
     "errors": {"tamper": failing},
     "absent": {"arrange": absent},
 }

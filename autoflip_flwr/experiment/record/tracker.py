@@ -191,7 +191,7 @@ class Tracker:
         mask = self._mask()
         incidents = self._ledger.incidents
         new = incidents[self._incidents :]
-        left_out = sum(each["kind"] == "quarantined" and each["phase"] == phase for each in new)
+        left_out = sum(each["kind"] == "rejected" and each["phase"] == phase for each in new)
         self.record.append(
             {
                 "phase": phase,
