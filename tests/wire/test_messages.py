@@ -448,8 +448,8 @@ def moves_record(**changes: np.ndarray | None) -> ArrayRecord:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (moves_record(int64=None), "moves have the keys"),
-        (moves_record(bool=np.zeros(1, np.uint8)), "moves have the keys"),
+        (moves_record(int64=None), "deltas have the keys"),
+        (moves_record(bool=np.zeros(1, np.uint8)), "deltas have the keys"),
         (moves_record(float32=np.zeros(9, np.float32)), "uint8 values are 9 of type <f4"),
         (moves_record(float32=np.zeros((1, 9), np.uint8)), "not a one-dimensional"),
         (moves_record(float32=np.zeros(0, np.uint8)), "0 bytes of deltas do not hold the ranges"),
