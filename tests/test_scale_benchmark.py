@@ -77,7 +77,7 @@ def test_a_run_in_which_a_reply_is_missing_is_no_measurement(tmp_path):
 @linux
 def test_orphans_in_sessions_of_their_own_are_watched():
     # the child's child loses its parent, and goes to another session, as Ray's processes may
-    orphan = "import time; held = bytearray(b'x' * 150_000_000); time.sleep(60)"
+    orphan = "import time; held = b'x' * 150_000_000; time.sleep(60)"
     child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}], start_new_session=True)"
     marker = {scale.MARKER: f"test-{os.getpid()}"}
     with subprocess.Popen(["sleep", "60"]) as root:

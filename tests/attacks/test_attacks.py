@@ -195,6 +195,7 @@ def honest(phase: str, values: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.runs
 @files("replies")
 def test_a_server_leaves_the_reply_out_and_the_round_goes_on(file: Path):
     described = json.loads(file.read_text())

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import EVERY_STRATEGY
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.methods import LossExploration
@@ -229,7 +230,7 @@ sites = st.tuples(st.integers(1, 300), st.integers(1, 30), st.floats(-1, 1).map(
 quick = settings(max_examples=2, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("name", digits.STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 @quick
 @given(drawn=st.lists(sites, min_size=7, max_size=8))
 def test_with_nothing_pruned_honest_data_give_the_wrapped_strategys_result(name, drawn):

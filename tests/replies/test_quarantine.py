@@ -114,7 +114,12 @@ REPRESENTATIVE = ("FedAdam", "Krum", "DifferentialPrivacyServerSideFixedClipping
 """With state, by distances, with noise for all replies; FedAvg has a stricter test below."""
 
 COMBINATIONS = [(name, bad) for name in REPRESENTATIVE for bad in (*BAD, "zero")]
-COMBINATIONS += [(name, bad) for name in digits.STRATEGIES if name not in REPRESENTATIVE for bad in ("NaN", "zero")]
+COMBINATIONS += [
+    pytest.param(name, bad, marks=pytest.mark.runs)
+    for name in digits.STRATEGIES
+    if name not in REPRESENTATIVE
+    for bad in ("NaN", "zero")
+]
 
 
 @pytest.mark.parametrize(("name", "bad"), COMBINATIONS)

@@ -148,6 +148,7 @@ def test_masks_are_the_golden_ones(name: str, golden: dict[str, Any]):
     assert run(FedAvg(), 0, **MASKS[name]) == golden[f"mask: {name}"]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("settings", MODELS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_models_are_the_golden_ones(strategy: str, settings: str, golden: dict[str, Any]):

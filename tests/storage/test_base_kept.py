@@ -59,6 +59,7 @@ def files(folder):
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("dies_in", range(ROUNDS + 1))
 @pytest.mark.parametrize("masks", [None, schedule], ids=["static", "changing"])
 @pytest.mark.parametrize("initial", ["scratch", "explorers"])

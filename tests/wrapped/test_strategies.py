@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
     Result,
 )
 from flwr.serverapp.strategy.multikrum import select_multikrum
+from matrices import EVERY_STRATEGY
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod
 from autoflip_flwr.core.choices import PACKINGS
@@ -127,7 +128,7 @@ def alone(name):
 
 
 @pytest.mark.parametrize(("coordinates", "outside"), [("packed", "zero"), ("dense", "zero"), ("packed", "initial")])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(name, coordinates, outside):
     wrapped = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=0.0, coordinates=coordinates, outside=outside)
     result, _ = start(wrapped, [autoflip_mod, *digits.mods_for(name)], 3, counter=False)
@@ -137,7 +138,7 @@ def test_with_nothing_pruned_the_result_is_the_wrapped_strategys_bit_for_bit(nam
 
 
 @pytest.mark.parametrize("coordinates", PACKINGS)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_a_static_mask_is_exact_and_respected_and_the_model_learns(name, coordinates):
     run = pruned(name, coordinates, False, True)
     mask = run.strategy.mask
@@ -148,7 +149,7 @@ def test_a_static_mask_is_exact_and_respected_and_the_model_learns(name, coordin
 
 
 @pytest.mark.parametrize("coordinates", PACKINGS)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_masks_that_change_are_respected_in_their_rounds_and_the_model_learns(name, coordinates):
     run = pruned(name, coordinates, True, True)
     first, other = scheduled(name not in CLIPPED)
@@ -159,7 +160,7 @@ def test_masks_that_change_are_respected_in_their_rounds_and_the_model_learns(na
 
 
 @pytest.mark.parametrize("coordinates", PACKINGS)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_outside_the_mask_the_start_stands_bit_for_bit_and_the_model_learns(name, coordinates):
     run = pruned(name, coordinates, True, True, "initial")
     counter = name not in CLIPPED
@@ -175,7 +176,7 @@ def test_outside_the_mask_the_start_stands_bit_for_bit_and_the_model_learns(name
 @pytest.mark.runs
 @pytest.mark.parametrize("outside", ["zero", "initial"])
 @pytest.mark.parametrize("changing", [False, True], ids=["static", "changing"])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_packed_and_dense_coordinates_agree(name, changing, outside):
     # without noise: in full arrays it is drawn for the pruned entries too, so the draws differ by construction
     packed, dense = (pruned(name, each, changing, name not in PRIVATE, outside) for each in PACKINGS)
