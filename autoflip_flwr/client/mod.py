@@ -44,7 +44,7 @@ from autoflip_flwr.wire.messages import (
     split_vectors,
     value_entries,
 )
-from autoflip_flwr.wire.records import WireError, array_bytes, fingerprint, make_array
+from autoflip_flwr.wire.records import WireError, array_bytes, fingerprint, to_record
 from autoflip_flwr.wire.request import read_ask
 
 EXPLORED = "explored."
@@ -172,9 +172,7 @@ def _run(
         raise WireError(f"values {kind!r}, reply {wanted!r}: not in phase {head['phase']!r}")
     start = {dtype: vector.whole() for dtype, vector in read_vectors(mask, inner[keys[0]], kind).items()}
     full = Subspace(mask, held.base_in_force(context, mask.layout)).unpack(split_vectors(mask, start))
-    inner[keys[0]] = ArrayRecord(
-        {name: make_array([np.ascontiguousarray(array)], array.shape) for name, array in full.items()}
-    )
+    inner[keys[0]] = to_record(full)
     base, own = str(head.get("base", "")), dict[str, str]()
     if head["phase"] != EXPLORE:
         full = {}  # only deltas need it: no second model in memory while the client trains

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Return the SHA-256 (hex) of the arrays' names, dtypes, shapes and values, in the given order."""
-    digest = hashlib.sha256()
+def digest_of(arrays: Mapping[str, NDArray[Any]], text: str = "") -> str:
+    """Return the SHA-256 (hex) of a text and of the arrays' names, dtypes, shapes and values, in the given order."""
+    digest = hashlib.sha256(text.encode())
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,16 @@ Output = str | Sequence[str] | Mapping[str, int]
 """Output layers: names or patterns of their weights, or a mapping of these to the axis of their units."""
 
 AUTO = "auto"
+
+
+def split(flat: NDArray[Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    """Split a flat vector into arrays of these shapes, in their order; they are views."""
+    arrays, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        arrays[name] = flat[start:stop].reshape(shape)
+        start = stop
+    return arrays
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.layout import Arrays, Layout, split
 
 
 def unpack_bits(bits: bytes, count: int) -> NDArray[np.bool_]:
@@ -82,11 +82,7 @@ class Mask:
         """Boolean arrays in the shapes of the prunable arrays; read-only."""
         flat = unpack_bits(self.bits, self.layout.prunable_size)
         flat.flags.writeable = False
-        keep, start = {}, 0
-        for spec in self.layout.prunable:
-            keep[spec.name] = flat[start : start + spec.size].reshape(spec.shape)
-            start += spec.size
-        return keep
+        return split(flat, {spec.name: spec.shape for spec in self.layout.prunable})
 
     @cached_property
     def indices(self) -> dict[str, NDArray[np.intp]]:

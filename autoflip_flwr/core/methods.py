@@ -89,12 +89,12 @@ class Magnitude(Scored):
 class _Asks(Scored):
     """Method that asks clients before training; its parameters are the attributes of :class:`Method`."""
 
-    explorers: float = 1.0
-    min_explorers: int = 2
-    batches: int = 1
-    weighting: str = "uniform"
-    timeout: float | None = None
-    public: bool = False
+    explorers: float = Method.explorers
+    min_explorers: int = Method.min_explorers
+    batches: int = Method.batches
+    weighting: str = Method.weighting
+    timeout: float | None = Method.timeout
+    public: bool = Method.public
 
     def __post_init__(self) -> None:
         super().__post_init__()

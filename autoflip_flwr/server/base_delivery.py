@@ -23,8 +23,8 @@ def learn(told: Told, message: Message, reply: Message) -> None:
     These are replies to hello, replies to an exploration that names a base, and replies that report a missing base. A
     node that lies harms only itself: it is sent exactly what it reports as missing.
     """
-    head = reply.content.get(HEADER) if reply.has_content() else None
-    if not isinstance(head, ConfigRecord):
+    head = _head_of(reply)
+    if head is None:
         return
     asked = message.content.config_records.get(HEADER, ConfigRecord())
     lacks = BASE_RECORD in missing_of(reply)
@@ -36,9 +36,14 @@ def learn(told: Told, message: Message, reply: Message) -> None:
 
 def missing_of(reply: Message) -> tuple[str, ...]:
     """Return the names of the records that a reply reports as missing at its node."""
-    head = reply.content.get(HEADER) if reply.has_content() else None
-    status = head.get("status") if isinstance(head, ConfigRecord) else None
+    head = _head_of(reply)
+    status = None if head is None else head.get("status")
     return MISSING.get(status, ()) if isinstance(status, str) else ()
+
+
+def _head_of(reply: Message) -> ConfigRecord | None:
+    head = reply.content.get(HEADER) if reply.has_content() else None
+    return head if isinstance(head, ConfigRecord) else None
 
 
 class BaseDelivery:

@@ -36,10 +36,10 @@ from autoflip_flwr.wire.keys import (
 from autoflip_flwr.wire.messages import make_header, pack_values, value_entries, weight_entry
 from autoflip_flwr.wire.records import WireError
 from autoflip_flwr.wire.request import ask_entry, to_report
+from autoflip_flwr.wrapped.template import Template
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
-from autoflip_flwr.wrapped.template import Template
 
 
 def explore(

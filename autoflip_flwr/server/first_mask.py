@@ -114,12 +114,12 @@ def _ones(layout: Layout, names: Collection[str], squares: Collection[str]) -> S
 
 def _check_statistics(layout: Layout, seen: Statistics) -> None:
     wanted = {spec.name: spec.shape for spec in layout.prunable}
-    for arrays in seen.mean_square.values():
-        if {name: values.shape for name, values in arrays.items()} != wanted:
-            raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
-    for arrays in seen.mean.values():
-        if not wanted.items() <= {name: values.shape for name, values in arrays.items()}.items():
-            raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
+    squares, means = (
+        [{name: values.shape for name, values in arrays.items()} for arrays in part.values()]
+        for part in (seen.mean_square, seen.mean)
+    )
+    if any(shapes != wanted for shapes in squares) or not all(wanted.items() <= shapes.items() for shapes in means):
+        raise ValueError("exploration: its arrays are not the prunable arrays of the initial model")
 
 
 def warn_of_problems(subspace: Subspace) -> None:

@@ -280,12 +280,9 @@ def check(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if not isinstance(value, kind) and (value is not None or name in _NEVER_NONE):
             raise TypeError(f"{name} = {_short(value)}: must be {what}{'' if name in _NEVER_NONE else ', or None'}")
-    for names, number, what in ((("sparsity",), numbers.Real, "a number"), (("seed",), numbers.Integral, "whole")):
-        for name in names:
-            if not isinstance(settings[name], number) and (settings[name] is not None or name != "seed"):
-                raise TypeError(
-                    f"{name} = {_short(settings[name])}: must be {'a whole number' if what == 'whole' else what}"
-                )
+    for name, number, what in (("sparsity", numbers.Real, "a number"), ("seed", numbers.Integral, "a whole number")):
+        if not isinstance(settings[name], number) and (settings[name] is not None or name != "seed"):
+            raise TypeError(f"{name} = {_short(settings[name])}: must be {what}")
     if not 0 <= settings["sparsity"] < 1:
         raise ValueError(f"sparsity = {settings['sparsity']}: must be a number in [0, 1)")
     check_method(settings["method"])

@@ -236,13 +236,8 @@ class Translator:
     def _deltas(self, judged: Judged, sent: Sent) -> Arrays:
         """Return a client's delta of each kept entry of the prunable arrays, as full arrays that are 0 elsewhere."""
         flat = {dtype: judged.vectors[dtype].whole() - values for dtype, values in sent.exact.items()}
-        packed = split_vectors(self.mask, flat)
-        found: Arrays = {}
-        for spec in self.mask.layout.prunable:
-            full = np.zeros(spec.size, packed[spec.name].dtype)
-            full[self.mask.indices[spec.name]] = packed[spec.name]
-            found[spec.name] = full.reshape(spec.shape)
-        return found
+        full = self.mask.scatter(split_vectors(self.mask, flat) | self.integers)
+        return {name: full[name] for name in self.mask.layout.prunable_names}
 
     def _to_wire(self, record: ArrayRecord) -> tuple[ArrayRecord, Sent]:
         """Return the values for a message, and what its reply is read and judged by.

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.storage.exploration_file import FILE_NAME, ExplorationFileError, StoredExploration
 from autoflip_flwr.storage.sealed import SealError, difference, read_sealed, seal, write_sealed
 from autoflip_flwr.wire.records import to_arrays, to_record
@@ -28,8 +29,6 @@ except ImportError:  # not on Windows
 CHECKPOINT_FORMAT = 2
 EXPLORERS = "explorers"
 LOCK = "lock"
-
-Arrays = dict[str, NDArray[Any]]
 
 _ROUND = re.compile(r"round-(\d{6,})\.safetensors")
 _SHADOW = "shadow-{:06d}.safetensors"

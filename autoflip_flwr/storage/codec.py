@@ -9,9 +9,8 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.wire.records import to_arrays, to_record
-
-Arrays = dict[str, NDArray[Any]]
 
 _KINDS = "?bhilqBHILQefd"
 """NumPy type codes of the arrays that can be stored."""

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.digest import digest_of
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.statistics import Exploration, Statistics, named
 from autoflip_flwr.storage.sealed import SealError, difference, read_sealed, write_sealed
 from autoflip_flwr.wire.records import to_arrays
@@ -26,8 +27,6 @@ EXPLORATION_FORMAT = 1
 
 _STATE = "state/"
 """Prefix of the names of a checkpoint's arrays. Those of statistics are ``mean[_square]/<statistic>/<array>``."""
-
-Arrays = dict[str, NDArray[Any]]
 
 
 class ExplorationFileError(ValueError):
@@ -110,7 +109,7 @@ class StoredExploration:
         if about.get("format") != EXPLORATION_FORMAT:
             told = f"has format {about.get('format')}, this version reads {EXPLORATION_FORMAT}: explore again"
             raise ExplorationFileError(path, told)
-        found: dict[str, dict[str, Arrays]] = {"mean": {}, "mean_square": {}}
+        found: dict[str, dict[str, dict[str, Any]]] = {"mean": {}, "mean_square": {}}
         arrays: Arrays = {}
         try:
             for key, array in tensors.items():

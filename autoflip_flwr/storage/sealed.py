@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoflip_flwr.core.digest import digest_of
+from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.storage.files import write_atomic
 
 try:
@@ -21,8 +22,6 @@ except ModuleNotFoundError as missing:
         'checkpoints and stored explorations need safetensors: pip install "autoflip-flwr[checkpoint]"',
         name=missing.name,
     ) from missing
-
-Arrays = dict[str, NDArray[Any]]
 
 
 class SealError(ValueError):
@@ -58,12 +57,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], Arrays]:
 
 def seal(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
     """Return the SHA-256 (hex) of a text and of arrays by name, independent of their order."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        array = tensors[name]
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return digest_of(dict(sorted(tensors.items())), text)
 
 
 def difference(before: Any, now: Any, at: str = "") -> str:

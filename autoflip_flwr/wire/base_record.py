@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.digest import digest_of
-from autoflip_flwr.core.layout import Arrays, ArraySpec, Layout
+from autoflip_flwr.core.layout import Arrays, ArraySpec, Layout, split
 from autoflip_flwr.wire.records import WireError, make_array, view_of
 
 
@@ -49,10 +49,8 @@ def decode_base(layout: Layout, record: object) -> Arrays:
         raise WireError(f"the base has the keys {sorted(record)[:5]}, expected {sorted(expected)}")
     arrays: Arrays = {}
     for dtype, specs in expected.items():
-        values, start = view_of(record[dtype], dtype, sum(spec.size for spec in specs)), 0
-        for spec in specs:
-            arrays[spec.name] = values[start : start + spec.size].reshape(spec.shape)
-            start += spec.size
+        values = view_of(record[dtype], dtype, sum(spec.size for spec in specs))
+        arrays |= split(values, {spec.name: spec.shape for spec in specs})
     return arrays
 
 

@@ -20,7 +20,6 @@ All errors are raised as :class:`WireError`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +29,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.choices import LOG8, VALUES
-from autoflip_flwr.core.layout import Arrays, ArraySpec
+from autoflip_flwr.core.layout import Arrays, ArraySpec, split
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.wire.deltas import decode_deltas, encode_deltas
 from autoflip_flwr.wire.keys import FORMAT, GIVEN, HEADER, HELLO, NOTHING, PHASES
@@ -100,12 +99,7 @@ def split_vectors(mask: Mask, flat: Mapping[str, NDArray[Any]]) -> Arrays:
     """Split flat vectors into packed arrays (views), in the model's order."""
     packed: Arrays = {}
     for dtype, values in flat.items():
-        start = 0
-        for spec in mask.layout.by_dtype[dtype]:
-            shape = mask.packed_shape(spec.name)
-            stop = start + math.prod(shape)
-            packed[spec.name] = values[start:stop].reshape(shape)
-            start = stop
+        packed |= split(values, {spec.name: mask.packed_shape(spec.name) for spec in mask.layout.by_dtype[dtype]})
     return {spec.name: packed[spec.name] for spec in mask.layout.specs if spec.name in packed}
 
 

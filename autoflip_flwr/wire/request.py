@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.choices import DELTAS, LOG8, OVER
-from autoflip_flwr.core.layout import Arrays, ArraySpec
+from autoflip_flwr.core.layout import Arrays, ArraySpec, split
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.wire.deltas import LARGEST, decode_deltas, encode_deltas
@@ -159,5 +159,4 @@ def _whole(values: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
 def _split(specs: list[ArraySpec], whole: NDArray[Any], name: str) -> Arrays:
     if not (np.abs(whole) <= LARGEST).all():
         raise WireError(f"statistic {name!r} holds NaN, infinity or more than {LARGEST:g}")
-    ends = np.cumsum([spec.size for spec in specs])[:-1]
-    return {spec.name: part for spec, part in zip(specs, np.split(whole, ends), strict=True)} if specs else {}
+    return split(whole, {spec.name: spec.shape for spec in specs})

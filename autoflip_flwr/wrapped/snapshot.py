@@ -10,7 +10,8 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from autoflip_flwr.storage.codec import Arrays, decode, encode
+from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.storage.codec import decode, encode
 from autoflip_flwr.wrapped.privacy import WRAPPERS
 from autoflip_flwr.wrapped.traits import layers
 
