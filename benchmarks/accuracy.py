@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from autoflip_flwr.experiment.config import Config, Value
-from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
-from benchmarks import tables
+from autoflip_flwr.experiment.config import Value
+from benchmarks import recipes, tables
 from benchmarks.sparsity import LAST, run
 
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -94,17 +93,12 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--densities", default="0.3,0.1", help="separated by commas")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--nodes", type=int, default=10)
-    parser.add_argument("--config", type=Path, help="recipe of the app (TOML)")
-    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+    recipes.add_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="folder of the runs")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw accuracy by traffic")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = Config().as_dict()
-    base |= flatten(read_toml(options.config)) if options.config else {}
-    base |= parse_pairs(options.pairs)
+    base = recipes.settings_of(options.config, options.pairs)
     densities = [float(value) for value in options.densities.split(",")]
     found = measure(base, options.nodes, densities, options.seeds, options.output)
     if options.plot:

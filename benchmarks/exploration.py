@@ -25,12 +25,13 @@ from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import select
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.models import build
-from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from autoflip_flwr.storage.exploration_file import read_exploration
-from benchmarks.sparsity import ROOT, run
+from benchmarks import recipes
+from benchmarks.recipes import ROOT
+from benchmarks.sparsity import run
 from benchmarks.values import cut
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
@@ -75,14 +76,13 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=["mnist", "cifar10"])
     parser.add_argument("--data-dir", default="", help="folder of the data; default: $AUTOFLIP_DATA")
     parser.add_argument("--examples", type=int, default=20_000, help="training examples")
-    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+    recipes.add_pairs(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for dataset in options.datasets:
-        base = Config().as_dict()
-        base |= flatten(read_toml(ROOT / "configs" / f"{dataset}.toml"))
-        base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, **parse_pairs(options.pairs)}
+        own: dict[str, Value] = {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1}
+        base = recipes.settings_of(ROOT / "configs" / f"{dataset}.toml", options.pairs, own)
         with tempfile.TemporaryDirectory() as folder:
             cut(load(dataset, options.data_dir or os.environ.get("AUTOFLIP_DATA", "")), options.examples, folder)
             rows.append(measure(dataset, {**base, "data-dir": folder}))

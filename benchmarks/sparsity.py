@@ -27,12 +27,10 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from autoflip_flwr import autoflip_mod
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config, Value
-from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER
-from benchmarks import tables
+from benchmarks import recipes, tables
 
-ROOT = Path(__file__).parents[1]
 LAST = 5
 
 
@@ -95,15 +93,10 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsities", default="0.3,0.5,0.7,0.8,0.9,0.95", help="separated by commas")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--nodes", type=int, default=10)
-    parser.add_argument("--config", type=Path, help="recipe of the app (TOML)")
-    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+    recipes.add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = Config().as_dict()
-    base |= flatten(read_toml(options.config)) if options.config else {}
-    base |= parse_pairs(options.pairs)
+    base = recipes.settings_of(options.config, options.pairs)
     sparsities = [float(value) for value in options.sparsities.split(",")]
     rows = measure(base, options.nodes, sparsities, options.seeds)
     tables.head(["sparsity", "under the mask", "dense between messages", "MB of the rounds", "MB of the exploration"])

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from autoflip_flwr.core.choices import VALUES
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data import ImageData, load
-from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
-from benchmarks import tables
-from benchmarks.sparsity import ROOT, run
+from benchmarks import recipes, tables
+from benchmarks.recipes import ROOT
+from benchmarks.sparsity import run
 
 LIMIT = 0.3
 COLUMNS = {
@@ -93,13 +93,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--examples", type=int, default=20_000, help="training examples; a quarter of it tests")
-    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+    recipes.add_pairs(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = Config().as_dict()
-    base |= flatten(read_toml(ROOT / "configs" / f"{options.dataset}.toml"))
-    base |= {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, "num-server-rounds": options.rounds}
-    base |= {"exploration-epochs": 2, "lr": 0.001, **parse_pairs(options.pairs)}
+    own: dict[str, Value] = {"split": "dirichlet", "alpha": 0.3, "local-epochs": 1, "num-server-rounds": options.rounds}
+    own |= {"exploration-epochs": 2, "lr": 0.001}
+    base = recipes.settings_of(ROOT / "configs" / f"{options.dataset}.toml", options.pairs, own)
     with tempfile.TemporaryDirectory() as folder:
         cut(load(options.dataset, options.data_dir or os.environ.get("AUTOFLIP_DATA", "")), options.examples, folder)
         rows = measure({**base, "data-dir": folder}, int(base["nodes"]), options.seeds)

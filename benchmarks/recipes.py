@@ -1,0 +1,35 @@
+"""Settings of the app for a benchmark: its defaults, a recipe, the benchmark's own, then the command line's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
+
+ROOT = Path(__file__).parents[1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a benchmark of any recipe, over several seeds."""
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--nodes", type=int, default=10)
+    parser.add_argument("--config", type=Path, help="recipe of the app (TOML)")
+    add_pairs(parser)
+
+
+def add_pairs(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for single settings."""
+    parser.add_argument("-c", dest="pairs", default="", help="settings of the app, as for `autoflip run`")
+
+
+def settings_of(recipe: Path | None, pairs: str, own: Mapping[str, Value] | None = None) -> dict[str, Value]:
+    """Return all settings; ``own`` are the benchmark's, ``pairs`` those of the command line."""
+    return {
+        **Config().as_dict(),
+        **(flatten(read_toml(recipe)) if recipe else {}),
+        **(own or {}),
+        **parse_pairs(pairs),
+    }
