@@ -14,10 +14,10 @@ from autoflip_flwr import Ledger
 from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import holdings, partition_by
 from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.models import build
-from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
@@ -50,16 +50,18 @@ def run(grid: Grid, config: Config) -> Path:
     RuntimeError
         If too few nodes connect, or too few explorers answer.
     """
-    data = load(config.dataset, config.resolved_data_dir)
+    data = load_for(config)
+    if not len(data.y_test):
+        raise ConfigError(f"dataset = {config.dataset!r}: the server's data have no test examples: add x_test, y_test")
     device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
     model = build(config.model, data.input_shape, data.classes, config.seed).to(device)
     initial = training.get_arrays(model)
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
     _wait_for_nodes(ordered, config)
+    parts = None
     if ordered.num_partitions:  # else each node has its own data
-        # rejects an impossible split now, and caches the split for the clients
-        partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
+        parts = partition_by(config, data, max(ordered.num_partitions, len(ordered.partitions)))
     earlier = earlier_exploration(config, initial) if config.exploration else None
     if config.resume:
         record = resumable(config)
@@ -67,6 +69,8 @@ def run(grid: Grid, config: Config) -> Path:
         name = config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict())
     log(INFO, "run record: %s", record.path)
+    if parts is not None:
+        record.write_holdings(holdings(data, parts))
     strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
     tracker = Tracker(
         record,
