@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,15 @@ class Config:
     fraction_evaluate: float = _of_rounds(
         0.0, _UNIT, "Share of the nodes that evaluate in a round; the server evaluates centrally in any case"
     )
+    evaluate_every: int = _of_rounds(
+        0,
+        _NOT_BELOW_ZERO,
+        "The server evaluates the model every so many rounds, and after the last. 0: as often as costs less than a tenth "
+        "of the training",
+    )
+    test_examples: int = _of_rounds(
+        0, _NOT_BELOW_ZERO, "Test examples of these evaluations, the same ones in every run. 0: all"
+    )
     round_timeout: float = _of_rounds(
         600.0, _POSITIVE, "Seconds after which a round goes on without the missing replies"
     )
@@ -201,15 +210,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            rule: Rule = each.metadata["rule"]
-            value = getattr(self, each.name)
-            if rule.kind is float and type(value) is int:
-                # An integer beyond the range of a float counts as infinity.
-                value = float(value) if abs(value) < 2**1023 else math.inf
-                object.__setattr__(self, each.name, value)
-            wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
-            if wrong or not rule.accepts(value):
-                raise ConfigError(f"{key_of(each)} = {shown(value)}: must be {rule.allowed}")
+            object.__setattr__(self, each.name, allowed(each, getattr(self, each.name)))
         for key, value in self.as_dict().items():
             if key in PATHS and any(ord(character) < 32 for character in str(value)):
                 raise ConfigError(
@@ -241,13 +242,8 @@ class Config:
         ConfigError
             For an unknown key, a wrong type, a value out of range or a path that does not exist.
         """
-        names = {key_of(each): each.name for each in fields(cls)}
-        for key, value in values.items():
-            if key not in names:
-                close = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}"
-                raise ConfigError(f"{key} = {shown(value)}: no such setting; {hint}")
-        config = cls(**{names[key]: value for key, value in values.items()})  # type: ignore[arg-type]
+        found = {setting(key, value).name: value for key, value in values.items()}
+        config = cls(**found)  # type: ignore[arg-type]
         if check_paths:
             if config.data_dir and not Path(config.data_dir).is_dir():
                 raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder with {_DATA_FILES}")
@@ -287,10 +283,52 @@ _FREE = (
     "node-timeout",
     "round-timeout",
     "exploration-timeout",
+    "evaluate-every",
     "num-server-rounds",
     "checkpoints",
     "resume",
 )
+
+
+@cache
+def _by_key() -> "dict[str, Field[Any]]":
+    return {key_of(each): each for each in fields(Config)}
+
+
+def setting(key: str, value: object = ...) -> "Field[Any]":
+    """Return the field of `Config` with this kebab-case key. ``value`` is only shown, in the error.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    known = _by_key()
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"
+        told = key if value is ... else f"{key} = {shown(value)}"
+        raise ConfigError(f"{told}: no such setting; {hint}")
+    return known[key]
+
+
+def allowed(field_: "Field[Any]", value: Any) -> Value:
+    """Return a value for a field of `Config`; an integer for a float is converted.
+
+    Raises
+    ------
+    ConfigError
+        If the field's rule does not allow it.
+    """
+    rule: Rule = field_.metadata["rule"]
+    if rule.kind is float and type(value) is int:
+        # An integer beyond the range of a float counts as infinity.
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
+    if wrong or not rule.accepts(value):
+        raise ConfigError(f"{key_of(field_)} = {shown(value)}: must be {rule.allowed}")
+    found: Value = value
+    return found
 
 
 def shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Find settings that have no effect because of other settings, to warn users who typed them."""
+"""Find settings that have no effect because of other settings."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -19,3 +19,14 @@ def idle(config: Config, given: Collection[str]) -> list[str]:
         f"with {' or '.join(map(shown, values))}"
         for (key, values), names in reasons.items()
     ]
+
+
+def effective(config: Config) -> dict[str, Value]:
+    """Return all settings by their kebab-case keys; those that have no effect have their defaults."""
+    settings = config.as_dict()
+    for each in fields(Config):
+        needed = each.metadata["only_with"]
+        if needed and settings[needed[0]] not in needed[1]:
+            default: Value = each.default  # type: ignore[assignment]  # every setting has one
+            settings[key_of(each)] = default
+    return settings

@@ -36,12 +36,25 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run(grid, Config.from_run_config(context.run_config))
     except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        log(ERROR, "autoflip: error: %s", _in_words(error))
+        log(ERROR, "autoflip: error: %s", in_words(error))
         raise
 
 
-def run(grid: Grid, config: Config) -> Path:
+def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "", key: str = "") -> Path:
     """Run one experiment and return the folder of its record.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, or another one with the shipped clients.
+    config : Config
+        The settings.
+    folder : Path | None
+        Folder of the record; default: a new one in ``output-dir``, named after the moment and the run.
+    name : str
+        Name of the run for its record; default: the setting, else method and data set.
+    key : str
+        Identity of the run for its record, if it has one.
 
     Raises
     ------
@@ -64,8 +77,8 @@ def run(grid: Grid, config: Config) -> Path:
     if config.resume:
         record = resumable(config)
     else:
-        name = config.name or f"{config.method}-{config.dataset}"
-        record = RunRecord.create(config.output_dir, name, config.as_dict())
+        name = name or config.name or f"{config.method}-{config.dataset}"
+        record = RunRecord.create(config.output_dir, name, config.as_dict(), folder=folder, key=key)
     log(INFO, "run record: %s", record.path)
     strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
     tracker = Tracker(
@@ -107,13 +120,13 @@ def run(grid: Grid, config: Config) -> Path:
         )
     except Exception as error:
         with suppress(OSError):  # the error itself may be a full disk
-            tracker.fail(_in_words(error))
+            tracker.fail(in_words(error))
         raise
     return tracker.finish(result.arrays if result.arrays else to_record(initial))
 
 
-def _in_words(error: Exception) -> str:
-    """Return an error as one line. Errors that are not meant for users keep their class."""
+def in_words(error: Exception) -> str:
+    """Return an error in one line. Errors that are not meant for users keep their class."""
     words = " ".join(str(error).split())
     return words if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {words}"
 

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
 from autoflip_flwr.experiment.idle import idle
+from autoflip_flwr.experiment.toml import flatten, literal, parse_pairs, read_toml, to_toml
 from autoflip_flwr.launch.remote import run_app_on
 from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.settings import markdown, table
 from autoflip_flwr.launch.superlink import TOOLS, Resources, run_app
-from autoflip_flwr.launch.toml import flatten, literal, parse_pairs, read_toml, to_toml
 
 APP_NAME = "autoflip-flwr"
 DEFAULT_NODES = 10
@@ -190,6 +190,14 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _suite(options: argparse.Namespace) -> int:
+    try:
+        from autoflip_flwr.launch.suite import run_suite  # loads NumPy, PyTorch and more
+    except ImportError as error:
+        raise ConfigError(f"a suite needs {error.name}: pip install '{APP_NAME}[app]'") from None
+    return run_suite(options)
+
+
 def _settings(options: argparse.Namespace) -> int:
     print(markdown() if options.markdown else table())
     return 0
@@ -197,7 +205,7 @@ def _settings(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="autoflip", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,report,settings}")
+    commands = parser.add_subparsers(required=True, metavar="{run,suite,report,settings}")
 
     run = commands.add_parser("run", help="run a Flower app, in simulation or on a SuperLink, and wait for it")
     run.set_defaults(command=_run)
@@ -225,6 +233,29 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--gpus", type=_number(float, 0), help="GPUs per client, e.g. 0.25 (default: 0)")
     run.add_argument("--verbose", action="store_true", help="show Flower's own log instead of a line a round")
     run.add_argument("--keep-logs", action="store_true", help="keep the SuperLink's log and say where")
+
+    suite = commands.add_parser("suite", help="make all runs that a YAML file describes, in this machine's processes")
+    suite.set_defaults(command=_suite)
+    suite.add_argument("file", type=Path, metavar="FILE", help="the suite, e.g. configs/small.yaml")
+    suite.add_argument(
+        "-c",
+        dest="run_config",
+        action="append",
+        default=[],
+        metavar="PAIRS",
+        help="settings of every run, e.g. 'lr=0.1'",
+    )
+    suite.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where the suite's own folder is made (default: runs)"
+    )
+    suite.add_argument(
+        "--workers",
+        type=_number(int, 1),
+        default=0,
+        help="runs at the same time (default: one per GPU, else per CPU core)",
+    )
+    suite.add_argument("--dry-run", action="store_true", help="only list the runs, with their expected time")
+    suite.add_argument("--again", action="store_true", help="make again what other code than this has made")
 
     report = commands.add_parser("report", help="make the report of finished runs")
     report.set_defaults(command=_report)

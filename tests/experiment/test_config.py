@@ -12,9 +12,9 @@ import pytest
 from autoflip_flwr.core.choices import DATASETS
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
 from autoflip_flwr.experiment.datafiles import KNOWN
+from autoflip_flwr.experiment.toml import literal
 from autoflip_flwr.launch.cli import main
 from autoflip_flwr.launch.settings import sections
-from autoflip_flwr.launch.toml import literal
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
