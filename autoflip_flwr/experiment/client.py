@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
@@ -15,6 +14,7 @@ from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.examples import Examples, examples_to_train
 from autoflip_flwr.experiment.models import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.torch import gradients
@@ -22,11 +22,10 @@ from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY
 
 
 @lru_cache(maxsize=32)
-def _examples(config: Config, data_dir: str, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return one node's examples: float32 (N, C, H, W) and int64 (N,). All of the folder's if `parts` is 0."""
+def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
+    """Return one node's examples: all of the folder's if `parts` is 0."""
     data = load(config.dataset, data_dir)
-    rows = partition_by(config, data.y_train, parts)[part] if parts else slice(None)
-    return torch.from_numpy(data.batch(data.x_train[rows])), torch.tensor(data.y_train[rows])
+    return examples_to_train(data, partition_by(config, data.y_train, parts)[part] if parts else None)
 
 
 class LocalClient(NumPyClient):
@@ -38,7 +37,7 @@ class LocalClient(NumPyClient):
         The app's settings.
     part : int
         The node's partition, which also enters the seed of all its randomness.
-    x, y : torch.Tensor
+    examples : Examples
         Its examples.
     classes : int
         How many classes the data set has.
@@ -46,13 +45,11 @@ class LocalClient(NumPyClient):
         The node's context, which holds the mask in force and what the server asks for.
     """
 
-    def __init__(
-        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, context: Context
-    ) -> None:
-        self._config, self._part, self._x, self._y, self._context = config, part, x, y, context
-        shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
-        self._model = build(config.model, shape, classes, config.seed)
-        self._model.to(training.choose_device(config.device))
+    def __init__(self, config: Config, part: int, examples: Examples, classes: int, context: Context) -> None:
+        self._config, self._part, self._context = config, part, context
+        device = training.choose_device(config.device)
+        self._examples = examples.to(device)
+        self._model = build(config.model, examples.inputs.shape, classes, config.seed).to(device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
@@ -66,12 +63,11 @@ class LocalClient(NumPyClient):
         with training.threads(self._threads):
             if exploring and EPOCHS_KEY not in config:  # no training: the server asks for gradients
                 with gradients(self._model, self._context):
-                    done = training.pass_over(self._model, self._x, self._y, self._config.batch_size, seed)
+                    done = training.pass_over(self._model, self._examples, self._config.batch_size, seed)
             else:
                 done = training.train(
                     self._model,
-                    self._x,
-                    self._y,
+                    self._examples,
                     self._config,
                     epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
                     patience=int(config[PATIENCE_KEY]) if exploring else None,
@@ -82,14 +78,14 @@ class LocalClient(NumPyClient):
                 )
         arrays = list(training.get_arrays(self._model).values())
         metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples}
-        return arrays, len(self._x), metrics
+        return arrays, len(self._examples), metrics
 
     def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Return loss and accuracy of these parameters on the node's own examples."""
         training.set_arrays(self._model, parameters)
         with training.threads(self._threads):
-            loss, accuracy = training.evaluate(self._model, self._x, self._y)
-        return loss, len(self._x), {"accuracy": accuracy}
+            loss, accuracy = training.evaluate(self._model, self._examples)
+        return loss, len(self._examples), {"accuracy": accuracy}
 
 
 def client_fn(context: Context) -> Client:
@@ -107,8 +103,8 @@ def client_fn(context: Context) -> Client:
             "only a node with a data-dir may do without num-partitions"
         )
     data_dir = str(node.get("data-dir", config.resolved_data_dir))
-    x, y = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, x, y, load(config.dataset, data_dir).classes, context).to_client()
+    examples = _examples(config, data_dir, part, parts)
+    return LocalClient(config, part, examples, load(config.dataset, data_dir).classes, context).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,26 @@ from autoflip_flwr.experiment.datafiles import (
 )
 
 _CLASSES = 10
+
+
+class Inputs(NamedTuple):
+    """How raw examples become what a model takes.
+
+    Attributes
+    ----------
+    kind : str
+        `image`: uint8 (N, H, W, C) becomes float32 (n, C, H, W) in units of `std`. `signal`: float (N, C, ...)
+        becomes float32 of the same shape in units of `std`. `text`: integers (N, T) become int64 (n, T).
+    shape : tuple of int
+        Shape of one example as the model takes it.
+    mean, std : tuple of float
+        One for each of the C channels, for images of pixels scaled to [0, 1]. Empty: values stay as they are.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,36 +66,15 @@ class ImageData:
     std: tuple[float, ...]
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of one example as models take it."""
+    def inputs(self) -> Inputs:
+        """How images become what models take: float32 (C, H, W) each."""
         height, width, channels = self.x_train.shape[1:]
-        return channels, height, width
+        return Inputs("image", (channels, height, width), self.mean, self.std)
 
-    def batch(self, x: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Normalise images for a model.
-
-        Parameters
-        ----------
-        x : ndarray
-            uint8 (n, H, W, C), rows of `x_train` or `x_test`; n may be 0.
-
-        Returns
-        -------
-        ndarray
-            float32 (n, C, H, W), C-contiguous and writable: (x / 255 - mean) / std, channel by channel.
-
-        Raises
-        ------
-        ValueError
-            If `x` has another dtype or image shape.
-        """
-        if x.dtype != np.uint8 or x.shape[1:] != self.x_train.shape[1:]:
-            raise ValueError(f"expected uint8 (n, *{self.x_train.shape[1:]}), got {x.dtype} {x.shape}")
-        out = np.array(x.transpose(0, 3, 1, 2), dtype=np.float32, order="C")
-        out /= np.float32(255)
-        out -= np.asarray(self.mean, np.float32)[:, None, None]
-        out /= np.asarray(self.std, np.float32)[:, None, None]
-        return out
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example as models take it."""
+        return self.inputs.shape
 
 
 def load(dataset: str, data_dir: str = "") -> ImageData:

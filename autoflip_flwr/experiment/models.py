@@ -16,7 +16,7 @@ SMALL = ("cnn",)
 _TWOCNN_WIDTH = 32
 
 
-def build(model: str, input_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+def build(model: str, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """Build a model on the CPU; the same arguments give the same parameters.
 
     Parameters
@@ -51,7 +51,7 @@ def build(model: str, input_shape: tuple[int, int, int], classes: int, seed: int
         return makers[model](input_shape, classes)
 
 
-def flops_per_example(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+def flops_per_example(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Count the floating-point operations of one training example, forward and backward.
 
     Convolutions and matrix products are counted, a multiply-add as 2. Element-wise layers and the gradient with respect
@@ -79,7 +79,7 @@ def flops_per_example(model: nn.Module, input_shape: tuple[int, int, int]) -> in
     return int(counter.get_total_flops())
 
 
-def _cnn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _cnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     channels, height, width = input_shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, wide in enumerate((16 if min(height, width) < 16 else 32, 64), 1):
@@ -96,7 +96,7 @@ def _cnn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def _twocnn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _twocnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     wide = _TWOCNN_WIDTH
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(input_shape[0], wide, 5, padding=1),
@@ -119,16 +119,16 @@ def _twocnn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def _resnet18(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _resnet18(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return _cifar_resnet18(input_shape, classes, nn.BatchNorm2d)
 
 
-def _resnet18_gn(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _resnet18_gn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return _cifar_resnet18(input_shape, classes, partial(nn.GroupNorm, 32))
 
 
 def _cifar_resnet18(
-    input_shape: tuple[int, int, int], classes: int, norm: type[nn.BatchNorm2d] | partial[nn.GroupNorm]
+    input_shape: tuple[int, ...], classes: int, norm: type[nn.BatchNorm2d] | partial[nn.GroupNorm]
 ) -> nn.Module:
     with light_imports():  # here, not above: torchvision is slow to import, and the other models do not need it
         from torchvision.models import resnet18

@@ -6,7 +6,6 @@ from contextlib import suppress
 from logging import ERROR, INFO
 from pathlib import Path
 
-import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -16,6 +15,7 @@ from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
@@ -85,8 +85,7 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
         record,
         config,
         model,
-        torch.from_numpy(data.batch(data.x_test[:])),
-        torch.tensor(data.y_test),
+        examples_to_test(data).to(device),
         ledger,
         lambda: strategy.mask if isinstance(strategy, Pruned) else None,
         earlier.seconds if earlier else 0.0,

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data import ImageData, _load, load
 from autoflip_flwr.experiment.datafiles import cache_dir
+from autoflip_flwr.experiment.examples import examples_to_train
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -90,9 +92,9 @@ def test_digits() -> None:
     assert np.unique(data.x_train).tolist() == [round(v * 255 / 16 + 1e-9) for v in range(17)]
     assert sha256(data.x_train) == "c74011e1ef81bfc8e50c8dbcd1fd529c9a66033660a82396541db5147180f282"
     assert sha256(data.y_test) == "723b354289d5bac3a0b9b879aa5c84bb66f8501f3d3042116f87aa5a7d98b1bc"
-    batch = data.batch(data.x_train)
-    assert batch.mean() == pytest.approx(0, abs=2e-4)
-    assert batch.std() == pytest.approx(1, abs=2e-4)
+    batch, _ = examples_to_train(data).batch(torch.arange(len(data.y_train)))
+    assert float(batch.mean()) == pytest.approx(0, abs=2e-4)
+    assert float(batch.std()) == pytest.approx(1, abs=2e-4)
 
 
 def test_digits_split_keeps_every_image_once() -> None:
@@ -171,29 +173,6 @@ def test_cifar10_is_memory_mapped(data_dir: str) -> None:
     assert data.y_train[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     assert data.y_train.dtype == data.y_test.dtype == np.int64
     assert np.array_equal(data.x_test[-5:], np.load(Path(data_dir) / "cifar10" / "x_test.npy", mmap_mode="r")[-5:])
-
-
-def test_batch_is_what_torchvision_makes(data_dir: str) -> None:
-    import torch
-    from torchvision.transforms import Compose, Normalize, ToTensor
-
-    data = load("cifar10", data_dir)
-    x = np.array(data.x_train[40:44])
-    transform = Compose([ToTensor(), Normalize(data.mean, data.std)])
-    batch = data.batch(x)
-    assert batch.dtype == np.float32
-    assert batch.flags.c_contiguous
-    assert batch.flags.writeable
-    assert torch.equal(torch.from_numpy(batch), torch.stack([transform(image) for image in x]))
-    assert data.batch(x[:0]).shape == (0, 3, 32, 32)
-
-
-def test_batch_refuses_other_images() -> None:
-    data = load("digits")
-    with pytest.raises(ValueError, match=r"expected uint8 \(n, \*\(8, 8, 1\)\), got float64 \(2, 8, 8, 1\)"):
-        data.batch(data.x_train[:2].astype(float))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got uint8"):
-        data.batch(data.x_train[0])
 
 
 def test_loaded_once_and_read_only(data_dir: str) -> None:

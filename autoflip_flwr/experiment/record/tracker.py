@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.logger import log
 from torch import nn
@@ -20,6 +19,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.examples import Examples
 from autoflip_flwr.experiment.models import flops_per_example
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.summary import summary_table
@@ -38,8 +38,8 @@ class Tracker:
         The run's settings.
     model : nn.Module
         A model for the evaluation, on the device to use.
-    x, y : torch.Tensor
-        The test set.
+    examples : Examples
+        The test set, on the model's device.
     ledger : Ledger
         The run's costs so far. It gets the FLOPs of an example from here.
     mask : Callable[[], Mask | None]
@@ -53,14 +53,13 @@ class Tracker:
         record: RunRecord,
         config: Config,
         model: nn.Module,
-        x: torch.Tensor,
-        y: torch.Tensor,
+        examples: Examples,
         ledger: Ledger,
         mask: Callable[[], Mask | None],
         exploration_seconds: float = 0.0,
     ) -> None:
         self.record, self._config, self._model, self._ledger, self._mask = record, config, model, ledger, mask
-        self._x, self._y = x, y
+        self._examples = examples
         self._began = self._rounds_began = time.monotonic()
         self.exploration_seconds = exploration_seconds
         self._explored_before = exploration_seconds
@@ -69,7 +68,7 @@ class Tracker:
         self._writes = not config.resume  # a resumed record is not written before it is known that it can be resumed
         # counted since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
-        ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
+        ledger.flops_per_example = flops_per_example(model, examples.inputs.shape)
 
     def state(self) -> dict[str, object]:
         """Return the record's state for a checkpoint, as JSON types."""
@@ -119,7 +118,7 @@ class Tracker:
         if server_round == 0:
             self._rounds_began = time.monotonic()
         training.set_arrays(self._model, [array.numpy() for array in arrays.values()])
-        loss, accuracy = training.evaluate(self._model, self._x, self._y)
+        loss, accuracy = training.evaluate(self._model, self._examples)
         self._accuracies[server_round] = accuracy
         self._append("train", server_round, accuracy, loss)
         rounds = self._config.num_server_rounds
