@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
+from torch import nn
 
 from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
@@ -26,6 +28,12 @@ def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
     """Return one node's examples: all of the folder's if `parts` is 0."""
     data = load(config.dataset, data_dir)
     return examples_to_train(data, partition_by(config, data.y_train, parts)[part] if parts else None)
+
+
+@lru_cache(maxsize=2)
+def _model(model: str, shape: tuple[int, ...], classes: int, device: torch.device) -> nn.Module:
+    """Return a model that the process's nodes share, one after another: each message brings all of its state."""
+    return build(model, shape, classes, seed=0).to(device)
 
 
 class LocalClient(NumPyClient):
@@ -49,7 +57,7 @@ class LocalClient(NumPyClient):
         self._config, self._part, self._context = config, part, context
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
-        self._model = build(config.model, examples.inputs.shape, classes, config.seed).to(device)
+        self._model = _model(config.model, examples.inputs.shape, classes, device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(

@@ -136,8 +136,8 @@ class Config:
     evaluate_every: int = _of_rounds(
         0,
         _NOT_BELOW_ZERO,
-        "The server evaluates the model every so many rounds, and after the last. 0: as often as costs less than a tenth "
-        "of the training",
+        "The server evaluates the model every so many rounds, and after the last. 0: as often as costs less than a "
+        "tenth of the training",
     )
     test_examples: int = _of_rounds(
         0, _NOT_BELOW_ZERO, "Test examples of these evaluations, the same ones in every run. 0: all"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARE = 0.08
-"""Largest share of the clients' training time that all evaluations of a run may take, where the user names no rounds."""
+"""Largest share of the training time that a run's evaluations may take, where the user names no rounds."""
 
 LAST = 5
 """Rounds at the end that are evaluated before others: a run's accuracy is their mean."""

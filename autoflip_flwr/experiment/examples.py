@@ -114,9 +114,9 @@ def examples_to_train(data: ImageData, rows: NDArray[np.int64] | None = None) ->
     return Examples(_shared(data, True), data.inputs, rows)
 
 
-def examples_to_test(data: ImageData) -> Examples:
-    """Return the test set."""
-    return Examples(_shared(data, False), data.inputs)
+def examples_to_test(data: ImageData, rows: NDArray[np.int64] | None = None) -> Examples:
+    """Return test examples: those at `rows`, int64 (n,), or all."""
+    return Examples(_shared(data, False), data.inputs, rows)
 
 
 @lru_cache(maxsize=8)

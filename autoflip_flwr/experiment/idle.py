@@ -21,12 +21,14 @@ def idle(config: Config, given: Collection[str]) -> list[str]:
     ]
 
 
+def without_effect(config: Config) -> list[str]:
+    """Return the kebab-case keys of all settings that have no effect."""
+    settings = config.as_dict()
+    needs = {key_of(each): each.metadata["only_with"] for each in fields(Config)}
+    return [key for key, needed in needs.items() if needed and settings[needed[0]] not in needed[1]]
+
+
 def effective(config: Config) -> dict[str, Value]:
     """Return all settings by their kebab-case keys; those that have no effect have their defaults."""
-    settings = config.as_dict()
-    for each in fields(Config):
-        needed = each.metadata["only_with"]
-        if needed and settings[needed[0]] not in needed[1]:
-            default: Value = each.default  # type: ignore[assignment]  # every setting has one
-            settings[key_of(each)] = default
-    return settings
+    defaults: dict[str, Value] = {key_of(each): each.default for each in fields(Config)}  # type: ignore[misc]
+    return config.as_dict() | {key: defaults[key] for key in without_effect(config)}

@@ -15,6 +15,7 @@ from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds, rows_to_test
 from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
@@ -81,13 +82,19 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
         record = RunRecord.create(config.output_dir, name, config.as_dict(), folder=folder, key=key)
     log(INFO, "run record: %s", record.path)
     strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
+    test = examples_to_test(data, rows_to_test(len(data.y_test), config.test_examples))
     tracker = Tracker(
         record,
         config,
         model,
-        examples_to_test(data).to(device),
+        test.to(device),
         ledger,
         lambda: strategy.mask if isinstance(strategy, Pruned) else None,
+        evaluated_rounds(
+            config.num_server_rounds,
+            config.evaluate_every,
+            cost_of_evaluation(len(test), config.fraction_train * len(data.y_train) * config.local_epochs),
+        ),
         earlier.seconds if earlier else 0.0,
     )
     ordered.observe = tracker.observe

@@ -238,21 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     suite.set_defaults(command=_suite)
     suite.add_argument("file", type=Path, metavar="FILE", help="the suite, e.g. configs/small.yaml")
     suite.add_argument(
-        "-c",
-        dest="run_config",
-        action="append",
-        default=[],
-        metavar="PAIRS",
-        help="settings of every run, e.g. 'lr=0.1'",
+        "-c", dest="run_config", action="append", default=[], metavar="PAIRS", help="settings of all runs: 'lr=0.1'"
     )
+    suite.add_argument("--output", type=Path, metavar="FOLDER", help="where the suite's folder is made (default: runs)")
     suite.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where the suite's own folder is made (default: runs)"
-    )
-    suite.add_argument(
-        "--workers",
-        type=_number(int, 1),
-        default=0,
-        help="runs at the same time (default: one per GPU, else per CPU core)",
+        "--workers", type=_number(int, 1), default=0, help="runs at a time (default: one per GPU, else per CPU core)"
     )
     suite.add_argument("--dry-run", action="store_true", help="only list the runs, with their expected time")
     suite.add_argument("--again", action="store_true", help="make again what other code than this has made")

@@ -12,8 +12,6 @@ from rich.table import Table
 
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.data.prepare import prepare
-from autoflip_flwr.experiment.record.report import write_suite
 from autoflip_flwr.experiment.suite.board import Board
 from autoflip_flwr.experiment.suite.estimate import Estimates
 from autoflip_flwr.experiment.suite.plan import Planned, plan
@@ -42,8 +40,6 @@ def run_suite(options: argparse.Namespace) -> int:
     folder = Folder(path, suite, planned, shlex.join(["autoflip", *options.arguments]))
     console = Console(markup=False, highlight=False, soft_wrap=True)
     waiting = [run for run in folder.runs if run.state != DONE]
-    for config in {each.planned.config: None for each in waiting}:
-        prepare(config)
     estimates = Estimates.measured([run.planned.config for run in waiting])
     gpus = workers_for(planned[0].config.device, options.workers)
     if options.dry_run:
@@ -65,8 +61,6 @@ def run_suite(options: argparse.Namespace) -> int:
         raise
     finally:
         folder.write()
-        report = write_suite(folder.path)
-    console.print(f"report: {report}")
     failed = [run for run in folder.runs if run.state == FAILED]
     for run in failed:
         print(f"autoflip: {run.planned.name} failed: {run.reason}", file=sys.stderr)

@@ -45,8 +45,8 @@ class RunRecord:
         """Make ``<output_dir>/<YYYYMMDD-HHMMSS>-<name>/`` (UTC), or ``folder``, and write ``config.json`` into it.
 
         Characters of ``name`` that do not belong in a folder's name become ``-``. An existing folder is never reused:
-        the new one gets ``-2``, ``-3`` and so on. ``config`` holds the resolved value of every setting, ``key`` the run's
-        identity in a suite.
+        the new one gets ``-2``, ``-3`` and so on. ``config`` holds the resolved value of every setting. ``key`` is the
+        run's identity in a suite.
 
         Raises ``OSError`` if the folder cannot be made.
         """

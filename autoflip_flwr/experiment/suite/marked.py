@@ -85,7 +85,7 @@ def _marked(node: yaml.Node, key: str, path: Path, depth: int, seen: set[int]) -
     if isinstance(node, yaml.SequenceNode):
         return Marked([_marked(each, key, path, depth + 1, seen) for each in node.value], at.line, key, path)
     try:
-        value = yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+        value = yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
         at.wrong(f"{node.value!r} cannot be read: {' '.join(str(error).split())}")
     if value is not None and not isinstance(value, bool | int | float | str):

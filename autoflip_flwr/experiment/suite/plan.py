@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoflip_flwr.experiment.config import Config, Value, shown
-from autoflip_flwr.experiment.idle import effective
+from autoflip_flwr.experiment.idle import effective, without_effect
 from autoflip_flwr.experiment.toml import literal
 
 _RESULTLESS = (
@@ -91,10 +91,10 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
     first: dict[str, Config] = {}
     for config in configs:
         first.setdefault(key_of_run(config), config)
-    settled = {key: effective(config) for key, config in first.items()}
-    axes = _axes(list(settled.values()))
+    active = {key: _active(config) for key, config in first.items()}
+    axes = _axes(list(active.values()))
     return [
-        Planned(config, key, exploration_key(config), {axis: settled[key][axis] for axis in axes})
+        Planned(config, key, exploration_key(config), {axis: active[key][axis] for axis in axes if axis in active[key]})
         for key, config in first.items()
     ]
 
@@ -127,9 +127,16 @@ def command_of(config: Config) -> str:
     return shlex.join(["autoflip", "run", *(["-c", " ".join(pairs)] if pairs else [])])
 
 
+def _active(config: Config) -> dict[str, Value]:
+    """Return the settings that have an effect on the result."""
+    idle = set(without_effect(config))
+    return {key: value for key, value in config.as_dict().items() if key not in idle and key not in _RESULTLESS}
+
+
 def _axes(settings: Sequence[Mapping[str, Value]]) -> list[str]:
     """Return the settings that differ between runs: first those that a reader looks for first, the seed last."""
-    differ = [key for key in settings[0] if len({each[key] for each in settings}) > 1 and key not in _RESULTLESS]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    differ = [key for key in keys if len({each[key] for each in settings if key in each}) > 1]
     order = {key: place for place, key in enumerate(("dataset", "split", "model", "method", "sparsity"))}
     return sorted(differ, key=lambda key: (key == "seed", order.get(key, len(order))))
 

@@ -11,8 +11,8 @@ A suite has these keys, all but ``data`` and ``methods`` optional:
 - ``leave-out``: a list of such ``when``; runs that have these settings are not made.
 - ``target-accuracy``: accuracy in (0, 1) to which the report counts bytes, FLOPs and rounds.
 
-A list of values makes a run for each of them. ``density`` may be given for ``sparsity``. Later settings win over earlier
-ones: the app's defaults, ``recipe``, ``defaults``, ``data``, ``methods``, ``seeds``, ``overrides``, the command line.
+A list of values makes a run for each of them. ``density`` may be given for ``sparsity``. Later settings win over
+earlier ones: the app's defaults, ``recipe``, ``defaults``, ``data``, ``methods``, ``seeds``, ``overrides``, the command line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def _sparsity(marked: Marked) -> Marked:
     density = _number(setting("sparsity").metadata["rule"], marked.value)
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         marked.wrong(f"density = {shown(marked.value)}: must be a number in (0, 1]")
-    return Marked(round(1 - float(density), 12), marked.line, marked.key, marked.path)
+    return replace(marked, value=round(1 - float(density), 12))
 
 
 def _number(rule: Rule, value: Any) -> Any:
@@ -185,7 +185,7 @@ def _override(entry: Marked) -> _Override:
     parts = entry.mapping()
     if set(parts) != {"when", "set"}:
         entry.wrong("must have the keys when and set")
-    values = {key: each for key, each in _axes(parts["set"]).items()}
+    values = _axes(parts["set"])
     for key, each in values.items():
         if len(each) > 1:
             each[1].wrong(f"{key} must have one value here")
