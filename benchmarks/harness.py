@@ -1,9 +1,9 @@
 """Measure what a suite's run costs beside its training: messages, masks, judging, evaluation and the record.
 
-The shipped app runs as in a suite, in this process with one thread. The same number of training steps is then timed in a
-bare PyTorch loop: the same model, fused optimiser and batches, with normalised images in memory, no mask and nothing federated.
-The loop runs once before and once after the app; `ratio` is the app's seconds divided by the loop's mean. `cpu_ratio` is
-the same for CPU seconds, which other processes disturb less. The last line is JSON.
+The shipped app runs as in a suite, in this process with one thread. The same number of training steps is then timed in
+a bare PyTorch loop: the same model, fused optimiser and batches, with normalised images in memory, no mask and nothing
+federated. The loop runs once before and once after the app. `ratio` is the app's seconds divided by the loop's mean;
+`cpu_ratio` is the same for CPU seconds, which other processes disturb less. The last line is JSON.
 
     python -m benchmarks.harness
 """

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.torch.targets import Model, Parameters
 
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size in bytes."""
 

@@ -12,7 +12,8 @@ A suite has these keys, all but ``data`` and ``methods`` optional:
 - ``target-accuracy``: accuracy in (0, 1) to which the report counts bytes, FLOPs and rounds.
 
 A list of values makes a run for each of them. ``density`` may be given for ``sparsity``. Later settings win over
-earlier ones: the app's defaults, ``recipe``, ``defaults``, ``data``, ``methods``, ``seeds``, ``overrides``, the command line.
+earlier ones: the app's defaults, ``recipe``, ``defaults``, ``data``, ``methods``, ``seeds``, ``overrides``, the
+command line.
 """
 
 from __future__ import annotations
