@@ -71,7 +71,6 @@ table.facts td { overflow-wrap: anywhere; }
 figure { margin: .5rem 0; max-width: 33rem; min-width: 0; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .2rem; }
 figure svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif !important; }
 svg image { image-rendering: pixelated; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: .6rem 0; padding: 0; list-style: none; }
 .legend button, .legend span { all: unset; display: inline-flex; align-items: center; gap: .4rem; font-size: .9rem; }

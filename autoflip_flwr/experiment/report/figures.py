@@ -136,6 +136,7 @@ def for_page(figure: Figure, title: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="(run-\d+)[^"]*"', r'<g class="\1"', text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r" font-family: [^;]*;", "", text)  # the page's own
     text = re.sub(r"#fe01(\w\w)", lambda found: f"var(--run-{int(found[1], 16)})", text)
     text = text.replace(_SLOT_INK, "currentColor").replace(_SLOT_GRID, "var(--grid)")
     head = rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">'

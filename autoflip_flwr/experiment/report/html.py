@@ -39,7 +39,7 @@ def document(title: str, body: str) -> str:
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """Return a heading and a table of names and values; "" without rows."""
-    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n" for name, value in rows)
+    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value or '-')}</td></tr>\n" for name, value in rows)
     heading = f"<h2>{escape(title)}</h2>\n" if title else ""
     return f'{heading}<table class="facts">\n{cells}</table>' if rows else ""
 

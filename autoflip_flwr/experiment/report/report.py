@@ -61,7 +61,7 @@ def compare(paths: Sequence[Path], out: Path, target: float | None = None, *, ov
     kind = out.suffix.lower().removeprefix(".")
     if kind and kind not in FORMATS and not out.is_dir():
         raise ValueError(f"{out}: must be a folder, or a figure's file that ends in .{', .'.join(FORMATS)}")
-    entries = with_differences([entry for path in paths for entry in _entries(path)])
+    entries = with_differences([entry for path in paths for entry in entries_of(path)])
     found = sections([each for each in entries if points(each.run)], target, over_seeds=over_seeds)
     if not found:
         raise ValueError("nothing to compare: no run has an evaluated round")
@@ -73,7 +73,8 @@ def compare(paths: Sequence[Path], out: Path, target: float | None = None, *, ov
     return _write_together(out, "Comparison", entries, found, None, light=False)
 
 
-def _entries(path: Path) -> list[Entry]:
+def entries_of(path: Path) -> list[Entry]:
+    """Return the run of a folder, or the runs of a suite's that have begun."""
     if is_suite(path):
         return [entry for entry in Suite.read(path).entries if entry.run.metrics]
     run = Run.read(path)

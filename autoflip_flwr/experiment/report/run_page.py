@@ -35,8 +35,8 @@ def render(run: Run, plots: Sequence[tuple[str, str]], target: float | None) -> 
         _nodes(run),
         html.incidents(run.incidents),
         _command(run),
-        html.facts("Settings", html.flat(run.settings)),
-        html.facts("Origin", html.flat(_origin(run.about))),
+        html.folded("All settings", html.facts("", html.flat(run.settings))),
+        html.folded("Origin: versions, machine, times", html.facts("", html.flat(_origin(run.about)))),
     ]
     return html.document(run.name, "\n".join(filter(None, parts)))
 

@@ -186,7 +186,7 @@ def _runs(entries: Sequence[Entry], folder: Path) -> str:
 def _origin(suite: Suite) -> str:
     return (
         f"<h2>Repeat it</h2>\n{html.code(suite.command)}\n<p>The suite's file:</p>\n{html.code(suite.file)}\n"
-        + html.facts("Origin", html.flat(suite.about))
+        + html.folded("Origin: versions, machine, times", html.facts("", html.flat(suite.about)))
     )
 
 
