@@ -53,7 +53,7 @@ def sections_of(folder: Path, target: float | None = None) -> list[Section]:
 
 
 def text_of(table: list[tables.Column]) -> dict[str, list[str]]:
-    return {column.title: [cell.text for cell in column.cells] for column in table}
+    return {column.whole_title: [cell.text for cell in column.cells] for column in table}
 
 
 # --- curves
@@ -194,7 +194,7 @@ def test_a_light_report_has_no_figure_files(tmp_path: Path) -> None:
     write_suite(tmp_path, [entry(write_run(tmp_path / "a", varies, [0.1, 0.5]), varies)], target_accuracy=0.4)
     report.write_suite(tmp_path, light=True)
     assert not list(tmp_path.glob("accuracy.*"))
-    assert "Target: 40.00 % (as set)." in (tmp_path / "report.html").read_text()
+    assert "Target, the dashed line: 40.00 % (as set)." in (tmp_path / "report.html").read_text()
 
 
 def test_a_suite_of_which_nothing_is_done(tmp_path: Path) -> None:
@@ -277,8 +277,12 @@ def curve(*megabytes: float) -> list[tuple[Point, float]]:
 
 def test_figures_follow_the_page_and_begin_at_zero() -> None:
     found = dict(figures.plots([figures.Series(1, "a", curve(5.0, 6.0, 7.0))], 0.55, "here"))
-    assert list(found) == ["Test accuracy by round", "Test accuracy by traffic", "Test accuracy by time"]  # no GFLOP
-    svg = found["Test accuracy by traffic"]
+    assert list(found) == [
+        "Test accuracy (%) by round",
+        "Test accuracy (%) by traffic",
+        "Test accuracy (%) by time",
+    ]  # no GFLOP
+    svg = found["Test accuracy (%) by traffic"]
     assert ">0</text>" in svg  # the first tick, though all was sent after 5 MB
     assert "currentColor" in svg
     assert "var(--run-1)" in svg

@@ -28,7 +28,7 @@ class Run:
 
         Without ``summary.json``, the summary is made from the last line of metrics.
 
-        Raises ``NotADirectoryError`` if ``run_dir`` is no folder.
+        Raises ``NotADirectoryError`` if ``run_dir`` is no folder, and ``ValueError`` for a file that is not JSON.
         """
         if not run_dir.is_dir():
             raise NotADirectoryError(f"not the folder of a run: {run_dir}")
@@ -85,5 +85,7 @@ def _summary_so_far(config: Mapping[str, Any], metrics: Sequence[Mapping[str, An
 
 
 def _read_json(path: Path) -> Any:
-    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return value
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None

@@ -30,7 +30,7 @@ STYLE += """
 * { box-sizing: border-box; }
 body {
   font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 72rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: break-word;
+  max-width: 76rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: break-word;
 }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line); }
@@ -45,13 +45,14 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .8rem 0; }
 .tiles b { display: block; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .45rem; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--line); font-weight: 600; }
+thead th.group { text-align: center; } thead th.none { border-bottom: none; }
 tbody tr:hover { background: var(--shade); }
 td.n, th.n { text-align: right; white-space: nowrap; }
 thead th.n { white-space: normal; }
-th.first, td.first { position: sticky; left: 0; background: var(--page); min-width: 8.5rem; }
+th.first, td.first { position: sticky; left: 0; background: var(--page); min-width: min(14rem, 36vw); }
 th button {
   all: unset; cursor: pointer; font-weight: 600; display: inline-block; border-radius: .2rem; overflow-wrap: normal;
 }
@@ -123,7 +124,7 @@ SCRIPT = """
     table.tBodies[0].append(...rows);
   };
   for (const table of document.querySelectorAll("table.sortable")) {
-    const heads = [...table.tHead.rows[0].cells];
+    const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
     heads.forEach((head, column) => {
       const button = make("button", {type: "button", title: "sort"});
       button.append(...head.childNodes);

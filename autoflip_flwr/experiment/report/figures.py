@@ -41,7 +41,7 @@ _MARKS = 8  # markers on a curve, so that a long one is still a line
 _INK, _GRID = "#333333", "#e4e4e4"
 # Colours that are drawn in a page's SVG, only to be replaced by the page's own.
 _SLOT_INK, _SLOT_GRID = "#fe00f0", "#fe00f1"
-_SIZE = (4.6, 3.1)  # inches; narrow, so that its text is readable on a telephone
+_SIZE = (4.5, 3.0)  # inches; narrow, so that its text is readable on a telephone
 _PAGE_STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -78,10 +78,10 @@ def plots(series: Sequence[Series], target: float | None, name: str) -> list[tup
     for axis in AXES:
         if not any(getattr(point, axis.field) for one in series for point, _ in one.curve):
             continue
-        title = f"Test accuracy by {axis.word}"
+        title = f"Test accuracy (%) by {axis.word}"
         with on_page(f"{name} {axis.field}"):
             figure = Figure(figsize=_SIZE)
-            axes = figure.add_axes((0.115, 0.15, 0.865, 0.82))
+            axes = figure.add_axes((0.085, 0.155, 0.895, 0.81))
             _draw(axes, series, axis, target, [f"#fe01{one.number % len(COLOURS):02x}" for one in series], _SLOT_INK)
             found.append((title, for_page(figure, title)))
     return found
@@ -102,6 +102,7 @@ def save(sections: Sequence[Section], kind: str) -> bytes:
             part.suptitle(section.title, x=0.01, ha="left", fontweight="bold", parse_math=False)
             for axes, axis in zip(part.subplots(1, 2, sharey=True), (AXES[1], AXES[0]), strict=True):
                 _draw(axes, series, axis, section.target, colours, _INK)
+                axes.set_ylabel("Test accuracy (%)" if axis is AXES[1] else "")
             handles = [line for line in axes.lines if not line.get_label().startswith("_")]
             # a label is not a formula, even with dollar signs
             legend = part.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -171,13 +172,9 @@ def _draw(
         )
         line.set_gid(f"run-{one.number} line")
     if target is not None:
-        axes.axhline(100 * target, color=ink, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.text(
-            0.995, 100 * target, f"target {100 * target:.1f} %", transform=axes.get_yaxis_transform(),
-            ha="right", va="bottom", color=ink, fontsize=8.5,
-        )  # fmt: skip
+        dashed, label = (0, (4, 3)), f"target {100 * target:.1f} %"
+        axes.axhline(100 * target, color=ink, linewidth=1, linestyle=dashed, zorder=1, label=label)
     axes.set_xlabel(axis.title)
-    axes.set_ylabel("Test accuracy (%)")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis.field == "round", steps=[1, 2, 2.5, 5, 10]))
     axes.grid(linewidth=0.8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
@@ -72,6 +73,13 @@ def numbers(columns: Sequence[Column], runs: Sequence[int], links: Sequence[str]
         f'<th scope="col" class="{"n" if column.numeric else "first"}">{escape(column.title)}</th>'
         for column in columns
     )
+    groups = [(group, len(list(its))) for group, its in groupby(columns, key=lambda column: column.group)]
+    if len(groups) > 1:
+        above = "".join(
+            f'<th colspan="{size}" class="{"group" if group else "none"}">{escape(group)}</th>'
+            for group, size in groups
+        )
+        head = f"{above}</tr>\n<tr>{head}"
     body = ""
     for row, run in enumerate(runs):
         cells = ""

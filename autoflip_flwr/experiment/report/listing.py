@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autoflip_flwr.experiment.record.runs import Run
 from autoflip_flwr.experiment.record.suites import Suite, is_suite
@@ -58,15 +58,14 @@ def _is_run(folder: Path) -> bool:
 
 def _of_run(run: Run) -> Line:
     found, settings, accuracy = run.summary, run.settings, final_accuracy(points(run))
-    method, sparsity = str(settings.get("method") or found.get("method") or ""), settings.get("sparsity")
     density = found.get("density")
-    if density is None and sparsity is not None:  # it has no mask yet
-        density = 1.0 if method == "fedavg" else 1 - sparsity
+    if density is None:  # it has no mask yet
+        density = _density(settings)
     total = (found.get("bytes") or {}).get("total")
     return Line(
         run.path.resolve().name,
         " ".join(str(settings[key]) for key in ("dataset", "split") if key in settings),
-        method,
+        str(settings.get("method") or found.get("method") or ""),
         "" if density is None else density_of(1 - density),
         str(settings.get("seed", "")),
         _rounds(found.get("rounds"), settings.get("num-server-rounds")),
@@ -87,7 +86,7 @@ def _of_suite(suite: Suite) -> Line:
         f"{suite.path.resolve().name}/",
         _joined(each.get("dataset") for each in settings),
         _joined(each.get("method") for each in settings),
-        _joined(density_of(each["sparsity"]) for each in settings if "sparsity" in each),
+        _joined(density_of(1 - density) for each in settings if (density := _density(each)) is not None),
         _joined(each.get("seed") for each in settings),
         _joined(each.get("num-server-rounds") for each in settings),
         "",
@@ -95,6 +94,12 @@ def _of_suite(suite: Suite) -> Line:
         state,
         _when(suite.about.get("started")),
     )
+
+
+def _density(settings: Mapping[str, Any]) -> float | None:
+    if settings.get("method") == "fedavg":
+        return 1.0
+    return 1 - settings["sparsity"] if "sparsity" in settings else None
 
 
 def _joined(values: Iterable[object]) -> str:

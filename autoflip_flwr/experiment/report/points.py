@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from autoflip_flwr.experiment.record.runs import Run
 
 LAST = 5
@@ -80,9 +82,10 @@ def mean_curve(runs: Sequence[Sequence[Point]]) -> list[tuple[Point, float]]:
     """
     by_round = [{point.round: point for point in run} for run in runs]
     shared = sorted(set.intersection(*map(set, by_round))) if by_round else []
-    curve = []
-    for round_ in shared:
-        here = [run[round_] for run in by_round]
-        mean = Point(*(statistics.fmean(values) for values in zip(*here, strict=True)))
-        curve.append((mean, spread([point.accuracy for point in here]) or 0.0))
-    return curve
+    if not shared:
+        return []
+    found = np.array([[run[round_] for round_ in shared] for run in by_round])  # runs, rounds, fields of a point
+    means = found.mean(0).tolist()
+    accuracies = found[:, :, Point._fields.index("accuracy")]
+    deviations = accuracies.std(0, ddof=1).tolist() if len(runs) > 1 else [0.0] * len(shared)
+    return [(Point(*mean), deviation) for mean, deviation in zip(means, deviations, strict=True)]

@@ -81,7 +81,7 @@ def _section(section: Section, number: int, folder: Path) -> str:
     links = [f"row-{number}-{row}" for row in range(len(section.rows))]
     target = ""
     if section.target is not None:
-        target = f"<p>Target: {100 * section.target:.2f} % ({escape(section.target_told)}).</p>"
+        target = f"<p>Target, the dashed line: {100 * section.target:.2f} % ({escape(section.target_told)}).</p>"
     table = html.numbers(
         tables.columns(section), [row.number for row in section.rows], links, section.rows[0].label.split(",")[0]
     )

@@ -23,11 +23,17 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of a table: its title, its name in CSV, and its cells from top to bottom."""
+    """A column of a table: its title, its name in CSV, its cells from top to bottom, and a title above some columns."""
 
     title: str
     key: str
     cells: list[Cell]
+    group: str = ""
+
+    @property
+    def whole_title(self) -> str:
+        """The title together with that of its group."""
+        return f"{self.title} {self.group}".strip()
 
     @property
     def numeric(self) -> bool:
@@ -51,8 +57,8 @@ def columns(section: Section) -> list[Column]:
     ]
     if section.target is not None:
         for axis, title in zip(AXES, ("Rounds", "MB", "GFLOP", "Seconds"), strict=True):
-            cells = _to_target(rows, section.target, axis.field)
-            found.append(Column(f"{title} to {100 * section.target:.1f} %", f"{axis.field}_to_target", cells))
+            cells, group = _to_target(rows, section.target, axis.field), f"to {100 * section.target:.1f} %"
+            found.append(Column(title, f"{axis.field}_to_target", cells, group))
     incidents = [sum(len(entry.run.incidents) for entry in row.entries) for row in rows]
     found.append(Column("Incidents", "incidents", [Cell(str(number), number) for number in incidents]))
     return [column for column in found if any(cell.value is not None for cell in column.cells)]
@@ -63,7 +69,7 @@ def markdown(sections: Sequence[Section], note: str) -> str:
     parts = [f"<!-- {note.replace('--', '- -')} -->"]
     for section in sections:
         table = columns(section)
-        lines = [_line(column.title for column in table), _line("---:" if c.numeric else "---" for c in table)]
+        lines = [_line(column.whole_title for column in table), _line("---:" if c.numeric else "---" for c in table)]
         lines += [_line(cell.text for cell in cells) for cells in zip(*(c.cells for c in table), strict=True)]
         parts.append("\n".join([f"### {section.title}\n", *lines]))
     return "\n\n".join(parts) + "\n"
@@ -81,7 +87,7 @@ def latex(sections: Sequence[Section], note: str) -> str:
                     f"% {section.title}",
                     f"\\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in table)}}}",
                     "\\toprule",
-                    _tex_line(column.title for column in table),
+                    _tex_line(column.whole_title for column in table),
                     "\\midrule",
                     *rows,
                     "\\bottomrule",
