@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
     "--remote-debugging-pipe",
 )
+
+# Chromium reads commands from descriptor 3 and writes answers to 4.
+_WITH_PIPES = """
+import fcntl, os, sys
+away = [fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3]]
+for source, target in zip(away, (3, 4)):
+    os.dup2(source, target)
+    os.close(source)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find() -> str | None:
@@ -33,10 +44,9 @@ class Browser:
         assert program, f"none of {', '.join(NAMES)} is installed: apt-get install chromium"
         ours_in, its_out = os.pipe()
         its_in, ours_out = os.pipe()
-        # Chromium reads commands from descriptor 3 and writes answers to 4.
-        shell = f'exec "$@" 3<&{its_in} 4>&{its_out}'
+        pipes = (str(its_in), str(its_out))
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            [sys.executable, "-c", _WITH_PIPES, *pipes, program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(its_in, its_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
