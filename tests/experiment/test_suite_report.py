@@ -43,6 +43,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs.append(entry(folder / "bad", {**PRUNED, "dataset": "digits", "seed": 3}, state="failed", reason="<no> memory"))
     runs.append(entry(folder / "late", {**PRUNED, "dataset": "mnist", "seed": 1}, state="waiting"))
     (folder / "pruned-1" / "incidents.json").write_text('[{"kind": "errors", "round": 1, "reason": "<lost>"}]')
+    about = json.loads((folder / "mnist-1" / "config.json").read_text())
+    (folder / "mnist-1" / "config.json").write_text(json.dumps({**about, "source": "other"}))
     write_suite(folder, runs)
     report.write_suite(folder)
     return folder
@@ -125,6 +127,10 @@ def test_a_target_that_not_all_runs_reach(suite: Path) -> None:
     digits, mnist = sections_of(suite, 0.85)
     table = text_of(tables.columns(digits))
     assert table["Rounds to 85.0 %"] == ["2 (1 of 2)", "1 (1 of 2)"]
+    assert table["MB to 85.0 %"] == ["2.00", "0.75"]
+    nobody = text_of(tables.columns(sections_of(suite, 0.95)[0]))
+    assert nobody["Rounds to 95.0 %"] == ["2 (1 of 2)", "not reached"]
+    assert nobody["MB to 95.0 %"] == ["2.00", "-"]
     assert "Rounds to 85.0 %" not in text_of(tables.columns(mnist))  # nobody gets there
 
 
@@ -163,6 +169,7 @@ def test_latex_takes_any_text() -> None:
 def test_the_page_of_a_suite(suite: Path) -> None:
     text = (suite / "report.html").read_text()
     assert "5 of 7 runs done, 1 waiting, 1 failed." in text
+    assert "made by 2 different versions of the code" in text
     assert '<td class="first">bad</td><td><span class="bad">&lt;no&gt; memory</span></td>' in text
     assert "&lt;lost&gt;" in text
     assert "autoflip suite made-up.yaml" in text
@@ -226,7 +233,7 @@ def labels_of(tmp_path: Path, settings: list[dict[str, object]], *, over_seeds: 
         ([PRUNED, {**PRUNED, "values": "int8"}], ["values float32", "values int8"]),
         (
             [{**PRUNED, "name": "old"}, {**PRUNED, "name": "new", "prune-biases": True}],
-            ["old, no prune-biases", "new, prune-biases"],
+            ["old", "new, prune-biases"],
         ),
         ([PRUNED, {**PRUNED, "output-dir": "elsewhere"}], ["autoflip, run-0", "autoflip, run-1"]),
         ([PRUNED, {**PRUNED, "dataset": "mnist"}], ["autoflip", "autoflip"]),
@@ -252,11 +259,14 @@ def test_a_figure_has_the_format_that_its_name_ends_in(suite: Path, tmp_path: Pa
         assert all(word in words for word in ("fedavg", "autoflip", "Sent so far, both ways (MB)", "Round"))
 
 
-def test_a_suite_stands_for_its_runs(suite: Path, tmp_path: Path) -> None:
-    text = report.compare([suite], tmp_path).read_text()
-    assert "autoflip, density 10%, seed 2" in text
-    assert (tmp_path / "table.md").exists()
-    assert "made-up/fedavg-1/report.html" not in text  # which has no report
+def test_a_suite_stands_for_its_runs(suite: Path) -> None:
+    (digits, _) = sections(with_differences(report.entries_of(suite)), None, over_seeds=False)
+    assert [row.label for row in digits.rows] == [
+        "fedavg, seed 1",
+        "fedavg, seed 2",
+        "autoflip, density 10%, seed 1",
+        "autoflip, density 10%, seed 2",
+    ]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
@@ -346,5 +356,5 @@ def test_the_list_of_a_folder(suite: Path) -> None:
         *("pruned-2", "digits dirichlet", "autoflip", "10%", "2", "2 of 20"),
         *("75.00%", "1.50", "done", "2026-01-02 03:04"),
     )
-    assert runs["late"].state == "waiting"
+    assert runs["late"][1:] == ("mnist dirichlet", "autoflip", "10%", "1", "", "", "", "waiting", "")
     assert listing.lines(suite / "pruned-2") == [runs["pruned-2"]]

@@ -45,14 +45,15 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .8rem 0; }
 .tiles b { display: block; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
-table { border-collapse: separate; border-spacing: 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .45rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .4rem; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--line); font-weight: 600; }
 thead th.group { text-align: center; } thead th.none { border-bottom: none; }
 tbody tr:hover { background: var(--shade); }
 td.n, th.n { text-align: right; white-space: nowrap; }
 thead th.n { white-space: normal; }
-th.first, td.first { position: sticky; left: 0; background: var(--page); min-width: min(14rem, 36vw); }
+th.first, td.first { position: sticky; left: 0; background: var(--page); }
+.filtered .first { min-width: min(13rem, 36vw); }
 th button {
   all: unset; cursor: pointer; font-weight: 600; display: inline-block; border-radius: .2rem; overflow-wrap: normal;
 }
@@ -65,7 +66,7 @@ button:focus-visible, summary:focus-visible, a:focus-visible, .scroll:focus-visi
 table.facts { width: 100%; table-layout: fixed; }
 table.facts th { width: 38%; font-weight: 500; color: var(--soft); padding-left: 0; }
 table.facts td { overflow-wrap: anywhere; }
-.bar { display: flex; align-items: center; min-width: 7rem; height: 1.1em; margin-top: .2em; background: var(--shade); }
+.bar { width: clamp(4rem, 22vw, 18rem); height: 1.1em; margin-top: .2em; background: var(--shade); }
 .bar i { display: block; height: 100%; min-width: 1px; background: var(--bar); }
 .bad { color: var(--bad); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 2rem; }

@@ -40,15 +40,16 @@ def lines(folder: Path) -> list[Line]:
     Raises ``OSError`` or ``ValueError``, which name the file, for a file that cannot be read.
     """
     if is_suite(folder):
-        found = [
-            _of_run(entry.run)._replace(name=entry.name, state=entry.state) for entry in Suite.read(folder).entries
-        ]
+        entries = Suite.read(folder).entries
+        found = [_of_run(each.run, each.settings)._replace(name=each.name, state=each.state) for each in entries]
     elif _is_run(folder):
-        found = [_of_run(Run.read(folder))]
+        run = Run.read(folder)
+        found = [_of_run(run, run.settings)]
     else:
         inside = sorted(each for each in folder.iterdir() if each.is_dir())
         found = [_of_suite(Suite.read(each)) for each in inside if is_suite(each)]
-        found += [_of_run(Run.read(each)) for each in inside if _is_run(each)]
+        runs = [Run.read(each) for each in inside if _is_run(each)]
+        found += [_of_run(run, run.settings) for run in runs]
     return sorted(found, key=lambda line: line.when or "9")
 
 
@@ -56,8 +57,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _of_run(run: Run) -> Line:
-    found, settings, accuracy = run.summary, run.settings, final_accuracy(points(run))
+def _of_run(run: Run, settings: Mapping[str, Any]) -> Line:
+    found, accuracy = run.summary, final_accuracy(points(run))
     density = found.get("density")
     if density is None:  # it has no mask yet
         density = _density(settings)

@@ -26,7 +26,7 @@ CELLS = 64
 """Most rows and columns of a layer's picture; a larger layer shows the share that is kept in each cell."""
 
 _HUE = (46, 140, 214)  # readable on white and on black
-_MOST_NODES = 400  # bars of a figure of nodes
+_MOST_NODES = 100  # bars of a figure of nodes; of more, neighbours share one
 
 
 class Layer(NamedTuple):
@@ -122,13 +122,14 @@ def sent_by_node(run: Run, name: str) -> str:
     with on_page(name):
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.subplots()
-        axes.stairs(down, edges, fill=True, color="#fe0100", label="to the node")
-        axes.stairs(up + down, edges, baseline=down, fill=True, color="#fe0105", label="from the node")
+        middle, width = (edges[1:] + edges[:-1]) / 2, 0.85 * np.diff(edges)
+        axes.bar(middle, down, width, color="#fe0100", label="to the node")
+        axes.bar(middle, up, width, bottom=down, color="#fe0105", label="from the node")
         axes.set_xlim(0, len(order))
         axes.set_ylim(0, 1.25 * float((up + down).max()) or 1.0)
-        axes.set_xlabel("Nodes, by what they sent and received")
+        axes.set_xlabel(f"{len(order):,} nodes, by what they sent and received")
         axes.set_ylabel("MB")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.set_xticks([])
         axes.legend(loc="upper right", ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         return for_page(figure, "Bytes by node")

@@ -20,6 +20,9 @@ TARGET_SHARE = 0.95
 _PLACES = ("name", "output-dir", "data-dir", "exploration", "resume", "checkpoints")
 _UNTOLD = {*_PLACES, "node-timeout", "round-timeout", "exploration-timeout"}
 """Settings that do not tell results apart."""
+_FIRST = ("name", "method", "sparsity", "seed")
+"""Settings that a row is always named by, where they differ."""
+_DEFAULTS = Config().as_dict()
 _ONLY_WITH: Mapping[str, Any] = {key_of(each): each.metadata["only_with"] for each in fields(Config)}
 _OF_DATA = {key_of(each) for each in fields(Config) if each.metadata["section"] == "Data and nodes"}
 _OF_SECTION = [key for key in _ONLY_WITH if key == "model" or key in _OF_DATA - _UNTOLD - {"nodes"}]
@@ -135,7 +138,7 @@ def _rows(entries: Sequence[Entry], numbers: dict[str, int], *, over_seeds: bool
         _, group = grouped.setdefault(key, (varies, []))
         if entry.seed not in [other.seed for other in group]:  # a setting without effect makes no further seed
             group.append(entry)
-    labels = [_label(varies, group[0]) for varies, group in grouped.values()]
+    labels = _labels(list(grouped.values()))
     labels = _told_apart(labels, [group[0].run.path.resolve().name for _, group in grouped.values()])
     return [
         Row(numbers.setdefault(label, len(numbers)), label, varies, tuple(group))
@@ -152,12 +155,19 @@ def _of_row(entry: Entry, *, over_seeds: bool) -> dict[str, Any]:
     }
 
 
-def _label(varies: Mapping[str, Any], entry: Entry) -> str:
-    first = [key for key in ("name", "method", "sparsity") if key in varies]
+def _labels(rows: Sequence[tuple[Mapping[str, Any], Sequence[Entry]]]) -> list[str]:
+    """Name rows by what differs; the app's defaults are left out where the names differ without them."""
+    brief = [_label({k: v for k, v in varies.items() if k in _FIRST or _DEFAULTS.get(k) != v}) for varies, _ in rows]
+    if all(brief) and len(set(brief)) == len(brief):
+        return brief
+    return [_label(varies) or str(group[0].settings.get("method") or group[0].name) for varies, group in rows]
+
+
+def _label(varies: Mapping[str, Any]) -> str:
+    first = [key for key in _FIRST if key in varies and key != "seed"]
+    others = [key for key in varies if key not in _FIRST]
     last = [key for key in ("seed",) if key in varies]
-    others = [key for key in varies if key not in {*first, *last}]
-    parts = [told(key, varies[key]) for key in (*first, *others, *last)]
-    return ", ".join(parts) or str(entry.settings.get("method") or entry.name)
+    return ", ".join(told(key, varies[key]) for key in (*first, *others, *last))
 
 
 def _told_apart(labels: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -56,7 +56,7 @@ def _tiles(run: Run, evaluated: Sequence[Point]) -> list[tuple[str, str]]:
     tiles = []
     if accuracy is not None:
         last = min(LAST, sum(point.round > 0 for point in evaluated))
-        tiles.append((f"accuracy, mean of the last {last} evaluated", f"{accuracy:.2%}"))
+        tiles.append((f"accuracy, mean of the last {last} evaluated rounds", f"{accuracy:.2%}"))
     if found.get("density") is not None:
         tiles.append(("density of the prunable layers", f"{found['density']:.2%}"))
     if sent is not None:

@@ -41,6 +41,7 @@ def render(
     parts = [
         _states(entries),
         html.commit(suite.about) if suite else "",
+        _versions(entries),
         _contents(sections),
         _reading(over_seeds=over_seeds),
         *(_section(section, number, folder) for number, section in enumerate(sections)),
@@ -59,6 +60,15 @@ def _states(entries: Sequence[Entry]) -> str:
     others = [f"{count[state]} {state}" for state in _STATES[1:] if count[state]]
     text = f"{count['done']} of {len(entries)} runs done" + "".join(f", {each}" for each in others) + "."
     return f'<p class="note">{text}</p>' if others else f"<p>{text}</p>"
+
+
+def _versions(entries: Sequence[Entry]) -> str:
+    """Warn if the runs were not all made by the same code."""
+    sources = {entry.run.about.get("source") for entry in entries if entry.run.metrics}
+    if len(sources) < 2:
+        return ""
+    text = f"These runs were made by {len(sources)} different versions of the code. The commits are told with each row."
+    return f'<p class="note">{text}</p>'
 
 
 def _contents(sections: Sequence[Section]) -> str:
@@ -139,12 +149,13 @@ def _mean_densities(row: Row) -> dict[str, float]:
 
 def _bytes(rows: Sequence[Row]) -> str:
     """Return the least, median and most MB that a node has sent and received, for each row."""
-    cells = []
+    found = {}
     for row in rows:
         nodes = [own["total"] / 1e6 for e in row.entries for own in (e.run.summary.get("bytes_by_node") or {}).values()]
         if nodes:
-            shown = (min(nodes), statistics.median(nodes), max(nodes))
-            cells.append([escape(row.label), *(tables.number(value, max(nodes)) for value in shown)])
+            found[row.label] = (min(nodes), statistics.median(nodes), max(nodes))
+    largest = max((most for _, _, most in found.values()), default=0.0)
+    cells = [[escape(label), *(tables.number(value, largest) for value in values)] for label, values in found.items()]
     heads = ["Run", "Least MB of a node", "Median", "Most"]
     return html.grid(heads, cells, numeric=(1, 2, 3)) if cells else ""
 

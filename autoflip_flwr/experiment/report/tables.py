@@ -174,8 +174,11 @@ def _to_target(rows: Sequence[Row], target: float, field: str) -> list[Cell]:
         mean = statistics.fmean(values) if values else None
         whole = mean is not None and field == "round" and mean.is_integer()
         shown = f"{mean:.0f}" if whole else number(mean, largest)
-        some = f" ({len(values)} of {len(row.entries)})" if 0 < len(values) < len(row.entries) else ""
-        cells.append(Cell("not reached" if mean is None else shown + some, mean))
+        missing, some = "-", ""
+        if field == "round":  # once for all columns of the target
+            missing = "not reached"
+            some = f" ({len(values)} of {len(row.entries)})" * (len(values) < len(row.entries))
+        cells.append(Cell(missing if mean is None else shown + some, mean))
     return cells
 
 
