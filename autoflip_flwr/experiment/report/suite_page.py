@@ -78,11 +78,12 @@ def _contents(sections: Sequence[Section]) -> str:
 
 def _reading(*, over_seeds: bool) -> str:
     seeds = " A row is the mean over its seeds; ± and the bands are the sample standard deviation." * over_seeds
+    those = ", a mean over the seeds that do" * over_seeds
     return (
         f'<p class="soft">A run\'s accuracy is the mean of its last {LAST} evaluated rounds, of the global model on '
         f"the test set.{seeds} MB are 10<sup>6</sup> bytes of all messages, both ways; “saved” is against dense "
         "FedAvg. GFLOP are those of a dense model. “To” a target is what was spent up to the first evaluation that "
-        "reaches it: a mean over the runs that do.</p>"
+        f"reaches it{those}.</p>"
     )
 
 
