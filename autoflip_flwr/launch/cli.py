@@ -1,4 +1,4 @@
-"""The `autoflip` command: run an experiment here or on a SuperLink, report on finished ones, list the settings."""
+"""The `autoflip` command: run an experiment here or on a SuperLink, report on runs, compare and list them."""
 
 import argparse
 import importlib.util
@@ -14,6 +14,7 @@ from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
 from autoflip_flwr.experiment.idle import idle
 from autoflip_flwr.experiment.toml import flatten, literal, parse_pairs, read_toml, to_toml
+from autoflip_flwr.launch import reports
 from autoflip_flwr.launch.remote import run_app_on
 from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.settings import markdown, table
@@ -91,8 +92,8 @@ def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) ->
     screen.say(f"run record: {path}")
     with suppress(OSError, ImportError):  # the run's own error matters more
         if not (path / "failure.json").exists():
-            from autoflip_flwr.experiment.record import report
             from autoflip_flwr.experiment.record.folder import RunRecord
+            from autoflip_flwr.experiment.report import report
 
             RunRecord(path).fail(reason)
             report.write(path)
@@ -171,25 +172,6 @@ def _defaults(project: Mapping[str, Any]) -> dict[str, Value]:
     return flatten(project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {}))
 
 
-def _report(options: argparse.Namespace) -> int:
-    for run in options.runs:
-        if not run.is_dir():
-            raise ConfigError(f"{run}: no such folder")
-    try:
-        from autoflip_flwr.experiment.record import report
-    except ImportError as error:
-        raise ConfigError(f"a report needs {error.name}: pip install '{APP_NAME}[app]'") from None
-    try:
-        for run in options.runs:
-            print(report.write(run))
-        if options.compare:
-            report.compare(options.runs, options.compare)
-            print(options.compare)
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    return 0
-
-
 def _suite(options: argparse.Namespace) -> int:
     try:
         from autoflip_flwr.launch.suite import run_suite  # loads NumPy, PyTorch and more
@@ -205,7 +187,7 @@ def _settings(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="autoflip", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,suite,report,settings}")
+    commands = parser.add_subparsers(required=True, metavar="{run,suite,report,compare,list,settings}")
 
     run = commands.add_parser("run", help="run a Flower app, in simulation or on a SuperLink, and wait for it")
     run.set_defaults(command=_run)
@@ -247,10 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--dry-run", action="store_true", help="only list the runs, with their expected time")
     suite.add_argument("--again", action="store_true", help="make again what other code than this has made")
 
-    report = commands.add_parser("report", help="make the report of finished runs")
-    report.set_defaults(command=_report)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    report.add_argument("--compare", type=Path, metavar="OUT.png", help="also draw the runs in one figure")
+    reports.add_commands(commands)
 
     settings = commands.add_parser("settings", help="list the settings of the shipped app")
     settings.set_defaults(command=_settings)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.report import report
 from autoflip_flwr.experiment.suite.board import Board
 from autoflip_flwr.experiment.suite.estimate import Estimates
 from autoflip_flwr.experiment.suite.plan import Planned, plan
@@ -61,6 +62,8 @@ def run_suite(options: argparse.Namespace) -> int:
         raise
     finally:
         folder.write()
+        page = report.write_suite(folder.path)
+    console.print(f"report: {page}")
     failed = [run for run in folder.runs if run.state == FAILED]
     for run in failed:
         print(f"autoflip: {run.planned.name} failed: {run.reason}", file=sys.stderr)

@@ -235,6 +235,6 @@ class Tracker:
 
 
 def _write_report(path: Path) -> None:
-    from autoflip_flwr.experiment.record import report  # matplotlib is slow to load, and not needed before
+    from autoflip_flwr.experiment.report import report  # matplotlib is slow to load, and not needed before
 
     report.write(path)

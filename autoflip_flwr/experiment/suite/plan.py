@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autoflip_flwr.experiment.config import Config, Value, shown
 from autoflip_flwr.experiment.idle import effective, without_effect
-from autoflip_flwr.experiment.toml import literal
+from autoflip_flwr.experiment.report.command import repeating
 
 _RESULTLESS = (
     "name",
@@ -83,7 +82,7 @@ class Planned:
     @property
     def command(self) -> str:
         """The command that makes the same run alone."""
-        return command_of(self.config)
+        return repeating(self.config.as_dict())
 
 
 def plan(configs: Iterable[Config]) -> list[Planned]:
@@ -114,17 +113,6 @@ def exploration_key(config: Config) -> str:
         return ""
     decisive = {key: value for key, value in effective(config).items() if key not in (*_RESULTLESS, *_AFTER_EXPLORING)}
     return _digest(decisive)
-
-
-def command_of(config: Config) -> str:
-    """Return the ``autoflip run`` command for these settings: those that differ from the defaults."""
-    default = Config().as_dict()
-    pairs = [
-        f"{key}={literal(value)}"
-        for key, value in config.as_dict().items()
-        if value != default[key] and key not in ("name", "output-dir", "exploration", "resume")
-    ]
-    return shlex.join(["autoflip", "run", *(["-c", " ".join(pairs)] if pairs else [])])
 
 
 def _active(config: Config) -> dict[str, Value]:
