@@ -211,7 +211,8 @@ class Following:
                 getattr(hook, method)(*arguments)
             except Exception as error:  # whatever a tracker meets, the run matters more
                 self._listening.remove(hook)
-                log(WARNING, "%s has failed and is left out from now on: %s", type(hook).__name__, error or repr(error))
+                words = " ".join(str(error).split()) or repr(error)
+                log(WARNING, "%s has failed and is left out from now on: %s", type(hook).__name__, words)
 
 
 def _settings(strategy: Strategy) -> dict[str, Setting]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,13 +61,3 @@ class Hook:
         failure : str
             Why the run has failed, in one line; ``""`` if it has not.
         """
-
-
-def require(package: str, tracker: str) -> None:
-    """Raise ``ModuleNotFoundError``, in one line that says what to install, if a tracker's package is missing."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:  # a folder of this name, as W&B writes one, is no package
-        extra = tracker.lower()
-        raise ModuleNotFoundError(
-            f"{tracker} needs the package {package}: pip install 'autoflip-flwr[{extra}]'", name=package
-        )

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.trackers.hook import Hook, Round, Setting, require
+from autoflip_flwr.trackers.hook import Hook, Round, Setting
+from autoflip_flwr.trackers.packages import require
 
 SQLITE = "sqlite:///"
 LONGEST = 500
@@ -40,7 +41,7 @@ class MLflow(Hook):
     """
 
     def __init__(self, uri: str = "", *, experiment: str = "autoflip", name: str | None = None) -> None:
-        require("mlflow", "MLflow")
+        require("mlflow")
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
         self.experiment, self.name = experiment, name
         self._client: Any = None

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.trackers.hook import Hook, Round, Setting, require
+from autoflip_flwr.trackers.hook import Hook, Round, Setting
+from autoflip_flwr.trackers.packages import require
 
 
 class TensorBoard(Hook):
@@ -26,7 +27,7 @@ class TensorBoard(Hook):
     """
 
     def __init__(self, folder: str | Path = "logs") -> None:
-        require("tensorboard", "TensorBoard")
+        require("tensorboard")
         self.folder = Path(folder)
         self._writer: Any = None
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.trackers.hook import Hook, Round, Setting, require
+from autoflip_flwr.trackers.hook import Hook, Round, Setting
+from autoflip_flwr.trackers.packages import require
 
 UPLOAD = 120.0
 """Seconds that the end of a run waits for an upload. What is not uploaded by then is on the disk."""
@@ -39,14 +40,19 @@ class WandB(Hook):
     def __init__(
         self, project: str = "autoflip", *, folder: str | Path = ".", mode: str | None = None, **options: Any
     ) -> None:
-        require("wandb", "WandB")
+        require("wandb")
         self.project, self.folder, self.mode, self.options = project, Path(folder), mode, options
         self._run: Any = None
 
+    @property
+    def resolved_mode(self) -> str:
+        """The mode, or what the environment says."""
+        found = self.mode or os.environ.get("WANDB_MODE")
+        return found or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
     def began(self, settings: Mapping[str, Setting], after: int) -> None:
         """Begin a W&B run beside those that the process may have."""
-        mode = self.mode or os.environ.get("WANDB_MODE")
-        mode = mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = self.resolved_mode
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B reports its own errors even then
         import wandb
