@@ -27,7 +27,7 @@ class WandB(Hook):
         ``"offline"``: into the folder alone, and nothing goes over the network; ``wandb sync`` uploads it later.
         ``"online"``: uploaded as well. Default: as the environment's ``WANDB_MODE`` says, else online if it has
         ``WANDB_API_KEY``, else offline.
-    options
+    options : Any
         Anything else that ``wandb.init`` takes, such as ``name``, ``entity`` or ``id``. A resumed run goes on in the
         W&B run of the same ``id``; without one it makes another W&B run, which begins after the last finished round.
 
