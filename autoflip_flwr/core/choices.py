@@ -42,3 +42,5 @@ SPLITS = ("iid", "dirichlet", "pathological")
 MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
 OPTIMIZERS = ("adam", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Where runs can be followed. Each has the name of its package, and of the extra that installs it."""

@@ -43,6 +43,10 @@ class Rule:
     choices: tuple[str, ...] = ()
 
 
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
 def _choice(allowed: tuple[str, ...]) -> Rule:
     told = ", ".join(filter(None, allowed))
     return Rule(str, f"{'empty or ' * ('' in allowed)}one of {told}", allowed.__contains__, allowed)
@@ -66,6 +70,11 @@ _NAME = Rule(
     lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
 )
 _FOLDER_NAME = Rule(str, "the path of a folder", lambda v: v != "")
+_TRACKERS = Rule(
+    str,
+    f"empty, or one or more of {', '.join(choices.TRACKERS)}, with commas in between",
+    lambda v: v == "" or (set(_parts(v)) <= set(choices.TRACKERS) and len(_parts(v)) == len(set(_parts(v)))),
+)
 _CODING, _OWN_CODING = _choice(choices.VALUES), _choice(("", *choices.VALUES))
 
 
@@ -101,6 +110,10 @@ class Config:
     )
     seed: int = _of_run(1, _SEED, "Of everything random")
     output_dir: str = _of_run("runs", _FOLDER_NAME, "Where the run's own folder is made")
+
+    trackers: str = _of_run(
+        "", _TRACKERS, "Also write the run for TensorBoard, Weights & Biases or MLflow, into the run's folder"
+    )
 
     dataset: str = _of_data("digits", _choice(choices.DATASETS), "The data set")
     data_dir: str = _of_data(
@@ -270,6 +283,11 @@ class Config:
         return {key: value for key, value in self.as_dict().items() if key not in _FREE}
 
     @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The names in `trackers`."""
+        return tuple(_parts(self.trackers)) if self.trackers else ()
+
+    @property
     def resolved_data_dir(self) -> str:
         """Folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
         return self.data_dir or os.environ.get("AUTOFLIP_DATA", "")
@@ -278,6 +296,7 @@ class Config:
 _FREE = (
     "name",
     "output-dir",
+    "trackers",
     "data-dir",
     "nodes",
     "node-timeout",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from autoflip_flwr.experiment.config import Config, ConfigError, shown
 from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
+from autoflip_flwr.trackers.packages import lacks
 
 if TYPE_CHECKING:
     from autoflip_flwr.core.layout import Arrays
@@ -42,10 +43,12 @@ def check(config: Config, gpus: float) -> None:
     Raises
     ------
     ConfigError
-        For a device that does not exist or that clients would not get, a folder that cannot be written, a data set that
-        is neither there nor can be downloaded, and a run or an exploration with other settings.
+        For a device that does not exist or that clients would not get, a folder that cannot be written, a tracker whose
+        package is missing, a data set that is neither there nor can be downloaded, and a run or an exploration with
+        other settings.
     """
     check_device(config.device, gpus)
+    check_trackers(config)
     check_writable(Path(config.output_dir))
     check_data(config.dataset, config.resolved_data_dir)
     if config.exploration:
@@ -125,6 +128,13 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"output-dir = {shown(str(folder))}: cannot write to {there}: {error.strerror}") from None
+
+
+def check_trackers(config: Config) -> None:
+    """Raise ``ConfigError`` if the package of a tracker is not installed."""
+    for name in config.tracker_names:
+        if words := lacks(name):
+            raise ConfigError(f"trackers = {shown(config.trackers)}: {words}")
 
 
 def check_data(dataset: str, data_dir: str) -> None:

@@ -19,10 +19,12 @@ from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_ro
 from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
-from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
+from autoflip_flwr.experiment.preflight import check_trackers, earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
 from autoflip_flwr.experiment.strategies import least_nodes, strategy_of
+from autoflip_flwr.experiment.trackers import trackers_of
+from autoflip_flwr.server.following import follow
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.strategy import Pruned
 from autoflip_flwr.storage.exploration_file import FILE_NAME, write_exploration
@@ -64,6 +66,7 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
     RuntimeError
         If too few nodes connect, or too few explorers answer.
     """
+    check_trackers(config)
     data = load(config.dataset, config.resolved_data_dir)
     device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
     model = build(config.model, data.input_shape, data.classes, config.seed).to(device)
@@ -82,6 +85,7 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
         record = RunRecord.create(config.output_dir, name, config.as_dict(), folder=folder, key=key)
     log(INFO, "run record: %s", record.path)
     strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
+    strategy = follow(strategy, *trackers_of(config, record.path), settings=config.as_dict())
     test = examples_to_test(data, rows_to_test(len(data.y_test), config.test_examples))
     tracker = Tracker(
         record,

@@ -19,6 +19,9 @@ from autoflip_flwr.launch.settings import sections
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
+TRACKERS = "must be empty, or one or more of tensorboard, wandb, mlflow, with commas in between"
+
+
 def test_pyproject_lists_the_settings_as_the_code_declares_them() -> None:
     """In the code's sections, and with the choices of each where there are some."""
     block = PYPROJECT.read_text().split("[tool.flwr.app.config]\n")[1].split("\n\n[tool.ruff]")[0]
@@ -67,6 +70,13 @@ def test_values_reach_their_fields() -> None:
     assert (config.batch_size, config.prune_biases, config.lr, config.dataset) == (8, True, 1.0, "mnist")
     assert type(config.lr) is float
     assert Config.from_run_config(config.as_dict()) == config
+
+
+def test_trackers_are_separated_by_commas() -> None:
+    assert Config().tracker_names == ()
+    assert Config(trackers="wandb").tracker_names == ("wandb",)
+    assert Config(trackers="mlflow, tensorboard").tracker_names == ("mlflow", "tensorboard")
+    assert "trackers" not in Config().decisive()
 
 
 def test_is_frozen() -> None:
@@ -124,6 +134,9 @@ def test_is_frozen() -> None:
         ("name", "a/b", "name = 'a/b': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("name", "a\n", "name = 'a\\n': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("output-dir", "", "output-dir = '': must be the path of a folder"),
+        ("trackers", "comet", f"trackers = 'comet': {TRACKERS}"),
+        ("trackers", "wandb,", f"trackers = 'wandb,': {TRACKERS}"),
+        ("trackers", "wandb, wandb", f"trackers = 'wandb, wandb': {TRACKERS}"),
         ("data-dir", 3, "data-dir = 3: must be a string"),
         (
             "data-dir",
