@@ -15,7 +15,7 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
-from autoflip_flwr.experiment.models import SMALL, build
+from autoflip_flwr.experiment.models.build import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
@@ -49,7 +49,9 @@ class LocalClient(NumPyClient):
         self._config, self._part, self._context = config, part, context
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
-        self._model = build(config.model, examples.inputs.shape, classes, config.seed).to(device)
+        self._model = build(config.model, examples.inputs.shape, classes, config.seed, kind=examples.inputs.kind).to(
+            device
+        )
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.core import choices
+from autoflip_flwr.experiment.inputs import WORDS, misfit
 
 Value = bool | int | float | str
 """What a Flower run config can hold."""
@@ -66,6 +67,12 @@ _NAME = Rule(
     lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
 )
 _FOLDER_NAME = Rule(str, "the path of a folder", lambda v: v != "")
+_MODEL = Rule(
+    str,
+    f"one of {', '.join(choices.MODELS)}, or your own as module:callable",
+    lambda v: v in choices.MODELS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", v) is not None,
+    choices.MODELS,
+)
 _CODING, _OWN_CODING = _choice(choices.VALUES), _choice(("", *choices.VALUES))
 
 
@@ -118,7 +125,7 @@ class Config:
         60.0, _POSITIVE, "Seconds without a new node after which a run no longer waits for more"
     )
 
-    model: str = _of_clients("cnn", _choice(choices.MODELS), "The model")
+    model: str = _of_clients("cnn", _MODEL, "The model")
     optimizer: str = _of_clients("adam", _choice(choices.OPTIMIZERS), "Of the clients")
     lr: float = _of_clients(0.003, _POSITIVE, "Learning rate of the clients")
     lr_decay: float = _of_clients(1.0, _UP_TO_ONE, "The learning rate is multiplied by it after every round")
@@ -216,6 +223,10 @@ class Config:
                     f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
                     "escape: write a Windows path with forward slashes, or in single quotes"
                 )
+        if self.model in choices.MODELS and (kind := choices.DATASET_INPUTS.get(self.dataset)):
+            reason = misfit(self.model, kind, f"the {WORDS[kind]} of dataset = {shown(self.dataset)}")
+            if reason:
+                raise ConfigError(f"model = {shown(self.model)}: {reason}")
         if self.method in choices.ASKING and 0 < self.nodes < self.min_explorers:
             raise ConfigError(
                 f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from autoflip_flwr.experiment.config import Config, ConfigError, shown
 from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
+from autoflip_flwr.experiment.imported import check_module
 
 if TYPE_CHECKING:
     from autoflip_flwr.core.layout import Arrays
@@ -42,11 +43,14 @@ def check(config: Config, gpus: float) -> None:
     Raises
     ------
     ConfigError
-        For a device that does not exist or that clients would not get, a folder that cannot be written, a data set that
-        is neither there nor can be downloaded, and a run or an exploration with other settings.
+        For a device that does not exist or that clients would not get, a folder that cannot be written, a model of the
+        user's own whose module is not there, a data set that is neither there nor can be downloaded, and a run or an
+        exploration with other settings.
     """
     check_device(config.device, gpus)
     check_writable(Path(config.output_dir))
+    if ":" in config.model:
+        check_module("model", config.model)
     check_data(config.dataset, config.resolved_data_dir)
     if config.exploration:
         earlier_exploration(config, None)

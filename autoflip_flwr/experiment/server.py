@@ -16,7 +16,7 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.examples import examples_to_test
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
@@ -52,7 +52,7 @@ def run(grid: Grid, config: Config) -> Path:
     """
     data = load(config.dataset, config.resolved_data_dir)
     device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
-    model = build(config.model, data.input_shape, data.classes, config.seed).to(device)
+    model = build(config.model, data.input_shape, data.classes, config.seed, kind=data.inputs.kind).to(device)
     initial = training.get_arrays(model)
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)

@@ -20,7 +20,7 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.examples import Examples
-from autoflip_flwr.experiment.models import flops_per_example
+from autoflip_flwr.experiment.models.flops import flops_per_example
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.server.waiting import duration
@@ -68,7 +68,7 @@ class Tracker:
         self._writes = not config.resume  # a resumed record is not written before it is known that it can be resumed
         # counted since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
-        ledger.flops_per_example = flops_per_example(model, examples.inputs.shape)
+        ledger.flops_per_example = flops_per_example(model, examples.inputs.shape, kind=examples.inputs.kind)
 
     def state(self) -> dict[str, object]:
         """Return the record's state for a checkpoint, as JSON types."""
