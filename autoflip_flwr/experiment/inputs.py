@@ -5,13 +5,24 @@ from autoflip_flwr.core.choices import MODEL_INPUTS
 WORDS = {"image": "images (C, H, W)", "signal": "signals (channels, length)", "text": "text (length,)"}
 """The kinds of input in words, with the shape of one example."""
 
-_DIMENSIONS = {"image": 3, "signal": 2, "text": 1}
 _OF_ANY_SHAPE = "mlp"
+_DIMENSIONS = {"image": 3, "signal": 2, "text": 1}
 
 
-def kind_of(input_shape: tuple[int, ...]) -> str:
-    """Return the kind that a shape is taken for: of three dimensions an image, of one a text, else a signal."""
-    return {3: "image", 1: "text"}.get(len(input_shape), "signal")
+def kind_of(input_shape: tuple[int, ...], kind: str | None = None) -> str:
+    """Return what a model takes an input for: `image`, `signal` or `text`.
+
+    Parameters
+    ----------
+    input_shape : tuple of int
+        Shape of one example.
+    kind : str | None (None)
+        What its data set says that it is. Integers are text in any shape. Floats are an image if they have three
+        dimensions, and else a signal. Where it is None, one dimension is a text.
+    """
+    if kind == "text" or (kind is None and len(input_shape) == 1):
+        return "text"
+    return "image" if len(input_shape) == 3 else "signal"
 
 
 def misfit(model: str, kind: str, found: str, input_shape: tuple[int, ...] | None = None) -> str:

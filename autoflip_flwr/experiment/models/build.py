@@ -52,7 +52,7 @@ def build(model: str, input_shape: tuple[int, ...], classes: int, seed: int, *, 
     seed : int
         Seed of the initial parameters. Torch's global random state is left as it is.
     kind : str | None (None)
-        `image`, `signal` or `text`; None: as the number of dimensions says.
+        What the data set says that an example is: `image`, `signal` or `text`. None: the number of dimensions says it.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def build(model: str, input_shape: tuple[int, ...], classes: int, seed: int, *, 
     ConfigError
         If there is no such model, if it does not take this kind of input, or if the user's own does not work.
     """
-    make = _maker(model, input_shape, kind or kind_of(input_shape))
+    make = _maker(model, input_shape, kind_of(input_shape, kind))
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators as well, which fork_rng does not restore here.
         torch.default_generator.manual_seed(seed)

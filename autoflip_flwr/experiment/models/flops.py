@@ -25,14 +25,14 @@ def flops_per_example(model: nn.Module, input_shape: tuple[int, ...], *, kind: s
     input_shape : tuple of int
         Shape of one example.
     kind : str | None (None)
-        `image`, `signal` or `text`; None: as :func:`~autoflip_flwr.experiment.inputs.kind_of` says.
+        What the data set says that an example is: `image`, `signal` or `text`. None: the number of dimensions says it.
 
     Returns
     -------
     int
         FLOPs, forward plus backward.
     """
-    kind = kind or kind_of(input_shape)
+    kind = kind_of(input_shape, kind)
     try:
         return _count(model, input_shape, kind, "meta")
     except (RuntimeError, NotImplementedError):
