@@ -15,8 +15,10 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
+from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
+from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
@@ -49,9 +51,9 @@ class LocalClient(NumPyClient):
         self._config, self._part, self._context = config, part, context
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
-        self._model = build(config.model, examples.inputs.shape, classes, config.seed, kind=examples.inputs.kind).to(
-            device
-        )
+        inputs = examples.inputs
+        self._model = build(config.model, inputs.shape, classes, config.seed, kind=inputs.kind).to(device)
+        check_precision(self._model, blank(1, inputs.shape, inputs.kind, device), config.precision)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
@@ -75,6 +77,8 @@ class LocalClient(NumPyClient):
                     patience=int(config[PATIENCE_KEY]) if exploring else None,
                     weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                     lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                    # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
+                    proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                     mask=current_subspace(self._context),
                     seed=seed,
                 )

@@ -133,6 +133,19 @@ class Config:
     weight_decay: float = _of_clients(0.0, _NOT_NEGATIVE, "Of the clients' optimiser")
     batch_size: int = _of_clients(16, _COUNT, "Examples a step")
     local_epochs: int = _of_clients(3, _COUNT, "Epochs that a client trains in a round")
+    clip_norm: float = _of_clients(
+        0.0, _NOT_NEGATIVE, "Longer gradients of a step are scaled to this length, over kept parameters. 0: none are"
+    )
+    proximal_mu: float = _of_clients(
+        0.0,
+        _NOT_NEGATIVE,
+        "FedProx's mu: how strongly training is drawn to the model of the round. 0: not at all. Explorers are not",
+    )
+    precision: str = _of_clients(
+        "float32",
+        _choice(choices.PRECISIONS),
+        "In which clients compute; parameters stay float32. bfloat16 is fast only where the hardware has it",
+    )
     device: str = _of_clients("auto", _choice(choices.DEVICES), "Where clients train. auto: the best that there is")
 
     num_server_rounds: int = _of_rounds(20, _COUNT, "Rounds after the exploration")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 
 from autoflip_flwr.experiment.inputs import kind_of
+from autoflip_flwr.experiment.models.blank import blank
 
 
 def flops_per_example(model: nn.Module, input_shape: tuple[int, ...], *, kind: str | None = None) -> int:
@@ -44,8 +44,7 @@ def _count(model: nn.Module, input_shape: tuple[int, ...], kind: str, device: st
     shadow = copy.deepcopy(model).to(device).eval().requires_grad_(True)
     from torch.utils.flop_counter import FlopCounterMode  # here, not above: it loads a compiler clients do without
 
-    example = torch.zeros(1, *input_shape, dtype=torch.int64 if kind == "text" else torch.float32, device=device)
     counter = FlopCounterMode(display=False)
     with counter:
-        shadow(example).sum().backward()
+        shadow(blank(1, input_shape, kind, device)).sum().backward()
     return int(counter.get_total_flops())

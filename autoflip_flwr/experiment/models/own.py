@@ -11,6 +11,7 @@ from torch import nn
 
 from autoflip_flwr.experiment.config import ConfigError, shown
 from autoflip_flwr.experiment.imported import find, in_words
+from autoflip_flwr.experiment.models.blank import blank
 
 
 def own_model(name: str, kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -47,7 +48,7 @@ def own_model(name: str, kind: str, input_shape: tuple[int, ...], classes: int) 
         raise ConfigError(f"{setting}: calling it failed: {in_words(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{setting}: must return an nn.Module, not a {type(model).__name__}")
-    examples = torch.zeros(2, *input_shape, dtype=torch.int64 if kind == "text" else torch.float32)
+    examples = blank(2, input_shape, kind)
     told = f"{str(examples.dtype).removeprefix('torch.')} {tuple(examples.shape)}"
     try:
         with torch.no_grad():
