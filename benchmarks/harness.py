@@ -25,7 +25,7 @@ import torch
 from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.examples import examples_to_train
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.suite.worker import run_in_process
 from benchmarks import recipes
 

@@ -17,8 +17,10 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
-from autoflip_flwr.experiment.models import SMALL, build
+from autoflip_flwr.experiment.models.blank import blank
+from autoflip_flwr.experiment.models.build import SMALL, build
 from autoflip_flwr.experiment.partition import partition_by
+from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
@@ -30,10 +32,14 @@ def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
     return examples_to_train(data, partition_by(config, data.y_train, parts)[part] if parts else None)
 
 
-@lru_cache(maxsize=2)
-def _model(model: str, shape: tuple[int, ...], classes: int, device: torch.device) -> nn.Module:
-    """Return a model that the process's nodes share, one after another: each message brings all of its state."""
-    return build(model, shape, classes, seed=0).to(device)
+def _model(config: Config, shape: tuple[int, ...], kind: str, classes: int, device: torch.device) -> nn.Module:
+    """Return a model to train. Its parameters do not matter, since each message brings all of its state."""
+    model = build(config.model, shape, classes, config.seed, kind=kind).to(device)
+    check_precision(model, blank(1, shape, kind, device), config.precision)
+    return model
+
+
+_shared_model = lru_cache(maxsize=2)(_model)
 
 
 class LocalClient(NumPyClient):
@@ -57,7 +63,10 @@ class LocalClient(NumPyClient):
         self._config, self._part, self._context = config, part, context
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
-        self._model = _model(config.model, examples.inputs.shape, classes, device)
+        inputs = examples.inputs
+        # the nodes of a process share a model, one after another; the user's own may keep something from one to the next
+        make = _model if ":" in config.model else _shared_model
+        self._model = make(config, inputs.shape, inputs.kind, classes, device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
@@ -81,6 +90,8 @@ class LocalClient(NumPyClient):
                     patience=int(config[PATIENCE_KEY]) if exploring else None,
                     weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                     lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                    # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
+                    proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                     mask=current_subspace(self._context),
                     seed=seed,
                 )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.core import choices
+from autoflip_flwr.experiment.inputs import WORDS, misfit
 
 Value = bool | int | float | str
 """What a Flower run config can hold."""
@@ -75,6 +76,12 @@ _TRACKERS = Rule(
     f"empty, or one or more of {', '.join(choices.TRACKERS)}, with commas in between",
     lambda v: v == "" or (set(_parts(v)) <= set(choices.TRACKERS) and len(_parts(v)) == len(set(_parts(v)))),
 )
+_MODEL = Rule(
+    str,
+    f"one of {', '.join(choices.MODELS)}, or your own as module:callable",
+    lambda v: v in choices.MODELS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", v) is not None,
+    choices.MODELS,
+)
 _CODING, _OWN_CODING = _choice(choices.VALUES), _choice(("", *choices.VALUES))
 
 
@@ -131,7 +138,7 @@ class Config:
         60.0, _POSITIVE, "Seconds without a new node after which a run no longer waits for more"
     )
 
-    model: str = _of_clients("cnn", _choice(choices.MODELS), "The model")
+    model: str = _of_clients("cnn", _MODEL, "The model")
     optimizer: str = _of_clients("adam", _choice(choices.OPTIMIZERS), "Of the clients")
     lr: float = _of_clients(0.003, _POSITIVE, "Learning rate of the clients")
     lr_decay: float = _of_clients(1.0, _UP_TO_ONE, "The learning rate is multiplied by it after every round")
@@ -139,6 +146,19 @@ class Config:
     weight_decay: float = _of_clients(0.0, _NOT_NEGATIVE, "Of the clients' optimiser")
     batch_size: int = _of_clients(16, _COUNT, "Examples a step")
     local_epochs: int = _of_clients(3, _COUNT, "Epochs that a client trains in a round")
+    clip_norm: float = _of_clients(
+        0.0, _NOT_NEGATIVE, "Longer gradients of a step are scaled to this length, over kept parameters. 0: none are"
+    )
+    proximal_mu: float = _of_clients(
+        0.0,
+        _NOT_NEGATIVE,
+        "FedProx's mu: how strongly training is drawn to the model of the round. 0: not at all. Explorers are not",
+    )
+    precision: str = _of_clients(
+        "float32",
+        _choice(choices.PRECISIONS),
+        "In which clients compute; parameters stay float32. bfloat16 is fast only where the hardware has it",
+    )
     device: str = _of_clients("auto", _choice(choices.DEVICES), "Where clients train. auto: the best that there is")
 
     num_server_rounds: int = _of_rounds(20, _COUNT, "Rounds after the exploration")
@@ -230,6 +250,10 @@ class Config:
                     f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
                     "escape: write a Windows path with forward slashes, or in single quotes"
                 )
+        if self.model in choices.MODELS and (kind := choices.DATASET_INPUTS.get(self.dataset)):
+            reason = misfit(self.model, kind, f"the {WORDS[kind]} of dataset = {shown(self.dataset)}")
+            if reason:
+                raise ConfigError(f"model = {shown(self.model)}: {reason}")
         if self.method in choices.ASKING and 0 < self.nodes < self.min_explorers:
             raise ConfigError(
                 f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from autoflip_flwr.experiment.config import Config, ConfigError, shown
 from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
+from autoflip_flwr.experiment.imported import check_module
 from autoflip_flwr.trackers.packages import lacks
 
 if TYPE_CHECKING:
@@ -44,12 +45,14 @@ def check(config: Config, gpus: float) -> None:
     ------
     ConfigError
         For a device that does not exist or that clients would not get, a folder that cannot be written, a tracker whose
-        package is missing, a data set that is neither there nor can be downloaded, and a run or an exploration with
-        other settings.
+        package is missing, a model of the user's own whose module is not there, a data set that is neither there nor
+        can be downloaded, and a run or an exploration with other settings.
     """
     check_device(config.device, gpus)
     check_trackers(config)
     check_writable(Path(config.output_dir))
+    if ":" in config.model:
+        check_module("model", config.model)
     check_data(config.dataset, config.resolved_data_dir)
     if config.exploration:
         earlier_exploration(config, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
 from flwr.app import Context
@@ -17,8 +17,10 @@ from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds, rows_to_test
 from autoflip_flwr.experiment.examples import examples_to_test
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models.blank import blank
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.partition import partition_by
+from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.preflight import check_trackers, earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
@@ -69,7 +71,10 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
     check_trackers(config)
     data = load(config.dataset, config.resolved_data_dir)
     device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
-    model = build(config.model, data.input_shape, data.classes, config.seed).to(device)
+    model = build(config.model, data.input_shape, data.classes, config.seed, kind=data.inputs.kind).to(device)
+    slow = check_precision(model, blank(1, data.input_shape, data.inputs.kind, device), config.precision)
+    if slow:
+        log(WARNING, "autoflip: warning: %s", slow)
     initial = training.get_arrays(model)
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.core.choices import DATASETS
+from autoflip_flwr.core.choices import DATASETS, MODELS
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
 from autoflip_flwr.experiment.datafiles import KNOWN
 from autoflip_flwr.experiment.toml import literal
@@ -96,7 +96,14 @@ def test_is_frozen() -> None:
         ("dataset", 3, "dataset = 3: must be one of digits, mnist, fashion_mnist, cifar10"),
         ("method", "AutoFLIP", "method = 'AutoFLIP': must be one of autoflip, fedavg, snip, magnitude, random"),
         ("split", "", "split = '': must be one of iid, dirichlet, pathological"),
-        ("model", "vgg", "model = 'vgg': must be one of cnn, twocnn, resnet18, resnet18-gn"),
+        ("model", "vgg", f"model = 'vgg': must be one of {', '.join(MODELS)}, or your own as module:callable"),
+        ("model", "a.b:c.d", f"model = 'a.b:c.d': must be one of {', '.join(MODELS)}, or your own as module:callable"),
+        (
+            "model",
+            "lstm",
+            "model = 'lstm': takes text (length,), not the images (C, H, W) of dataset = 'digits'; models that do: "
+            + ", ".join(name for name in MODELS if name not in ("lstm", "har-cnn")),
+        ),
         ("optimizer", "adamw", "optimizer = 'adamw': must be one of adam, sgd"),
         ("device", "gpu", "device = 'gpu': must be one of auto, cpu, cuda, mps"),
         ("scope", "x", "scope = 'x': must be one of global, layer, erk"),

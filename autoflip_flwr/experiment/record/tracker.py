@@ -20,7 +20,7 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.examples import Examples
-from autoflip_flwr.experiment.models import flops_per_example
+from autoflip_flwr.experiment.models.flops import flops_per_example
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.server.waiting import duration
@@ -73,7 +73,7 @@ class Tracker:
         # counted since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
         self._evaluating = 0.0  # seconds
-        ledger.flops_per_example = flops_per_example(model, examples.inputs.shape)
+        ledger.flops_per_example = flops_per_example(model, examples.inputs.shape, kind=examples.inputs.kind)
 
     def state(self) -> dict[str, object]:
         """Return the record's state for a checkpoint, as JSON types."""

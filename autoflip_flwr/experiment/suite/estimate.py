@@ -13,7 +13,7 @@ from autoflip_flwr.experiment.config import Config, Value
 from autoflip_flwr.experiment.data import load
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds
 from autoflip_flwr.experiment.examples import examples_to_train
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.suite.state import DONE, RUNNING, WAITING, RunState
 
 _STEPS = 4
@@ -80,7 +80,9 @@ def _share(run: RunState) -> float:
 
 def _speed(config: Config) -> tuple[float, int]:
     data = load(config.dataset, config.resolved_data_dir)
-    model = build(config.model, data.inputs.shape, data.classes, config.seed).to(training.choose_device(config.device))
+    model = build(config.model, data.inputs.shape, data.classes, config.seed, kind=data.inputs.kind).to(
+        training.choose_device(config.device)
+    )
     size = min(config.batch_size, len(data.y_train))
     seconds = 0.0
     with training.threads(1):
