@@ -64,7 +64,7 @@ class LocalClient(NumPyClient):
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
         inputs = examples.inputs
-        # the nodes of a process share a model, one after another; the user's own may keep something from one to the next
+        # the nodes of a process share a model, but for the user's own, which may keep something from one to the next
         make = _model if ":" in config.model else _shared_model
         self._model = make(config, inputs.shape, inputs.kind, classes, device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
