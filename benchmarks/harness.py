@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from autoflip_flwr.experiment.config import Config, Value
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.examples import examples_to_train
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.suite.worker import run_in_process
@@ -46,7 +46,7 @@ OWN: dict[str, Value] = {
 
 def bare(config: Config, clients: int, examples: int) -> tuple[float, float]:
     """Train clients one after another, each one epoch on so many examples. Return seconds, and CPU seconds."""
-    data = load(config.dataset, config.resolved_data_dir)
+    data = load_for(config)
     images, labels = examples_to_train(data).batch(torch.arange(len(data.y_train)))
     model = build(config.model, data.inputs.shape, data.classes, config.seed)
     loss_of = torch.nn.CrossEntropyLoss()
@@ -63,7 +63,7 @@ def bare(config: Config, clients: int, examples: int) -> tuple[float, float]:
 def measure(settings: Mapping[str, Value]) -> dict[str, Any]:
     """Run the loop, the app, and the loop again. Return their seconds and ratios."""
     config = Config.from_run_config(settings)
-    data = load(config.dataset, config.resolved_data_dir)
+    data = load_for(config)
     each = len(data.y_train) // config.nodes
     small = Config.from_run_config({**settings, "dataset": "digits", "model": "cnn", "num-server-rounds": 1})
     with tempfile.TemporaryDirectory() as output:

@@ -76,8 +76,9 @@ FADING = ("feddst", "rigl")
 """Methods that exchange fewer entries from time to time, until a share of the rounds."""
 MINIBATCH = ("ssfl", "rigl", "feddst")
 """Methods whose clients compute a requested statistic on one minibatch; those of the others use all examples."""
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
-SPLITS = ("iid", "dirichlet", "pathological")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "femnist", "shakespeare", "har", "own")
+AUGMENTS = ("none", "flip", "crop", "crop-flip", "crop-flip-jitter")
+SPLITS = ("iid", "dirichlet", "pathological", "shards", "quantity", "natural")
 DATASET_INPUTS = {
     "digits": "image",
     "mnist": "image",

@@ -15,11 +15,11 @@ from torch import nn
 from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
-from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
@@ -28,8 +28,10 @@ from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY
 @lru_cache(maxsize=32)
 def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
     """Return one node's examples: all of the folder's if `parts` is 0."""
-    data = load(config.dataset, data_dir)
-    return examples_to_train(data, partition_by(config, data.y_train, parts)[part] if parts else None)
+    data = load_for(config, data_dir)
+    if parts:
+        return examples_to_train(data, partition_by(config, data, parts)[part])
+    return examples_to_train(data, subset(data.y_train, config.max_examples_per_class, config.seed))
 
 
 def _model(config: Config, shape: tuple[int, ...], kind: str, classes: int, device: torch.device) -> nn.Module:
@@ -123,7 +125,7 @@ def client_fn(context: Context) -> Client:
         )
     data_dir = str(node.get("data-dir", config.resolved_data_dir))
     examples = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, examples, load(config.dataset, data_dir).classes, context).to_client()
+    return LocalClient(config, part, examples, load_for(config, data_dir).classes, context).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

@@ -24,11 +24,6 @@ Value = bool | int | float | str
 PATHS = ("data-dir", "output-dir", "exploration", "resume")
 """The settings that are paths."""
 
-_DATA_FILES = (
-    "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
-    "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
-)
-
 
 class ConfigError(ValueError):
     """A setting that the user has to change. The message is one line that can be shown."""
@@ -64,7 +59,12 @@ _ABOVE_ONE = Rule(float, "a number > 1", lambda v: v > 1)
 _UP_TO_ONE = Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
 _UNIT = Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _SEED = Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
-_CLASSES = Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
+_DATASET = Rule(
+    str,
+    f"one of {', '.join(choices.DATASETS)}, or module:callable",
+    lambda v: v in choices.DATASETS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", v) is not None,
+    choices.DATASETS,
+)
 _NAME = Rule(
     str,
     "at most 64 letters, digits, '.', '_' or '-'",
@@ -122,17 +122,40 @@ class Config:
         "", _TRACKERS, "Also write the run for TensorBoard, Weights & Biases or MLflow, into the run's folder"
     )
 
-    dataset: str = _of_data("digits", _choice(choices.DATASETS), "The data set")
+    dataset: str = _of_data("digits", _DATASET, "The data set; own is the data of data-dir")
     data_dir: str = _of_data(
         "", _TEXT, "Existing folder that holds it. Empty: $AUTOFLIP_DATA, else torchvision downloads it"
     )
+    max_examples_per_class: int = _of_data(
+        0, _NOT_BELOW_ZERO, "Most training examples of a class, drawn by the seed, for quick runs. 0: all"
+    )
+    input_size: int = _of_data(0, _NOT_BELOW_ZERO, "Height and width to which images are cropped. 0: as they are")
+    augment: str = _of_data(
+        "none", _choice(choices.AUGMENTS), "Random changes of images in training; evaluation takes their middle"
+    )
     split: str = _of_data(
-        "dirichlet", _choice(choices.SPLITS), "Among the nodes: evenly, by label skew, or few classes for each node"
+        "dirichlet",
+        _choice(choices.SPLITS),
+        "Among the nodes: evenly, by label skew, few classes for each node, shards of sorted labels, unequal amounts, "
+        "or one writer, speaker or person for each node",
     )
     alpha: float = _of_data(
         0.3, _POSITIVE, "Of the Dirichlet split: the smaller, the more skewed", only_with=("split", ("dirichlet",))
     )
-    classes_per_client: int = _of_data(2, _CLASSES, "Of the pathological split", only_with=("split", ("pathological",)))
+    classes_per_client: int = _of_data(2, _COUNT, "Of the pathological split", only_with=("split", ("pathological",)))
+    shards_per_node: int = _of_data(2, _COUNT, "Of the shards split", only_with=("split", ("shards",)))
+    size_spread: float = _of_data(
+        1.0,
+        _NOT_NEGATIVE,
+        "Of the quantity split: standard deviation of the logarithm of the nodes' sizes",
+        only_with=("split", ("quantity",)),
+    )
+    min_examples: int = _of_data(
+        0,
+        _NOT_BELOW_ZERO,
+        "Fewest examples of a node; owners with fewer take no part. 0: what a small batch needs, or 1",
+        only_with=("split", ("dirichlet", "quantity", "natural")),
+    )
     nodes: int = _of_data(0, _NOT_BELOW_ZERO, "SuperNodes to wait for. 0: as many as connect, at least 2")
     node_timeout: float = _of_data(
         60.0, _POSITIVE, "Seconds without a new node after which a run no longer waits for more"
@@ -283,7 +306,8 @@ class Config:
         config = cls(**found)  # type: ignore[arg-type]
         if check_paths:
             if config.data_dir and not Path(config.data_dir).is_dir():
-                raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder with {_DATA_FILES}")
+                where = shown(config.data_dir)
+                raise ConfigError(f"data-dir = {where}: must be an existing folder; docs/data.md says with which files")
             if config.exploration and not Path(config.exploration).is_file():
                 raise ConfigError(f"exploration = {shown(config.exploration)}: must be an existing file")
             if config.resume and not (Path(config.resume) / "config.json").is_file():

@@ -14,12 +14,12 @@ from autoflip_flwr import Ledger
 from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import holdings, partition_by
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds, rows_to_test
 from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import build
-from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.preflight import check_trackers, earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
@@ -69,7 +69,9 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
         If too few nodes connect, or too few explorers answer.
     """
     check_trackers(config)
-    data = load(config.dataset, config.resolved_data_dir)
+    data = load_for(config)
+    if not len(data.y_test):
+        raise ConfigError(f"dataset = {config.dataset!r}: the server's data have no test examples: add x_test, y_test")
     device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
     model = build(config.model, data.input_shape, data.classes, config.seed, kind=data.inputs.kind).to(device)
     slow = check_precision(model, blank(1, data.input_shape, data.inputs.kind, device), config.precision)
@@ -79,9 +81,9 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
     _wait_for_nodes(ordered, config)
+    parts = None
     if ordered.num_partitions:  # else each node has its own data
-        # rejects an impossible split now, and caches the split for the clients
-        partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
+        parts = partition_by(config, data, max(ordered.num_partitions, len(ordered.partitions)))
     earlier = earlier_exploration(config, initial) if config.exploration else None
     if config.resume:
         record = resumable(config)
@@ -89,8 +91,11 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
         name = name or config.name or f"{config.method}-{config.dataset}"
         record = RunRecord.create(config.output_dir, name, config.as_dict(), folder=folder, key=key)
     log(INFO, "run record: %s", record.path)
+    if parts is not None:
+        record.write_holdings(holdings(data, parts))
     strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
     strategy = follow(strategy, *trackers_of(config, record.path), settings=config.as_dict())
+    trained = len(data.y_train) if parts is None else sum(map(len, parts))
     test = examples_to_test(data, rows_to_test(len(data.y_test), config.test_examples))
     tracker = Tracker(
         record,
@@ -102,7 +107,7 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
         evaluated_rounds(
             config.num_server_rounds,
             config.evaluate_every,
-            cost_of_evaluation(len(test), config.fraction_train * len(data.y_train) * config.local_epochs),
+            cost_of_evaluation(len(test), config.fraction_train * trained * config.local_epochs),
         ),
         earlier.seconds if earlier else 0.0,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.data.load import prepare
 from autoflip_flwr.experiment.report import report
 from autoflip_flwr.experiment.suite.board import Board
 from autoflip_flwr.experiment.suite.estimate import Estimates
@@ -20,7 +22,6 @@ from autoflip_flwr.experiment.suite.runner import run_all, workers_for
 from autoflip_flwr.experiment.suite.spec import read_suite
 from autoflip_flwr.experiment.suite.state import DONE, FAILED, WAITING, Folder
 from autoflip_flwr.experiment.toml import parse_pairs
-from autoflip_flwr.server.waiting import duration
 
 
 def run_suite(options: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def run_suite(options: argparse.Namespace) -> int:
     left = sum(run.state == WAITING for run in folder.runs)
     console.print(
         f"{suite.name}: {left} of {len(planned)} runs to make with {len(gpus)} worker{'s' * (len(gpus) > 1)}, about "
-        f"{duration(estimates.left(folder.runs) / len(gpus))}; {folder.path}"
+        f"{estimates.told_left(folder.runs, len(gpus))}; {folder.path}"
     )
     try:
         with Board(console, estimates, len(gpus)) as board:
@@ -71,23 +72,20 @@ def run_suite(options: argparse.Namespace) -> int:
 
 
 def _check(planned: list[Planned], path: Path) -> None:
-    preflight.check_writable(path)
-    for device in {each.config.device for each in planned}:
-        preflight.check_device(device, 1.0)
-    for dataset, data_dir in {(each.config.dataset, each.config.resolved_data_dir) for each in planned}:
-        preflight.check_data(dataset, data_dir)
+    for each in planned:
+        preflight.check(replace(each.config, output_dir=str(path)), 1.0)
+        prepare(each.config)
 
 
 def _list(console: Console, folder: Folder, estimates: Estimates, workers: int) -> None:
     table = Table("Run", "State", "Expected", box=None, pad_edge=False)
     for run in folder.runs:
-        table.add_row(run.planned.name, run.state, "" if run.state == DONE else duration(estimates.of(run)))
+        table.add_row(run.planned.name, run.state, "" if run.state == DONE else estimates.told(run))
     console.print(table)
     waiting = [run for run in folder.runs if run.state != DONE]
-    seconds = estimates.left(folder.runs) / workers
     console.print(
-        f"{len(waiting)} of {len(folder.runs)} runs to make, about {duration(seconds)} with {workers} "
-        f"worker{'s' * (workers > 1)}"
+        f"{len(waiting)} of {len(folder.runs)} runs to make, about {estimates.told_left(folder.runs, workers)} with "
+        f"{workers} worker{'s' * (workers > 1)}"
     )
 
 

@@ -106,7 +106,7 @@ def test_data_that_are_not_at_hand(tmp_path: Path, data_dir: str):
     message = refused(dataset="mnist", data_dir=str(tmp_path), output_dir=str(tmp_path))
     assert message.startswith(f"data-dir = '{tmp_path}': holds no mnist; looked for x_train.npy, ")
     for dataset in ("digits", "mnist", "cifar10"):
-        preflight.check_data(dataset, data_dir)
+        preflight.check_data(Config(dataset=dataset, data_dir=data_dir))
 
 
 def test_data_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

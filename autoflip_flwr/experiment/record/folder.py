@@ -110,6 +110,10 @@ class RunRecord:
         """Write ``incidents.json``: what went wrong so far (:class:`~autoflip_flwr.costs.ledger.Ledger`)."""
         write_atomic(self.path / "incidents.json", _json_lines(incidents))
 
+    def write_holdings(self, holdings: Mapping[str, object]) -> None:
+        """Write ``holdings.json``: the names of the ``classes``, and each node's ``counts`` of examples of each."""
+        write_atomic(self.path / "holdings.json", (json.dumps(holdings) + "\n").encode())
+
     def finish(
         self,
         summary: Mapping[str, object],

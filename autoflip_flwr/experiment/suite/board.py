@@ -56,8 +56,7 @@ class Board:
             self._live.update(Group(*lines))
 
     def _left(self, runs: Iterable[RunState]) -> str:
-        seconds = self._estimates.left(list(runs)) / self._workers
-        return f"about {duration(seconds)} left"
+        return f"about {self._estimates.told_left(list(runs), self._workers)} left"
 
 
 def result_of(run: RunState) -> str:

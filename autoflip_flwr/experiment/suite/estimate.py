@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
+import numpy as np
 
 from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, Value
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import partition_by
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds
 from autoflip_flwr.experiment.examples import examples_to_train
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.suite.state import DONE, RUNNING, WAITING, RunState
+from autoflip_flwr.server.waiting import duration
 
 _STEPS = 4
 _PER_MESSAGE = 0.02
 """Seconds per message and reply, for what is not training."""
+
+_OF_KIND = (
+    "dataset", "max-examples-per-class", "input-size", "augment",
+    "model", "optimizer", "batch-size", "precision", "device",
+)  # fmt: skip
 
 Kind = tuple[Value, ...]
 
@@ -68,10 +75,19 @@ class Estimates:
         waiting = sum(self.of(run) for run in runs if run.state == WAITING)
         return factor * (waiting + sum(self.of(run) * (1 - _share(run)) for run in runs if run.state == RUNNING))
 
+    def told(self, run: RunState) -> str:
+        """Return the expected duration of a run, for a reader."""
+        return duration(self.of(run))
+
+    def told_left(self, runs: Sequence[RunState], workers: int) -> str:
+        """Return the duration that is left for all runs, made so many at a time, for a reader."""
+        return duration(self.left(runs) / workers)
+
 
 def kind_of(config: Config) -> Kind:
-    """Return what decides the seconds per example."""
-    return config.dataset, config.model, config.batch_size, config.optimizer, config.device
+    """Return what decides the seconds per example, and the number of examples."""
+    settings = config.as_dict()
+    return tuple(settings[key] for key in _OF_KIND)
 
 
 def _share(run: RunState) -> float:
@@ -79,19 +95,18 @@ def _share(run: RunState) -> float:
 
 
 def _speed(config: Config) -> tuple[float, int]:
-    data = load(config.dataset, config.resolved_data_dir)
-    model = build(config.model, data.inputs.shape, data.classes, config.seed, kind=data.inputs.kind).to(
-        training.choose_device(config.device)
-    )
-    size = min(config.batch_size, len(data.y_train))
+    data = load_for(config)
+    rows = np.concatenate(partition_by(config, data, config.nodes))
+    model = build(config.model, data.inputs.shape, data.classes, config.seed, kind=data.inputs.kind)
+    model.to(device := training.choose_device(config.device))
     seconds = 0.0
     with training.threads(1):
         for steps in (1, _STEPS):  # the first step also makes what later ones reuse
-            rows = torch.arange(min(steps * size, len(data.y_train))).numpy()
+            some = examples_to_train(data, rows[: steps * config.batch_size]).to(device)
             began = time.perf_counter()
             training.train(
-                model, examples_to_train(data, rows), config, epochs=1, patience=None, lr=config.lr,
-                weight_decay=config.weight_decay, mask=None, seed=0,
+                model, some, config, epochs=1, patience=None, lr=config.lr, weight_decay=config.weight_decay, mask=None,
+                seed=0,
             )  # fmt: skip
-            seconds = (time.perf_counter() - began) / len(rows)
-    return seconds, len(data.y_train)
+            seconds = (time.perf_counter() - began) / len(some)
+    return seconds, len(rows)
