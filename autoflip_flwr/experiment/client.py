@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
+from torch import nn
 
 from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
@@ -16,7 +18,9 @@ from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
-from autoflip_flwr.experiment.models import SMALL, build
+from autoflip_flwr.experiment.models.blank import blank
+from autoflip_flwr.experiment.models.build import SMALL, build
+from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
@@ -28,6 +32,16 @@ def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
     if parts:
         return examples_to_train(data, partition_by(config, data, parts)[part])
     return examples_to_train(data, subset(data.y_train, config.max_examples_per_class, config.seed))
+
+
+def _model(config: Config, shape: tuple[int, ...], kind: str, classes: int, device: torch.device) -> nn.Module:
+    """Return a model to train. Its parameters do not matter, since each message brings all of its state."""
+    model = build(config.model, shape, classes, config.seed, kind=kind).to(device)
+    check_precision(model, blank(1, shape, kind, device), config.precision)
+    return model
+
+
+_shared_model = lru_cache(maxsize=2)(_model)
 
 
 class LocalClient(NumPyClient):
@@ -51,7 +65,10 @@ class LocalClient(NumPyClient):
         self._config, self._part, self._context = config, part, context
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
-        self._model = build(config.model, examples.inputs.shape, classes, config.seed).to(device)
+        inputs = examples.inputs
+        # the nodes of a process share a model, but for the user's own, which may keep something from one to the next
+        make = _model if ":" in config.model else _shared_model
+        self._model = make(config, inputs.shape, inputs.kind, classes, device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
@@ -75,6 +92,8 @@ class LocalClient(NumPyClient):
                     patience=int(config[PATIENCE_KEY]) if exploring else None,
                     weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                     lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                    # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
+                    proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                     mask=current_subspace(self._context),
                     seed=seed,
                 )

@@ -122,9 +122,9 @@ def examples_to_train(data: Data, rows: NDArray[np.int64] | None = None) -> Exam
     return Examples(_shared(data, True), data.inputs, rows)
 
 
-def examples_to_test(data: Data) -> Examples:
-    """Return the test set."""
-    return Examples(_shared(data, False), data.inputs)
+def examples_to_test(data: Data, rows: NDArray[np.int64] | None = None) -> Examples:
+    """Return test examples: those at `rows`, int64 (n,), or all."""
+    return Examples(_shared(data, False), data.inputs, rows)
 
 
 @lru_cache(maxsize=8)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from autoflip_flwr.experiment.config import Config, ConfigError, shown
 from autoflip_flwr.experiment.data.files import KNOWN, store_of
+from autoflip_flwr.experiment.imported import check_module
+from autoflip_flwr.trackers.packages import lacks
 
 if TYPE_CHECKING:
     from autoflip_flwr.core.layout import Arrays
@@ -42,11 +44,15 @@ def check(config: Config, gpus: float) -> None:
     Raises
     ------
     ConfigError
-        For a device that does not exist or that clients would not get, a folder that cannot be written, a data set that
-        is neither there nor can be downloaded, and a run or an exploration with other settings.
+        For a device that does not exist or that clients would not get, a folder that cannot be written, a tracker whose
+        package is missing, a model of the user's own whose module is not there, a data set that is neither there nor
+        can be downloaded, and a run or an exploration with other settings.
     """
     check_device(config.device, gpus)
+    check_trackers(config)
     check_writable(Path(config.output_dir))
+    if ":" in config.model:
+        check_module("model", config.model)
     check_data(config)
     if config.exploration:
         earlier_exploration(config, None)
@@ -125,6 +131,13 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"output-dir = {shown(str(folder))}: cannot write to {there}: {error.strerror}") from None
+
+
+def check_trackers(config: Config) -> None:
+    """Raise ``ConfigError`` if the package of a tracker is not installed."""
+    for name in config.tracker_names:
+        if words := lacks(name):
+            raise ConfigError(f"trackers = {shown(config.trackers)}: {words}")
 
 
 def check_data(config: Config) -> None:

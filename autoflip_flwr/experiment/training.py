@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.examples import Examples
+from autoflip_flwr.experiment.precision import output
 from autoflip_flwr.experiment.startup import light_imports
 from autoflip_flwr.torch import masked_training
 
@@ -72,6 +73,7 @@ def train(
     weight_decay: float,
     mask: Subspace | None,
     seed: int,
+    proximal_mu: float = 0.0,
 ) -> Trained:
     """Train in place with a fresh optimizer.
 
@@ -85,7 +87,7 @@ def train(
     examples : Examples
         On the same device. They are augmented, where they say so.
     config : Config
-        Optimizer and batch size.
+        Optimizer, batch size, precision and clipping.
     epochs : int
         Maximum number of epochs.
     patience : int | None
@@ -98,6 +100,9 @@ def train(
         Applied after every optimizer step.
     seed : int
         Seed for the order of the examples, and their augmentation.
+    proximal_mu : float (0.0)
+        The gradients are those of the loss plus proximal_mu / 2 * ||w - w_start||^2 (FedProx, arXiv 1812.06127), where
+        w_start are the parameters before this training. The loss that is returned lacks this term.
     """
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
@@ -111,6 +116,8 @@ def train(
         for norm in norms:
             norm.eval()
     with masked_training(model, mask):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        start = [parameter.detach().clone() for parameter in trained] if proximal_mu else []
         while done < epochs:
             done += 1
             total = 0.0
@@ -118,8 +125,12 @@ def train(
             for rows in batches(every, config.batch_size, single=not norms):
                 optimizer.zero_grad()
                 x, y = examples.batch(rows, generator=order)
-                batch_loss = loss_of(model(x), y)
+                batch_loss = loss_of(output(model, x, config.precision), y)
                 batch_loss.backward()
+                if proximal_mu:
+                    _draw_to(start, trained, proximal_mu)
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_(trained, config.clip_norm)
                 optimizer.step()
                 total += batch_loss.item() * len(rows)
             loss = total / len(examples)
@@ -165,14 +176,24 @@ def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tenso
     return parts
 
 
+@torch.no_grad()
+def _draw_to(start: list[torch.Tensor], trained: list[nn.Parameter], mu: float) -> None:
+    """Add the gradient mu * (w - w_start). It is zero for pruned parameters, which a mask keeps where they began."""
+    for before, parameter in zip(start, trained, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - before, alpha=mu)
+
+
 def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over the parameters: a fifth of the time
     if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=weight_decay, fused=fused)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, examples: Examples, batch_size: int = 500) -> tuple[float, float]:
+def evaluate(model: nn.Module, examples: Examples, batch_size: int = 128) -> tuple[float, float]:
     """Return the mean cross-entropy, and the accuracy in [0, 1]. The examples are on the model's device."""
     model.eval()
     loss, right = 0.0, 0

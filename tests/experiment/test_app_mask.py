@@ -15,7 +15,7 @@ from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY

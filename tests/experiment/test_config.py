@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.core.choices import DATASETS
+from autoflip_flwr.core.choices import DATASETS, METHODS, MODELS
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
 from autoflip_flwr.experiment.data.files import KNOWN
+from autoflip_flwr.experiment.toml import literal
 from autoflip_flwr.launch.cli import main
 from autoflip_flwr.launch.settings import sections
-from autoflip_flwr.launch.toml import literal
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _DATASETS = f"one of {', '.join(DATASETS)}, or module:callable"
+
+
+TRACKERS = "must be empty, or one or more of tensorboard, wandb, mlflow, with commas in between"
 
 
 def test_pyproject_lists_the_settings_as_the_code_declares_them() -> None:
@@ -77,6 +80,13 @@ def test_values_reach_their_fields() -> None:
     assert Config.from_run_config(config.as_dict()) == config
 
 
+def test_trackers_are_separated_by_commas() -> None:
+    assert Config().tracker_names == ()
+    assert Config(trackers="wandb").tracker_names == ("wandb",)
+    assert Config(trackers="mlflow, tensorboard").tracker_names == ("mlflow", "tensorboard")
+    assert "trackers" not in Config().decisive()
+
+
 def test_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Config().lr = 0.1  # type: ignore[misc]
@@ -92,9 +102,16 @@ def test_is_frozen() -> None:
         ("sparsity", float("nan"), "sparsity = nan: must be a number in [0, 1)"),
         ("dataset", "foo", f"dataset = 'foo': must be {_DATASETS}"),
         ("dataset", 3, f"dataset = 3: must be {_DATASETS}"),
-        ("method", "AutoFLIP", "method = 'AutoFLIP': must be one of autoflip, fedavg, snip, magnitude, random"),
+        ("method", "AutoFLIP", f"method = 'AutoFLIP': must be one of {', '.join(METHODS)}"),
         ("split", "", "split = '': must be one of iid, dirichlet, pathological, shards, quantity, natural"),
-        ("model", "vgg", "model = 'vgg': must be one of cnn, twocnn, resnet18, resnet18-gn"),
+        ("model", "vgg", f"model = 'vgg': must be one of {', '.join(MODELS)}, or your own as module:callable"),
+        ("model", "a.b:c.d", f"model = 'a.b:c.d': must be one of {', '.join(MODELS)}, or your own as module:callable"),
+        (
+            "model",
+            "lstm",
+            "model = 'lstm': takes text (length,), not the images (C, H, W) of dataset = 'digits'; models that do: "
+            + ", ".join(name for name in MODELS if name not in ("lstm", "har-cnn")),
+        ),
         ("optimizer", "adamw", "optimizer = 'adamw': must be one of adam, sgd"),
         ("device", "gpu", "device = 'gpu': must be one of auto, cpu, cuda, mps"),
         ("scope", "x", "scope = 'x': must be one of global, layer, erk"),
@@ -132,6 +149,9 @@ def test_is_frozen() -> None:
         ("name", "a/b", "name = 'a/b': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("name", "a\n", "name = 'a\\n': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("output-dir", "", "output-dir = '': must be the path of a folder"),
+        ("trackers", "comet", f"trackers = 'comet': {TRACKERS}"),
+        ("trackers", "wandb,", f"trackers = 'wandb,': {TRACKERS}"),
+        ("trackers", "wandb, wandb", f"trackers = 'wandb, wandb': {TRACKERS}"),
         ("data-dir", 3, "data-dir = 3: must be a string"),
         (
             "data-dir",

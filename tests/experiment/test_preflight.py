@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -89,6 +90,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         assert refused(output_dir="/proc/runs").startswith("output-dir = '/proc/runs': cannot write to /proc: ")
     preflight.check_writable(tmp_path / "a" / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "file"]
+
+
+def test_a_tracker_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    preflight.check_trackers(Config(trackers="tensorboard,wandb,mlflow"))
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    assert refused(trackers="wandb", output_dir=str(tmp_path)) == (
+        "trackers = 'wandb': the package wandb is not installed: pip install 'autoflip-flwr[wandb]'"
+    )
 
 
 def test_data_that_are_not_at_hand(tmp_path: Path, data_dir: str):
