@@ -62,7 +62,7 @@ _SEED = Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
 _DATASET = Rule(
     str,
     f"one of {', '.join(choices.DATASETS)}, or module:callable",
-    lambda v: v in choices.DATASETS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", v) is not None,
+    lambda v: v in choices.DATASETS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", v) is not None,
     choices.DATASETS,
 )
 _NAME = Rule(

@@ -58,7 +58,7 @@ def test_every_image_set_is_known_by_its_files() -> None:
     assert (*KNOWN, "shakespeare", "har", "own") == DATASETS
 
 
-@pytest.mark.parametrize("dataset", ["my_data:load", "my.data:Sets.small"])
+@pytest.mark.parametrize("dataset", ["my_data:load", "my.data:small"])
 def test_a_data_set_of_ones_own_is_a_callable(dataset: str) -> None:
     assert Config.from_run_config({"dataset": dataset}).dataset == dataset
     with pytest.raises(ConfigError, match=r"^dataset = 'my data:load': must be one of digits, .*, own, or module:call"):

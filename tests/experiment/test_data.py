@@ -17,7 +17,7 @@ import torch
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data.dataset import Data, Inputs
 from autoflip_flwr.experiment.data.files import cache_dir
-from autoflip_flwr.experiment.data.load import _load, _load_for, check_data, load, load_for, prepare
+from autoflip_flwr.experiment.data.load import _load, check_data, load, load_for, prepare
 from autoflip_flwr.experiment.examples import examples_to_train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,6 @@ RAW = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-u
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path / "cache"))
     _load.cache_clear()
-    _load_for.cache_clear()
     return tmp_path / "cache"
 
 
@@ -381,7 +380,7 @@ def test_input_size_and_augmentation_are_of_images(data_dir: str) -> None:
     with pytest.raises(ConfigError, match="input-size = 9: must be at most 8, as in digits"):
         load_for(Config(input_size=9))
     with pytest.raises(ConfigError, match="dataset = 'har': holds no images, so input-size must be 0"):
-        load_for(Config(dataset="har", data_dir=data_dir, augment="flip"))
+        load_for(Config(dataset="har", model="har-cnn", data_dir=data_dir, augment="flip"))
 
 
 def test_what_is_prepared_is_checked(tmp_path: Path, fresh_cache: Path) -> None:

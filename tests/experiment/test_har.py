@@ -28,7 +28,7 @@ def test_har_by_person(data_dir: str) -> None:
     assert data.owners is not None
     assert np.array_equal(data.owners, subject[~test])
     assert len(data.y_test) == test.sum() == 2584
-    parts = partition_by(Config(dataset="har", split="natural"), data, 30)
+    parts = partition_by(Config(dataset="har", model="har-cnn", split="natural"), data, 30)
     assert [len(part) for part in parts] == np.bincount(subject[~test]).tolist()
     x, _ = examples_to_train(data).batch(torch.arange(len(data.y_train)))
     assert torch.allclose(x.mean((0, 2)), torch.zeros(9), atol=1e-4)

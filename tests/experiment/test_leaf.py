@@ -157,7 +157,9 @@ def test_texts_by_speaker(data_dir: str, tmp_path: Path, monkeypatch: pytest.Mon
     data = load("shakespeare", data_dir)
     assert data.owners is not None
     counts = np.bincount(data.owners)
-    assert len(counts) == len(partition_by(Config(dataset="shakespeare", split="natural"), data, len(counts)))
+    assert len(counts) == len(
+        partition_by(Config(dataset="shakespeare", model="lstm", split="natural"), data, len(counts))
+    )
     assert counts.min() > 25_000
     assert data.x_train.dtype == np.uint8
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data.dataset import Data
 from autoflip_flwr.experiment.data.files import Found, check_name, find, store_of
 from autoflip_flwr.experiment.data.partition import partition_by
+from autoflip_flwr.experiment.imported import check_module
 
 
 def load(dataset: str, data_dir: str = "") -> Data:
@@ -32,7 +34,7 @@ def load(dataset: str, data_dir: str = "") -> Data:
     ConfigError
         For an unknown data set, files missing, damaged or of another shape, or no network for a download.
     """
-    return _load(dataset, "" if dataset == "digits" else data_dir)
+    return _load(dataset, "" if dataset == "digits" or not data_dir else str(Path(data_dir).expanduser().absolute()))
 
 
 def load_for(config: Config, data_dir: str | None = None) -> Data:
@@ -46,7 +48,8 @@ def load_for(config: Config, data_dir: str | None = None) -> Data:
         A node's own folder; `None` for that of the settings.
     """
     where = config.resolved_data_dir if data_dir is None else data_dir
-    return _load_for(config.dataset, where, config.input_size, config.augment)
+    data = load(config.dataset, where)
+    return _adapted(data, config.input_size, config.augment) if config.input_size or config.augment != "none" else data
 
 
 def prepare(config: Config) -> None:
@@ -57,9 +60,11 @@ def prepare(config: Config) -> None:
     Raises
     ------
     ConfigError
-        If the data set cannot be loaded, or not be split between `nodes` nodes.
+        If the data set cannot be loaded, has no test examples, or cannot be split between `nodes` nodes.
     """
     data = load_for(config)
+    if not len(data.y_test):
+        raise ConfigError(f"dataset = {config.dataset!r}: the server's data have no test examples: add x_test, y_test")
     if config.nodes:
         partition_by(config, data, config.nodes)
 
@@ -73,6 +78,8 @@ def check_data(config: Config) -> Found | None:
         If it is not there, or is malformed.
     """
     check_name(config.dataset)
+    if ":" in config.dataset:
+        check_module("dataset", config.dataset)
     if config.dataset == "digits" or ":" in config.dataset:
         return None
     found = find(config.dataset, config.resolved_data_dir)
@@ -105,15 +112,12 @@ def _load(dataset: str, data_dir: str) -> Data:
 
 
 @lru_cache(maxsize=8)
-def _load_for(dataset: str, data_dir: str, input_size: int, augment: str) -> Data:
-    data = load(dataset, data_dir)
+def _adapted(data: Data, input_size: int, augment: str) -> Data:
     inputs = data.inputs
-    if not input_size and augment == "none":
-        return data
     if inputs.kind != "image":
-        raise ConfigError(f"dataset = {dataset!r}: holds no images, so input-size must be 0 and augment 'none'")
+        raise ConfigError(f"dataset = {data.name!r}: holds no images, so input-size must be 0 and augment 'none'")
     channels, height, width = inputs.shape
     if input_size > min(height, width):
-        raise ConfigError(f"input-size = {input_size}: must be at most {min(height, width)}, as in {dataset}")
+        raise ConfigError(f"input-size = {input_size}: must be at most {min(height, width)}, as in {data.name}")
     shape = (channels, input_size, input_size) if input_size else inputs.shape
     return replace(data, inputs=inputs._replace(shape=shape, augment=augment))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data.dataset import Arrays, Data, Inputs, data_of
 from autoflip_flwr.experiment.data.files import ABOUT, TEST_FILE, Found
-from autoflip_flwr.experiment.data.reading import one_line, plain_array, plain_arrays, read_json
+from autoflip_flwr.experiment.data.reading import plain_array, plain_arrays, read_json
 from autoflip_flwr.experiment.data.statistics import channel_statistics, pixel_statistics
 from autoflip_flwr.experiment.data.stored import stored
+from autoflip_flwr.experiment.imported import find, in_words
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test", "owner_train")
 _FACTS = ("classes", "mean", "std")
@@ -47,18 +47,13 @@ def called(dataset: str, data_dir: str) -> Data:
 
     The arrays may be memory-mapped. They are checked, but not stored.
     """
-    module, _, name = dataset.partition(":")
     where = f"dataset = {dataset!r}: "
+    function = find("dataset", dataset)
     try:
-        function: Any = importlib.import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}cannot be imported: {one_line(error)}") from error
-    try:
+        # by keyword, which functions that were not written for this refuse
         result = function(data_dir=data_dir)
-    except TypeError as error:
-        raise ConfigError(f"{where}cannot be called with data_dir=: {one_line(error)}") from error
+    except Exception as error:  # whatever the user's function raises
+        raise ConfigError(f"{where}called with data_dir={data_dir!r}, it failed: {in_words(error)}") from error
     if not isinstance(result, Mapping) or not {"x_train", "y_train"} <= result.keys() <= {*_ARRAYS, *_FACTS}:
         raise ConfigError(f"{where}expected a dict with x_train, y_train and some of {', '.join(_ARRAYS[2:] + _FACTS)}")
     mapped = {each: np.asarray(result[each]) for each in _ARRAYS if each in result}
@@ -67,7 +62,7 @@ def called(dataset: str, data_dir: str) -> Data:
     arrays = _whole(mapped)
     inputs = _kind(arrays, where, "")
     facts = _checked({each: result[each] for each in _FACTS if each in result}, where)
-    statistics = {} if "mean" in facts else _statistics(arrays, inputs, where, "")
+    statistics = _statistics(arrays, inputs, where, "")
     return _data(dataset, arrays, inputs, statistics, facts, where, "")
 
 
@@ -75,7 +70,13 @@ def _data(
     name: str, arrays: Arrays, inputs: Inputs, statistics: Arrays, facts: Mapping[str, Any], where: str, suffix: str
 ) -> Data:
     labels = [y for y in (arrays["y_train"], arrays["y_test"]) if y.size and y.dtype.kind in "iu"]
-    classes = facts.get("classes") or max((int(y.max()) + 1 for y in labels), default=1)
+    least, most = statistics["range"].tolist() if inputs.kind == "text" else (0, 0)
+    classes = facts.get("classes") or max(most + 1, *(int(y.max()) + 1 for y in labels), 1)
+    if least < 0 or most >= classes:
+        raise ConfigError(
+            f"{where}x_train{suffix}: expected integers within 0 and {classes - 1}, since the classes are the "
+            f"vocabulary too, found {least} to {most}"
+        )
     if inputs.kind != "text":
         channels = inputs.shape[0]
         mean, std = (tuple(facts.get(each) or statistics[each].tolist()) for each in ("mean", "std"))
@@ -119,10 +120,11 @@ def _kind(arrays: Arrays, where: str, suffix: str) -> Inputs:
 
 
 def _statistics(arrays: Arrays, inputs: Inputs, where: str, suffix: str) -> Arrays:
-    """Return mean and std of the training data; none for text."""
+    """Return mean and std of the training data, or the range of all text."""
     x = arrays["x_train"]
     if inputs.kind == "text":
-        return {}
+        texts = [each for each in (x, arrays["x_test"]) if each.size]
+        return {"range": np.array([min(each.min() for each in texts), max(each.max() for each in texts)], np.int64)}
     if inputs.kind == "image":
         mean, std = pixel_statistics(x.reshape(*x.shape[:3], -1))
     else:
