@@ -14,7 +14,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import Request
 from autoflip_flwr.wire.keys import ASK, HEADER, STATISTICS
 from autoflip_flwr.wire.records import WireError
-from autoflip_flwr.wire.request import pack_statistics, read_ask, to_report
+from autoflip_flwr.wire.request import ask_entry, pack_statistics, read_ask, to_report
 
 _REPORTED = f"{HEADER}.reported."
 
@@ -65,8 +65,7 @@ def note_asked(context: Context, asked: tuple[Request, ...]) -> None:
     for key in [key for key in context.state if key.startswith(_REPORTED)]:
         del context.state[key]
     state = {key: value for key, value in context.state.get(HEADER, ConfigRecord()).items() if key != ASK}
-    if asked:
-        state[ASK] = [" ".join(each) for each in asked]
+    state |= ask_entry(asked)
     context.state[HEADER] = ConfigRecord(state)  # type: ignore[arg-type]
 
 

@@ -21,6 +21,10 @@ LOG8 = "log8"
 DELTAS = (LOG8, "float32")
 """Encodings of explorers' deltas and of other statistics."""
 
+PLACES = "places"
+CODES = (*DELTAS, PLACES)
+"""Encodings of a requested statistic; ``places`` says only which entries are the top ones."""
+
 CODED = ("bfloat16", "float16", "int8")
 VALUES = ("float32", *CODED)
 """Encodings of values in the rounds; ``float32`` means unquantised, in the model's own dtype (whatever it is)."""
@@ -32,13 +36,49 @@ COORDINATES = ("auto", *PACKINGS)
 OVER = ("kept", "pruned", "all")
 """Which entries a statistic is requested for."""
 
-# Used only by the shipped app.
-METHODS = ("autoflip", "fedavg", "snip", "magnitude", "random")
-PRUNING = tuple(method for method in METHODS if method != "fedavg")
-ASKING = ("autoflip", "snip")
-"""Methods that request statistics from clients before training."""
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
-SPLITS = ("iid", "dirichlet", "pathological")
+GROW_FROM = ("last", "outside")
+"""Value at which a grown entry starts: its last one, or that of pruned entries."""
+
+# Used only by the shipped app. What each method does: docs/methods.md.
+METHODS = (
+    "autoflip",
+    "fedavg",
+    "fedprox",
+    "random",
+    "magnitude",
+    "erk",
+    "snip",
+    "ssfl",
+    "prunefl",
+    "feddst",
+    "rigl",
+    "gradual",
+    "fedlex",
+    "sequential-leak",
+)
+DENSE = ("fedavg", "fedprox", "fedlex")
+"""Methods that prune nothing."""
+PRUNING = tuple(method for method in METHODS if method not in DENSE)
+PLAIN = ("fedavg", "fedprox")
+"""Methods that run as Flower's own strategy, unless their values are quantised."""
+WRAPPED = tuple(method for method in METHODS if method not in PLAIN)
+ASKING = ("autoflip", "snip", "ssfl", "fedlex", "sequential-leak")
+"""Methods that request statistics from many clients before training."""
+EXPLORING = ("autoflip", "prunefl", "fedlex", "sequential-leak")
+"""Methods whose explorers train."""
+RANKED = ("autoflip", "snip", "magnitude", "random", "gradual", "sequential-leak")
+"""Methods that rank entries in the scope that the user chooses."""
+CHANGING = ("prunefl", "feddst", "rigl", "gradual")
+"""Methods that change the mask during training."""
+EXCHANGING = ("prunefl", "feddst", "rigl")
+"""Methods that exchange entries of the mask for others."""
+FADING = ("feddst", "rigl")
+"""Methods that exchange fewer entries from time to time, until a share of the rounds."""
+MINIBATCH = ("ssfl", "rigl", "feddst")
+"""Methods whose clients compute a requested statistic on one minibatch; those of the others use all examples."""
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "femnist", "shakespeare", "har", "own")
+AUGMENTS = ("none", "flip", "crop", "crop-flip", "crop-flip-jitter")
+SPLITS = ("iid", "dirichlet", "pathological", "shards", "quantity", "natural")
 DATASET_INPUTS = {
     "digits": "image",
     "mnist": "image",
@@ -70,3 +110,5 @@ PRECISIONS = ("float32", "bfloat16")
 """Number formats in which clients compute forward and backward passes."""
 OPTIMIZERS = ("adam", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Where runs can be followed. Each has the name of its package, and of the extra that installs it."""

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from autoflip_flwr.core.choices import DELTAS, OVER, WEIGHTINGS
+from autoflip_flwr.core.choices import CODES, GROW_FROM, OVER, PLACES, WEIGHTINGS
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.request import DELTA, Request
+from autoflip_flwr.core.request import DECIMALS, DELTA, Request
 from autoflip_flwr.core.statistics import Statistics
 
 
@@ -44,6 +44,11 @@ class Method:
         ``"scratch"`` if training begins at W0; anything else if :meth:`begin` returns another model.
     squares : Collection[str]
         Names of the statistics whose squares are averaged too.
+    dense : bool
+        Whether the method prunes nothing, and asks clients before training although the sparsity is 0.
+    grow_from : str
+        Value at which an entry that is grown starts: ``"last"`` (its last one), or ``"outside"`` (the value of pruned
+        entries, as in RigL). A method whose masks only shrink says ``"outside"``: then no last values are kept.
     """
 
     explorers: float = 1.0
@@ -54,6 +59,19 @@ class Method:
     public: bool = False
     initial: str = "scratch"
     squares: ClassVar[Collection[str]] = ()
+    dense: bool = False
+    grow_from: str = "last"
+
+    def plan(self, sparsity: float, rounds: int) -> None:
+        """Learn the sparsity and the number of rounds of the run that begins; default: nothing.
+
+        A method whose masks depend on them returns them from :meth:`state`, so that a run that goes on keeps its plan.
+
+        Raises
+        ------
+        ValueError
+            If the method cannot work with them.
+        """
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Return the statistics to request from clients in a round (round 0: before training); default: none."""
@@ -108,7 +126,8 @@ class Method:
         """Return the mask for a round > 1, or ``None`` to keep the current one.
 
         ``model`` is the model after the previous round (full arrays by name, read-only). ``seen`` is what clients
-        reported in that round.
+        reported in the last round that asked them; ``None`` if nobody reported. The mask's layout is as in
+        :meth:`first`; the mask that is returned has the same.
         """
         return None
 
@@ -148,6 +167,8 @@ def check_method(method: Method) -> None:
     for field in ("min_explorers", "batches"):
         if getattr(method, field) < 1:
             raise ValueError(f"{name}: {field} = {getattr(method, field)}: must be at least 1")
+    if method.grow_from not in GROW_FROM:
+        raise ValueError(f"{name}: grow_from = {method.grow_from!r}: must be one of {', '.join(GROW_FROM)}")
     if method.weighting not in WEIGHTINGS:
         raise ValueError(f"{name}: weighting = {method.weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
     timeout: Any = method.timeout
@@ -175,9 +196,13 @@ def check_requests(method: Method, round_: int) -> tuple[Request, ...]:
     for each in asked:
         if not each.name or not set(each.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
             raise ValueError(f"{name}: the name {each.name!r} must be of lower-case letters, digits and '-'")
-        if each.over not in OVER or each.code not in DELTAS:
-            raise ValueError(f"{name}: {each}: over must be one of {', '.join(OVER)}, code of {', '.join(DELTAS)}")
-        if each.name == DELTA and each.over != ("all" if round_ == 0 else "kept"):
+        if each.over not in OVER or each.code not in CODES:
+            raise ValueError(f"{name}: {each}: over must be one of {', '.join(OVER)}, code of {', '.join(CODES)}")
+        if not isinstance(each.top, int | float) or not 0 < each.top <= 1 or round(each.top, DECIMALS) != each.top:
+            raise ValueError(f"{name}: top = {each.top!r}: must be a share in (0, 1], of at most {DECIMALS} decimals")
+        if each.top == 1 and each.code == PLACES:
+            raise ValueError(f"{name}: {each}: the places of all entries say nothing: give top")
+        if each.name == DELTA and (each.top < 1 or each.over != ("all" if round_ == 0 else "kept")):
             raise ValueError(f"{name}: deltas are there of all entries in round 0, and of kept ones in the others")
     if len({each.name for each in asked}) < len(asked):
         raise ValueError(f"{name}: the names of its requests must differ")

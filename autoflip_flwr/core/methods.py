@@ -36,7 +36,7 @@ class Scored(Method):
     scope: str = "global"
 
     def __post_init__(self) -> None:
-        _check_choice(self, "scope", SCOPES)
+        check_choice(self, "scope", SCOPES)
 
     def __repr__(self) -> str:
         told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -171,14 +171,9 @@ class LossExploration(_Asks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "patience"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer):
-                raise TypeError(f"LossExploration: {name} = {value!r}: must be a whole number")
-            if value < 1:
-                raise ValueError(f"LossExploration: {name} = {value}: must be at least 1")
-        _check_choice(self, "normalisation", NORMALISATIONS)
-        _check_choice(self, "initial", INITIALS)
+        check_counts(self, "epochs", "patience")
+        check_choice(self, "normalisation", NORMALISATIONS)
+        check_choice(self, "initial", INITIALS)
         if not isinstance(self.gamma, int | float | np.number):
             raise TypeError(f"LossExploration: gamma = {self.gamma!r}: must be a number")
         if not 0 <= self.gamma < np.inf:
@@ -236,11 +231,24 @@ class LossExploration(_Asks):
 
     def begin(self, initial: Arrays, seen: Statistics | None) -> Arrays:
         """Return W0, or the explorers' average."""
-        return initial if self.initial == "scratch" or seen is None else start_arrays(initial, Exploration.of(seen))
+        if self.initial == "scratch" or seen is None:
+            return initial
+        return start_arrays(initial, Exploration.of(seen).signed_mean)
 
 
-def _check_choice(method: Method, name: str, allowed: Iterable[str]) -> None:
+def check_choice(method: Method, name: str, allowed: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless a field of a method has one of the allowed values."""
     if getattr(method, name) not in list(allowed):
         raise ValueError(
             f"{type(method).__name__}: {name} = {getattr(method, name)!r}: must be one of {', '.join(allowed)}"
         )
+
+
+def check_counts(method: Method, *names: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless these fields of a method are whole numbers >= 1."""
+    for name in names:
+        value = getattr(method, name)
+        if not isinstance(value, int | np.integer):
+            raise TypeError(f"{type(method).__name__}: {name} = {value!r}: must be a whole number")
+        if value < 1:
+            raise ValueError(f"{type(method).__name__}: {name} = {value}: must be at least 1")

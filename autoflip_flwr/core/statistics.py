@@ -187,11 +187,9 @@ def minmax(values: Floats) -> NDArray[np.float64]:
     return result
 
 
-def start_arrays(initial: Mapping[str, NDArray[np.generic]], exploration: Exploration) -> Arrays:
+def start_arrays(initial: Mapping[str, NDArray[np.generic]], signed_mean: Mapping[str, Floats]) -> Arrays:
     """Return the explorers' average ``W0 + A`` in the dtypes of ``initial``."""
     return {
-        name: np.asarray(array.astype(np.float64) + exploration.signed_mean[name], array.dtype)
-        if name in exploration.signed_mean
-        else array
+        name: np.asarray(array.astype(np.float64) + signed_mean[name], array.dtype) if name in signed_mean else array
         for name, array in initial.items()
     }

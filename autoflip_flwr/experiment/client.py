@@ -5,19 +5,21 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
+from torch import nn
 
 from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
-from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
@@ -26,8 +28,20 @@ from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY
 @lru_cache(maxsize=32)
 def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
     """Return one node's examples: all of the folder's if `parts` is 0."""
-    data = load(config.dataset, data_dir)
-    return examples_to_train(data, partition_by(config, data.y_train, parts)[part] if parts else None)
+    data = load_for(config, data_dir)
+    if parts:
+        return examples_to_train(data, partition_by(config, data, parts)[part])
+    return examples_to_train(data, subset(data.y_train, config.max_examples_per_class, config.seed))
+
+
+def _model(config: Config, shape: tuple[int, ...], kind: str, classes: int, device: torch.device) -> nn.Module:
+    """Return a model to train. Its parameters do not matter, since each message brings all of its state."""
+    model = build(config.model, shape, classes, config.seed, kind=kind).to(device)
+    check_precision(model, blank(1, shape, kind, device), config.precision)
+    return model
+
+
+_shared_model = lru_cache(maxsize=2)(_model)
 
 
 class LocalClient(NumPyClient):
@@ -52,8 +66,9 @@ class LocalClient(NumPyClient):
         device = training.choose_device(config.device)
         self._examples = examples.to(device)
         inputs = examples.inputs
-        self._model = build(config.model, inputs.shape, classes, config.seed, kind=inputs.kind).to(device)
-        check_precision(self._model, blank(1, inputs.shape, inputs.kind, device), config.precision)
+        # the nodes of a process share a model, but for the user's own, which may keep something from one to the next
+        make = _model if ":" in config.model else _shared_model
+        self._model = make(config, inputs.shape, inputs.kind, classes, device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
@@ -110,7 +125,7 @@ def client_fn(context: Context) -> Client:
         )
     data_dir = str(node.get("data-dir", config.resolved_data_dir))
     examples = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, examples, load(config.dataset, data_dir).classes, context).to_client()
+    return LocalClient(config, part, examples, load_for(config, data_dir).classes, context).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,6 @@ Value = bool | int | float | str
 
 PATHS = ("data-dir", "output-dir", "exploration", "resume")
 """The settings that are paths."""
-
-_DATA_FILES = (
-    "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
-    "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
-)
 
 
 class ConfigError(ValueError):
@@ -42,6 +37,10 @@ class Rule:
     allowed: str
     accepts: Callable[[Any], bool] = lambda _: True
     choices: tuple[str, ...] = ()
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _choice(allowed: tuple[str, ...]) -> Rule:
@@ -60,13 +59,23 @@ _ABOVE_ONE = Rule(float, "a number > 1", lambda v: v > 1)
 _UP_TO_ONE = Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
 _UNIT = Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _SEED = Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
-_CLASSES = Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
+_DATASET = Rule(
+    str,
+    f"one of {', '.join(choices.DATASETS)}, or module:callable",
+    lambda v: v in choices.DATASETS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", v) is not None,
+    choices.DATASETS,
+)
 _NAME = Rule(
     str,
     "at most 64 letters, digits, '.', '_' or '-'",
     lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
 )
 _FOLDER_NAME = Rule(str, "the path of a folder", lambda v: v != "")
+_TRACKERS = Rule(
+    str,
+    f"empty, or one or more of {', '.join(choices.TRACKERS)}, with commas in between",
+    lambda v: v == "" or (set(_parts(v)) <= set(choices.TRACKERS) and len(_parts(v)) == len(set(_parts(v)))),
+)
 _MODEL = Rule(
     str,
     f"one of {', '.join(choices.MODELS)}, or your own as module:callable",
@@ -109,17 +118,44 @@ class Config:
     seed: int = _of_run(1, _SEED, "Of everything random")
     output_dir: str = _of_run("runs", _FOLDER_NAME, "Where the run's own folder is made")
 
-    dataset: str = _of_data("digits", _choice(choices.DATASETS), "The data set")
+    trackers: str = _of_run(
+        "", _TRACKERS, "Also write the run for TensorBoard, Weights & Biases or MLflow, into the run's folder"
+    )
+
+    dataset: str = _of_data("digits", _DATASET, "The data set; own is the data of data-dir")
     data_dir: str = _of_data(
         "", _TEXT, "Existing folder that holds it. Empty: $AUTOFLIP_DATA, else torchvision downloads it"
     )
+    max_examples_per_class: int = _of_data(
+        0, _NOT_BELOW_ZERO, "Most training examples of a class, drawn by the seed, for quick runs. 0: all"
+    )
+    input_size: int = _of_data(0, _NOT_BELOW_ZERO, "Height and width to which images are cropped. 0: as they are")
+    augment: str = _of_data(
+        "none", _choice(choices.AUGMENTS), "Random changes of images in training; evaluation takes their middle"
+    )
     split: str = _of_data(
-        "dirichlet", _choice(choices.SPLITS), "Among the nodes: evenly, by label skew, or few classes for each node"
+        "dirichlet",
+        _choice(choices.SPLITS),
+        "Among the nodes: evenly, by label skew, few classes for each node, shards of sorted labels, unequal amounts, "
+        "or one writer, speaker or person for each node",
     )
     alpha: float = _of_data(
         0.3, _POSITIVE, "Of the Dirichlet split: the smaller, the more skewed", only_with=("split", ("dirichlet",))
     )
-    classes_per_client: int = _of_data(2, _CLASSES, "Of the pathological split", only_with=("split", ("pathological",)))
+    classes_per_client: int = _of_data(2, _COUNT, "Of the pathological split", only_with=("split", ("pathological",)))
+    shards_per_node: int = _of_data(2, _COUNT, "Of the shards split", only_with=("split", ("shards",)))
+    size_spread: float = _of_data(
+        1.0,
+        _NOT_NEGATIVE,
+        "Of the quantity split: standard deviation of the logarithm of the nodes' sizes",
+        only_with=("split", ("quantity",)),
+    )
+    min_examples: int = _of_data(
+        0,
+        _NOT_BELOW_ZERO,
+        "Fewest examples of a node; owners with fewer take no part. 0: what a small batch needs, or 1",
+        only_with=("split", ("dirichlet", "quantity", "natural")),
+    )
     nodes: int = _of_data(0, _NOT_BELOW_ZERO, "SuperNodes to wait for. 0: as many as connect, at least 2")
     node_timeout: float = _of_data(
         60.0, _POSITIVE, "Seconds without a new node after which a run no longer waits for more"
@@ -152,6 +188,15 @@ class Config:
     fraction_train: float = _of_rounds(1.0, _UP_TO_ONE, "Share of the nodes that train in a round")
     fraction_evaluate: float = _of_rounds(
         0.0, _UNIT, "Share of the nodes that evaluate in a round; the server evaluates centrally in any case"
+    )
+    evaluate_every: int = _of_rounds(
+        0,
+        _NOT_BELOW_ZERO,
+        "The server evaluates the model every so many rounds, and after the last. 0: as often as costs less than a "
+        "tenth of the training",
+    )
+    test_examples: int = _of_rounds(
+        0, _NOT_BELOW_ZERO, "Test examples of these evaluations, the same ones in every run. 0: all"
     )
     round_timeout: float = _of_rounds(
         600.0, _POSITIVE, "Seconds after which a round goes on without the missing replies"
@@ -221,15 +266,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            rule: Rule = each.metadata["rule"]
-            value = getattr(self, each.name)
-            if rule.kind is float and type(value) is int:
-                # An integer beyond the range of a float counts as infinity.
-                value = float(value) if abs(value) < 2**1023 else math.inf
-                object.__setattr__(self, each.name, value)
-            wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
-            if wrong or not rule.accepts(value):
-                raise ConfigError(f"{key_of(each)} = {shown(value)}: must be {rule.allowed}")
+            object.__setattr__(self, each.name, allowed(each, getattr(self, each.name)))
         for key, value in self.as_dict().items():
             if key in PATHS and any(ord(character) < 32 for character in str(value)):
                 raise ConfigError(
@@ -265,16 +302,12 @@ class Config:
         ConfigError
             For an unknown key, a wrong type, a value out of range or a path that does not exist.
         """
-        names = {key_of(each): each.name for each in fields(cls)}
-        for key, value in values.items():
-            if key not in names:
-                close = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}"
-                raise ConfigError(f"{key} = {shown(value)}: no such setting; {hint}")
-        config = cls(**{names[key]: value for key, value in values.items()})  # type: ignore[arg-type]
+        found = {setting(key, value).name: value for key, value in values.items()}
+        config = cls(**found)  # type: ignore[arg-type]
         if check_paths:
             if config.data_dir and not Path(config.data_dir).is_dir():
-                raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder with {_DATA_FILES}")
+                where = shown(config.data_dir)
+                raise ConfigError(f"data-dir = {where}: must be an existing folder; docs/data.md says with which files")
             if config.exploration and not Path(config.exploration).is_file():
                 raise ConfigError(f"exploration = {shown(config.exploration)}: must be an existing file")
             if config.resume and not (Path(config.resume) / "config.json").is_file():
@@ -298,6 +331,11 @@ class Config:
         return {key: value for key, value in self.as_dict().items() if key not in _FREE}
 
     @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The names in `trackers`."""
+        return tuple(_parts(self.trackers)) if self.trackers else ()
+
+    @property
     def resolved_data_dir(self) -> str:
         """Folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
         return self.data_dir or os.environ.get("AUTOFLIP_DATA", "")
@@ -306,15 +344,58 @@ class Config:
 _FREE = (
     "name",
     "output-dir",
+    "trackers",
     "data-dir",
     "nodes",
     "node-timeout",
     "round-timeout",
     "exploration-timeout",
+    "evaluate-every",
     "num-server-rounds",
     "checkpoints",
     "resume",
 )
+
+
+@cache
+def _by_key() -> "dict[str, Field[Any]]":
+    return {key_of(each): each for each in fields(Config)}
+
+
+def setting(key: str, value: object = ...) -> "Field[Any]":
+    """Return the field of `Config` with this kebab-case key. ``value`` is only shown, in the error.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    known = _by_key()
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"
+        told = key if value is ... else f"{key} = {shown(value)}"
+        raise ConfigError(f"{told}: no such setting; {hint}")
+    return known[key]
+
+
+def allowed(field_: "Field[Any]", value: Any) -> Value:
+    """Return a value for a field of `Config`; an integer for a float is converted.
+
+    Raises
+    ------
+    ConfigError
+        If the field's rule does not allow it.
+    """
+    rule: Rule = field_.metadata["rule"]
+    if rule.kind is float and type(value) is int:
+        # An integer beyond the range of a float counts as infinity.
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
+    if wrong or not rule.accepts(value):
+        raise ConfigError(f"{key_of(field_)} = {shown(value)}: must be {rule.allowed}")
+    found: Value = value
+    return found
 
 
 def shown(value: object) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.data import ImageData, Inputs
+from autoflip_flwr.experiment.augment import augmented, centred
+from autoflip_flwr.experiment.data.dataset import Data, Inputs
 
 
 class Shared:
@@ -84,7 +85,7 @@ class Examples:
         rows : Tensor
             int64 (n,), positions in [0, len(self)).
         generator : torch.Generator | None
-            On the CPU. Inputs are augmented, with random numbers from it, only where it is given.
+            On the CPU. Images are augmented, with random numbers from it, only where it is given.
 
         Returns
         -------
@@ -93,32 +94,39 @@ class Examples:
         """
         rows = rows.to(self.device)
         raw = self._x.index_select(0, rows if self._rows is None else self._rows[rows])
-        return self._prepared(raw), self.labels[rows]
+        return self._prepared(raw, generator), self.labels[rows]
 
     def to(self, device: torch.device) -> Examples:
         """Return the same examples on another device."""
         return self if device == self.device else Examples(self._shared, self.inputs, self._own, device)
 
-    def _prepared(self, raw: torch.Tensor) -> torch.Tensor:
-        if self.inputs.kind == "text":
+    def _prepared(self, raw: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        kind, shape, augment = self.inputs.kind, self.inputs.shape, self.inputs.augment
+        if kind == "text":
             return raw.long()
-        if self.inputs.kind == "image":
-            x = raw.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(self._white)
+        if kind == "image":
+            size = (shape[1], shape[2])
+            if augment != "none" and generator is not None:
+                raw = augmented(raw, size, augment, generator)
+            elif tuple(raw.shape[1:3]) != size:
+                raw = centred(raw, size)
+            pixels = raw.permute(0, 3, 1, 2)
+            x = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(self._white)
         else:
             x = raw.float()  # a copy already, since it was selected
         return x.sub_(self._mean).div_(self._std) if self.inputs.mean else x
 
 
-def examples_to_train(data: ImageData, rows: NDArray[np.int64] | None = None) -> Examples:
+def examples_to_train(data: Data, rows: NDArray[np.int64] | None = None) -> Examples:
     """Return training examples: those at `rows`, int64 (n,), or all. The arrays are shared by all that ask."""
     return Examples(_shared(data, True), data.inputs, rows)
 
 
-def examples_to_test(data: ImageData) -> Examples:
-    """Return the test set."""
-    return Examples(_shared(data, False), data.inputs)
+def examples_to_test(data: Data, rows: NDArray[np.int64] | None = None) -> Examples:
+    """Return test examples: those at `rows`, int64 (n,), or all."""
+    return Examples(_shared(data, False), data.inputs, rows)
 
 
 @lru_cache(maxsize=8)
-def _shared(data: ImageData, training: bool) -> Shared:
+def _shared(data: Data, training: bool) -> Shared:
     return Shared(data.x_train, data.y_train) if training else Shared(data.x_test, data.y_test)

@@ -58,6 +58,7 @@ class Beginning(Rounds):
         self._integers = not self._packed and traits.shows_integers(self.strategy)
         layout = self._layout(initial)
         self._let_go(layout)
+        self.method.plan(self.sparsity, given["num_rounds"])
         rehearse(self.method, self.sparsity, layout, initial, self.mask, statistics_of(self.exploration))
         self._quarantine = Quarantine(self.rules, self.ledger)
         asked = [bool(check_requests(self.method, round_)) for round_ in range(1, given["num_rounds"] + 1)]
@@ -116,7 +117,7 @@ class Beginning(Rounds):
                 log(INFO, "what rounding had lost of the nodes' updates is forgotten: int8 replies begin without it")
 
         def keep(round_: int, arrays: ArrayRecord) -> None:
-            shadow = None if self._shadow is anchor else self._shadow
+            shadow = None if self._shadow is anchor or self.method.grow_from != "last" else self._shadow
             base = None if self._base is None else stored
             next_mask = None if self.mask is translator.mask else self.mask
             progress.keep(round_, arrays, shadow, base, translator, parts, next_mask)
@@ -188,7 +189,7 @@ class Beginning(Rounds):
 
     @property
     def _explores(self) -> bool:
-        chooses = self.mask is None and self.exploration is None and self.sparsity > 0
+        chooses = self.mask is None and self.exploration is None and (self.sparsity > 0 or self.method.dense)
         return chooses and bool(self.method.request(0))
 
     def _translate(

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.statistics import statistics_of
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
 from autoflip_flwr.server.first_mask import warn_of_problems
@@ -35,7 +36,7 @@ class Rounds(Configured):
     _packed: bool
     _translator: Translator | None
     _shadow: Arrays
-    """The last values of the pruned entries, as full arrays."""
+    """The values from which pruned entries grow, as full arrays."""
     _base: Arrays | None
     """The values outside the mask if they are those with which training began, as full arrays; ``None``: zero."""
     _changed: Arrays | None
@@ -158,6 +159,11 @@ class Rounds(Configured):
         check_mask(value, self._started.mask.layout, "strategy.mask = ...")
 
     @property
+    def rounds_before(self) -> int:
+        """Rounds that were finished before this process, if the run is resumed. Flower counts the others from 1."""
+        return self._progress.before
+
+    @property
     def _started(self) -> Translator:
         if self._translator is None:
             raise RuntimeError(
@@ -171,7 +177,8 @@ class Rounds(Configured):
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
         if server_round > 1 and translator.mask.layout.prunable:
-            new = refined(self.method, server_round, translator.mask, full, translator.seen)
+            explored = statistics_of(self.exploration)
+            new = refined(self.method, server_round, translator.mask, full, translator.seen, explored)
             full = full if new is None else self._change(new, full, translator)
         if self.mask_schedule is not None:
             new = ask_schedule(self.mask_schedule, server_round, translator.mask, full)
@@ -184,7 +191,8 @@ class Rounds(Configured):
         if new.digest != old.digest:
             if new.version <= old.version:
                 new = dataclasses.replace(new, version=old.version + 1)
-            self._shadow = old.scatter(old.gather(full), into=self._shadow)
+            last = self.method.grow_from == "last"
+            self._shadow = old.scatter(old.gather(full), into=self._shadow) if last else full
             moved = translator.shown, old, Subspace(new, self._base), self._shadow
             optimizer_state.carry_state(self.strategy, *moved, packed=self._packed)
             translator.mask = new

@@ -11,6 +11,7 @@ import numpy as np
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method
+from autoflip_flwr.core.selection import narrowed, tied_weights, widened
 from autoflip_flwr.core.statistics import Statistics
 from autoflip_flwr.core.subspace import Subspace
 
@@ -63,10 +64,25 @@ def ask_schedule(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> 
     return None if new is None else check_mask(new, mask.layout, f"mask_schedule in round {round_}")
 
 
-def refined(method: Method, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
-    """Return the mask that a method names for a round, as :func:`ask_schedule` does for a schedule."""
-    new = method.refine(round_, mask, _views(model), seen)
-    return None if new is None else check_mask(new, mask.layout, f"{type(method).__name__}.refine in round {round_}")
+def refined(
+    method: Method, round_: int, mask: Mask, model: Arrays, seen: Statistics | None, explored: Statistics | None
+) -> Mask | None:
+    """Return the mask that a method names for a round, as :func:`ask_schedule` does for a schedule.
+
+    ``explored`` is what clients reported before training. As in the choice of the first mask, tied weights are one
+    weight, and spared arrays keep all entries.
+    """
+    if type(method).refine is Method.refine:
+        return None
+    layout = mask.layout
+    tied, spared = tied_weights(layout, model), method.spared(layout, explored)
+    alone = not tied and not spared
+    inner = layout if alone else narrowed(layout, tied, spared)
+    new = method.refine(round_, mask if alone else Mask.from_bool(inner, mask.keep), _views(model), seen)
+    if new is None:
+        return None
+    new = check_mask(new, inner, f"{type(method).__name__}.refine in round {round_}")
+    return new if alone else widened(layout, new, tied, spared)
 
 
 def _views(model: Arrays) -> Arrays:

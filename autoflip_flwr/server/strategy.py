@@ -68,7 +68,7 @@ class Pruned(Beginning):
     mask_schedule : Callable[[int, Mask, Arrays], Mask or None] or None
         Called before each round with as many as it takes by position of its number, the mask in force and the model
         (full arrays by name); a mask that it returns replaces the one in force. Coordinates that grow again resume from
-        their last value.
+        their last value, unless the method says otherwise (``grow_from``).
     values : str or Values (default: "float32")
         How values travel, in both directions or in each (:class:`~autoflip_flwr.server.settings.Values`):
         ``"float32"`` (as the model has them), ``"bfloat16"`` or ``"float16"`` (half the bytes), or ``"int8"`` (a

@@ -76,7 +76,7 @@ def encode_difference(mask: Mask, base: Mask) -> bytes:
     """
     if mask.layout.specs != base.layout.specs:
         raise ValueError("the difference of two masks takes two masks of the same layout")
-    return _compress(_to_gaps(unpack_bits(_xor(mask.bits, base.bits), mask.layout.prunable_size)))
+    return encode_flags(unpack_bits(_xor(mask.bits, base.bits), mask.layout.prunable_size))
 
 
 def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
@@ -102,6 +102,22 @@ def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
         case "units":
             return np.packbits(_from_units(data, layout)).tobytes()
     raise ValueError(f"mask encoding {encoding[:20]!r}: must be one of {', '.join(ENCODINGS)}")
+
+
+def encode_flags(flags: Flags) -> bytes:
+    """Encode flags ``(n,)`` by the places that are True; small if these are few."""
+    return _compress(_to_gaps(flags))
+
+
+def decode_flags(data: bytes, count: int) -> Flags:
+    """Return the flags ``(count,)`` that :func:`encode_flags` encoded.
+
+    Raises
+    ------
+    ValueError
+        If the data does not hold so many flags.
+    """
+    return _from_gaps(data, count)
 
 
 def decode_difference(base: Mask, data: bytes) -> bytes:

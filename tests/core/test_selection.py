@@ -388,7 +388,7 @@ def test_the_mask_is_that_of_a_slow_oracle(
 def test_scouts_start_from_the_explorers_average_in_the_dtypes_of_the_model():
     found = explored(PAIR, [(1, ONE), (1, TWO)])
     initial = {"w": np.array([[1, 1]], np.float32), "b": np.array([0.5], np.float16), "n": np.array([9])}
-    start = start_arrays(initial, found)
+    start = start_arrays(initial, found.signed_mean)
     assert {name: values.tolist() for name, values in start.items()} == {"w": [[3, 1]], "b": [2.5], "n": [9]}
     assert {name: values.dtype for name, values in start.items()} == {n: values.dtype for n, values in initial.items()}
     assert initial["w"].tolist() == [[1, 1]]
@@ -396,7 +396,9 @@ def test_scouts_start_from_the_explorers_average_in_the_dtypes_of_the_model():
 
 def test_scouts_start_keeps_an_array_without_dimensions_an_array():
     layout = Layout.of({"scale": np.array(1, np.float32)})
-    start = start_arrays({"scale": np.array(1, np.float32)}, explored(layout, [(1, {"scale": np.array(2.0)})]))
+    start = start_arrays(
+        {"scale": np.array(1, np.float32)}, explored(layout, [(1, {"scale": np.array(2.0)})]).signed_mean
+    )
     np.testing.assert_array_equal(start["scale"], np.array(3, np.float32), strict=True)
     assert isinstance(start["scale"], np.ndarray)
 

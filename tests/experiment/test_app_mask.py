@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.data import Inputs
+from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.record.summary import summary_table

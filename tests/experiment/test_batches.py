@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.data import Inputs
+from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
 from autoflip_flwr.experiment.training import batches, train
 

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from autoflip_flwr.experiment.data import ImageData, Inputs, load
+from autoflip_flwr.experiment.data.dataset import Data, Inputs
+from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.examples import Examples, Shared, examples_to_test, examples_to_train
 
 
-def normalised(data: ImageData, x: np.ndarray) -> np.ndarray:
+def normalised(data: Data, x: np.ndarray) -> np.ndarray:
     out = np.array(x.transpose(0, 3, 1, 2), dtype=np.float32, order="C")
     out /= np.float32(255)
-    out -= np.asarray(data.mean, np.float32)[:, None, None]
-    out /= np.asarray(data.std, np.float32)[:, None, None]
+    out -= np.asarray(data.inputs.mean, np.float32)[:, None, None]
+    out /= np.asarray(data.inputs.std, np.float32)[:, None, None]
     return out
 
 
@@ -43,7 +44,7 @@ def test_a_batch_is_what_torchvision_makes(data_dir: str):
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     data = load("cifar10", data_dir)
-    transform = Compose([ToTensor(), Normalize(data.mean, data.std)])
+    transform = Compose([ToTensor(), Normalize(data.inputs.mean, data.inputs.std)])
     batch, _ = examples_to_train(data).batch(torch.arange(40, 44))
     assert torch.equal(batch, torch.stack([transform(image) for image in np.array(data.x_train[40:44])]))
 

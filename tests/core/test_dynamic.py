@@ -1,0 +1,162 @@
+"""Methods that change the mask during training: what they ask when, and the masks that they make, by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from autoflip_flwr.core.dynamic import FedDst, Gradual, PruneFl, Rigl
+from autoflip_flwr.core.layout import Layout
+from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.method import Method, check_method, check_requests
+from autoflip_flwr.core.request import Request
+from autoflip_flwr.core.statistics import Statistics
+
+W0 = {"a": np.array([[1.0, -5.0], [2.0, 0.5]], np.float32), "b": np.array([[-3.0, 4.0, 0.1]], np.float32)}
+LAYOUT = Layout.of(W0, output=None)
+
+
+def planned(method: Method, sparsity: float = 0.5, rounds: int = 20) -> Method:
+    method.plan(sparsity, rounds)
+    return method
+
+
+def kept(mask: Mask) -> dict[str, list[int]]:
+    return {name: index.tolist() for name, index in mask.indices.items()}
+
+
+def seen(**statistics: dict[str, np.ndarray]) -> Statistics:
+    return Statistics({name.replace("_", "-"): arrays for name, arrays in statistics.items()}, {}, 3)
+
+
+def test_gradual_begins_dense_and_drops_the_smallest_step_by_step():
+    method = planned(Gradual(every=2, fall=0.5), 0.5, 10)
+    mask = method.first(0.5, LAYOUT, W0, None)
+    assert mask.is_full
+    counts = []
+    for round_ in range(2, 11):
+        new = method.refine(round_, mask, W0, None)
+        mask = mask if new is None else new
+        counts.append(mask.kept)
+    # steps before rounds 3 and 5; density 0.5 + 0.5 / 8 is 3.06 of 7 to go: floor(0.4375 * 7) = 3 are pruned
+    assert counts == [7, 4, 4, 4, 4, 4, 4, 4, 4]
+    assert kept(mask) == {"a": [1, 2], "b": [0, 1]}
+    assert all(method.request(round_) == () for round_ in range(11))
+
+
+def test_gradual_may_begin_with_the_largest_weights():
+    method = planned(Gradual(initial_density=0.6))
+    assert kept(method.first(0.5, LAYOUT, W0, None)) == {"a": [0, 1, 2], "b": [0, 1]}
+
+
+def test_gradual_says_before_the_run_what_cannot_work():
+    with pytest.raises(ValueError, match=r"initial_density = 0.4: is below the density 0.5 .* raise it"):
+        Gradual(initial_density=0.4).plan(0.5, 20)
+    with pytest.raises(ValueError, match="10 rounds with a step every 10"):
+        Gradual(every=10).plan(0.5, 10)
+    Gradual(every=10).plan(0.0, 10)  # nothing is pruned
+    few = Layout.of({"w": np.ones((5, 2))}, output={"w": 0})
+    with pytest.raises(ValueError, match="would be pruned, but 5 must stay"):
+        planned(Gradual(), 0.9).first(0.9, few, {"w": np.ones((5, 2))}, None)
+
+
+def test_rigl_asks_for_the_top_gradients_of_pruned_entries_while_it_exchanges():
+    method = planned(Rigl(share=0.4, every=2, until=0.5), rounds=16)
+    asked = {round_: method.request(round_) for round_ in range(17)}
+    assert {round_: request for round_, request in asked.items() if request} == {
+        2: (Request("gradient", "pruned", "log8", 0.341421),),
+        4: (Request("gradient", "pruned", "log8", 0.2),),
+        6: (Request("gradient", "pruned", "log8", 0.058579),),
+    }
+    for round_ in asked:
+        check_requests(method, round_)
+
+
+def test_rigl_begins_at_random_and_exchanges_after_the_round_that_asked():
+    method = planned(Rigl(share=0.6, every=2, until=1.0, seed=3), rounds=20)
+    assert method.first(0.5, LAYOUT, W0, None).kept == 4
+    assert kept(method.first(0.5, LAYOUT, W0, None)) == kept(Rigl(seed=3).first(0.5, LAYOUT, W0, None))
+    mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [False, False]]), "b": np.ones((1, 3), bool)})
+    found = seen(gradient={"a": np.array([[0.0, 0], [0.5, -2]]), "b": np.zeros((1, 3))})
+    assert method.refine(2, mask, W0, found) is None  # round 1 asked nothing
+    assert method.refine(3, mask, W0, None) is None  # nobody reported
+    # cosine: 0.585 of 2 is 1
+    assert kept(method.refine(3, mask, W0, found)) == {"a": [1, 3], "b": [0, 1, 2]}
+
+
+def test_feddst_asks_for_votes_and_counts_them():
+    method = planned(FedDst(share=0.6, every=2, until=1.0), rounds=20)
+    share = method.exchanged(2)
+    assert method.request(2) == (
+        Request("smallness", "kept", "places", share),
+        Request("gradient", "pruned", "places", share),
+    )
+    assert method.request(3) == ()
+    mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [False, False]]), "b": np.ones((1, 3), bool)})
+    found = seen(
+        smallness={"a": np.array([[1.0, 0], [0, 0]]), "b": np.zeros((1, 3))},
+        gradient={"a": np.array([[0, 0], [0.3, 0.7]]), "b": np.zeros((1, 3))},
+    )
+    assert kept(method.refine(3, mask, W0, found)) == {"a": [1, 3], "b": [0, 1, 2]}
+    assert method.refine(3, mask, W0, seen(gradient=found.mean["gradient"])) is None
+
+
+def test_prunefl_asks_one_client_first_and_begins_with_its_model():
+    method = planned(PruneFl(every=5, share=0.5), rounds=20)
+    assert method.request(0) == (Request("delta", "all"), Request("gradient-square", "all"))
+    assert (method.min_explorers, round(method.explorers * 1000)) == (1, 0)
+    assert method.config() == {"epochs": 5, "patience": 2}
+    assert [round_ for round_ in range(1, 21) if method.request(round_)] == [5, 10, 15, 20]
+    squares = {"a": np.array([[1.0, 9.0], [8.0, 0.0]]), "b": np.array([[0.0, 7.0, 6.0]])}
+    found = seen(delta={name: array + 1 for name, array in W0.items()}, gradient_square=squares)
+    mask = method.first(0.5, LAYOUT, W0, found)
+    assert kept(mask) == {"a": [1, 2], "b": [1, 2]}
+    began = method.begin(W0, found)
+    assert {name: array.tolist() for name, array in began.items()} == {
+        name: (2 * array + 1).tolist() for name, array in W0.items()
+    }
+    assert method.refine(5, mask, W0, found) is None
+    # 2 of a and 0.1 of b reconsider; the largest squares are theirs and b's first
+    later = seen(gradient_square={"a": np.array([[1.0, 0], [2, 0]]), "b": np.array([[9.0, 0, 3.0]])})
+    assert kept(method.refine(6, mask, W0, later)) == {"a": [1], "b": [0, 1, 2]}
+    with pytest.raises(RuntimeError, match="gradients of zero everywhere"):
+        method.inspect(LAYOUT, W0, seen(gradient_square={name: 0 * array for name, array in W0.items()}))
+
+
+@pytest.mark.parametrize("method", [Gradual(), Rigl(), FedDst(), PruneFl()])
+def test_a_plan_is_kept_with_the_state_and_is_no_setting(method: Method):
+    check_method(method)
+    other = copy.deepcopy(method)
+    method.plan(0.9, 50)
+    assert method == other
+    assert method.exploring() == other.exploring()
+    assert repr(method) == f"{type(method).__name__}()"
+    other.load(method.state())
+    assert (other.sparsity, other.rounds) == (0.9, 50)
+
+
+@pytest.mark.parametrize("method", [Rigl(every=1), FedDst(every=1), PruneFl(every=1), Gradual()])
+def test_with_nothing_to_prune_nothing_is_asked_or_changed(method: Method):
+    method.plan(0.0, 20)
+    assert not any(method.request(round_) for round_ in range(1, 21))
+    assert all(method.refine(round_, Mask.full(LAYOUT), W0, None) is None for round_ in range(2, 21))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: Gradual(fall=0), ValueError, r"Gradual: fall = 0: must be a share in \(0, 1\]"),
+        (lambda: Gradual(initial_density=1.5), ValueError, "Gradual: initial_density = 1.5"),
+        (lambda: Gradual(every=0), ValueError, "Gradual: every = 0: must be at least 1"),
+        (lambda: Gradual(scope="x"), ValueError, "Gradual: scope = 'x'"),
+        (lambda: Rigl(share=1), ValueError, r"Rigl: share = 1: must be a share in \(0, 1\)"),
+        (lambda: Rigl(until="all"), TypeError, "Rigl: until = 'all': must be a number"),
+        (lambda: FedDst(every=1.5), TypeError, "FedDst: every = 1.5: must be a whole number"),
+        (lambda: PruneFl(epochs=0), ValueError, "PruneFl: epochs = 0: must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, kind, text):
+    with pytest.raises(kind, match=text):
+        make()
