@@ -16,6 +16,7 @@ from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.leak import Relay
 from autoflip_flwr.experiment.models import build
 from autoflip_flwr.experiment.partition import partition_by
 from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
@@ -82,11 +83,13 @@ def run(grid: Grid, config: Config) -> Path:
     if isinstance(strategy, Pruned) and strategy.checkpoints is not None:
         strategy.checkpoints.extra, strategy.checkpoints.restore = tracker.state, tracker.restore
 
+    shares = not isinstance(strategy, Relay)  # whose exploration suits no other run
+
     def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
         if server_round == 0 and earlier is not None:
             if earlier.cost:
                 ledger.charge_exploration(earlier.cost)
-        elif server_round == 0 and isinstance(strategy, Pruned) and strategy.exploration:
+        elif server_round == 0 and isinstance(strategy, Pruned) and shares and strategy.exploration:
             write_exploration(
                 record.path / FILE_NAME,
                 strategy.exploration,

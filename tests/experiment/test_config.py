@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.core.choices import DATASETS
+from autoflip_flwr.core.choices import DATASETS, METHODS
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
 from autoflip_flwr.experiment.datafiles import KNOWN
 from autoflip_flwr.launch.cli import main
@@ -84,7 +84,7 @@ def test_is_frozen() -> None:
         ("sparsity", float("nan"), "sparsity = nan: must be a number in [0, 1)"),
         ("dataset", "foo", "dataset = 'foo': must be one of digits, mnist, fashion_mnist, cifar10"),
         ("dataset", 3, "dataset = 3: must be one of digits, mnist, fashion_mnist, cifar10"),
-        ("method", "AutoFLIP", "method = 'AutoFLIP': must be one of autoflip, fedavg, snip, magnitude, random"),
+        ("method", "AutoFLIP", "method = 'AutoFLIP': must be one of " + ", ".join(METHODS)),
         ("split", "", "split = '': must be one of iid, dirichlet, pathological"),
         ("model", "vgg", "model = 'vgg': must be one of cnn, twocnn, resnet18, resnet18-gn"),
         ("optimizer", "adamw", "optimizer = 'adamw': must be one of adam, sgd"),
