@@ -128,7 +128,7 @@ def test_fedavg_travels_in_fewer_bytes(values: str, tmp_path: Path):
     assert coded.strategy.mask.is_full
     for name, array in plain.models[1].items():
         moved, off = (np.abs(array - other).mean() for other in (plain.models[0][name], coded.models[1][name]))
-        assert off < 0.1 * moved
+        assert off < 0.2 * moved
 
 
 @pytest.mark.runs
