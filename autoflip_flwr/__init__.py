@@ -18,18 +18,25 @@ if TYPE_CHECKING:
     from autoflip_flwr.core.subspace import Subspace
     from autoflip_flwr.costs.ledger import Ledger
     from autoflip_flwr.replies.quarantine import ReplyRules
+    from autoflip_flwr.server.following import follow
     from autoflip_flwr.server.settings import Nodes, Values
     from autoflip_flwr.server.strategy import AutoFlip, Pruned
     from autoflip_flwr.storage.checkpoint import Checkpoints
+    from autoflip_flwr.trackers.hook import Hook, Round
+    from autoflip_flwr.trackers.mlflow import MLflow
+    from autoflip_flwr.trackers.tensorboard import TensorBoard
+    from autoflip_flwr.trackers.wandb import WandB
 else:  # when asked for: a client starts for every message and needs none of the server's, the command needs no Flower
     _MODULES = {
         "AutoFlip": "server.strategy",
         "Budget": "core.budget",
         "Checkpoints": "storage.checkpoint",
         "Exploration": "core.statistics",
+        "Hook": "trackers.hook",
         "Layout": "core.layout",
         "Ledger": "costs.ledger",
         "LossExploration": "core.methods",
+        "MLflow": "trackers.mlflow",
         "Magnitude": "core.methods",
         "Mask": "core.mask",
         "Method": "core.method",
@@ -38,14 +45,18 @@ else:  # when asked for: a client starts for every message and needs none of the
         "Random": "core.methods",
         "ReplyRules": "replies.quarantine",
         "Request": "core.request",
+        "Round": "trackers.hook",
         "Snip": "core.methods",
         "Subspace": "core.subspace",
+        "TensorBoard": "trackers.tensorboard",
         "Values": "server.settings",
+        "WandB": "trackers.wandb",
         "apply_mask": "client.context",
         "autoflip_mod": "client.mod",
         "autoflip_mod_with": "client.mod",
         "current_mask": "client.context",
         "current_subspace": "client.context",
+        "follow": "server.following",
         "current_request": "client.report",
         "report": "client.report",
         "select": "core.selection",
@@ -66,9 +77,11 @@ __all__ = [
     "Budget",
     "Checkpoints",
     "Exploration",
+    "Hook",
     "Layout",
     "Ledger",
     "LossExploration",
+    "MLflow",
     "Magnitude",
     "Mask",
     "Method",
@@ -77,15 +90,19 @@ __all__ = [
     "Random",
     "ReplyRules",
     "Request",
+    "Round",
     "Snip",
     "Subspace",
+    "TensorBoard",
     "Values",
+    "WandB",
     "apply_mask",
     "autoflip_mod",
     "autoflip_mod_with",
     "current_mask",
     "current_request",
     "current_subspace",
+    "follow",
     "report",
     "select",
 ]

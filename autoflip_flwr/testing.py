@@ -1,11 +1,12 @@
-"""An in-process grid: a server app and a client app in one process, with Flower's real serialisation in between."""
+"""An in-process grid: a server app and a client app in one process, with Flower's serialisation in between if asked."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -25,7 +26,7 @@ class LocalGrid(Grid):
     """Run a client app in this process, one node after another.
 
     It is as strict as Flower's deployment: messages must come as a list, and every message and reply goes through
-    Flower's own serialisation.
+    Flower's own serialisation, unless ``serialise`` is False.
 
     Parameters
     ----------
@@ -41,6 +42,10 @@ class LocalGrid(Grid):
         Changes a reply before the server sees it.
     arrange : Callable[[list[Message]], list[Message]] | None
         Reorders the replies of one pull.
+    serialise : bool
+        False hands messages over as copies that share the arrays' bytes, which nobody can change. Then they are
+        neither counted nor kept here: ``up``, ``down`` and ``sent`` stay empty. The ledger of
+        :class:`~autoflip_flwr.server.grid.OrderedGrid` counts all the same what a deployment would carry.
 
     Attributes
     ----------
@@ -59,12 +64,13 @@ class LocalGrid(Grid):
         forget: Callable[[int, int], bool] | None = None,
         tamper: Callable[[Message], Message] | None = None,
         arrange: Callable[[list[Message]], list[Message]] | None = None,
+        serialise: bool = True,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._run = Run.create_empty(1)
         self._app = client_app
         self._config = dict(run_config or {})
-        self._forget, self._tamper, self._arrange = forget, tamper, arrange
+        self._forget, self._tamper, self._arrange, self._serialise = forget, tamper, arrange, serialise
         self._ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
         self._count = num_nodes
@@ -103,13 +109,19 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._ids))
-            (arrived, sent), size = _through_the_wire(message, copies=2)
-            self.down += size
-            self.sent.append(sent)
+            if self._serialise:
+                (arrived, sent), size = _through_the_wire(message, copies=2)
+                self.down += size
+                self.sent.append(sent)
+            else:
+                arrived = _copied(message)
             reply = self._handle(arrived)
             reply.metadata.__dict__["_message_id"] = str(next(self._ids))
-            (reply,), size = _through_the_wire(reply, copies=1)
-            self.up += size
+            if self._serialise:
+                (reply,), size = _through_the_wire(reply, copies=1)
+                self.up += size
+            else:
+                reply = _copied(reply)
             self._replies[message.metadata.message_id] = reply if self._tamper is None else self._tamper(reply)
             ids.append(message.metadata.message_id)
         return ids
@@ -139,6 +151,19 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push and pull."""
         return self.pull_messages(self.push_messages(messages))
+
+
+def _copied(message: Message) -> Message:
+    """The message with records of its own, as after serialisation; only the arrays' immutable bytes are shared."""
+    other = copy.copy(message)
+    other.__dict__["_metadata"] = copy.copy(message.metadata)
+    if message.has_content():
+        records = {
+            key: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else copy.deepcopy(record)
+            for key, record in message.content.items()
+        }
+        other.content = RecordDict(records)
+    return other
 
 
 def _through_the_wire(message: Message, copies: int) -> tuple[list[Message], int]:

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Arrays
-from autoflip_flwr.experiment import data
+from autoflip_flwr.experiment.data.dataset import Data
+from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
@@ -115,8 +116,8 @@ def log_normal(seed: int) -> list[Site]:
     return sites_of([int(size) for size in np.clip(sizes, 4, 6000)], seed)
 
 
-def _mnist() -> data.ImageData:
-    return data.load("mnist", os.environ.get("AUTOFLIP_DATA", ""))
+def _mnist() -> Data:
+    return load("mnist", os.environ.get("AUTOFLIP_DATA", ""))
 
 
 def _site(examples: NDArray[np.int64]) -> Site:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.toml import to_toml
 from autoflip_flwr.launch import superlink
-from autoflip_flwr.launch.toml import to_toml
 
 READY_LIMIT = 180.0  # seconds to wait for the SuperNodes to be online
 TAIL = 40  # log lines shown with an error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autoflip_flwr.experiment.config import Config, Value
-from autoflip_flwr.launch.toml import flatten, parse_pairs, read_toml
+from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
 
 ROOT = Path(__file__).parents[1]
 

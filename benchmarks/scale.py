@@ -38,7 +38,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load
 from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent

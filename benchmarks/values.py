@@ -25,7 +25,8 @@ import torch
 
 from autoflip_flwr.core.choices import VALUES
 from autoflip_flwr.experiment.config import Value
-from autoflip_flwr.experiment.data import ImageData, load
+from autoflip_flwr.experiment.data.dataset import Data
+from autoflip_flwr.experiment.data.load import load
 from benchmarks import recipes, tables
 from benchmarks.recipes import ROOT
 from benchmarks.sparsity import run
@@ -41,7 +42,7 @@ COLUMNS = {
 }
 
 
-def cut(data: ImageData, examples: int, folder: str) -> None:
+def cut(data: Data, examples: int, folder: str) -> None:
     """Write the first examples of a data set, which are not sorted, in the form that the app reads."""
     for part, count in (("train", examples), ("test", examples // 4)):
         np.save(Path(folder, f"x_{part}.npy"), getattr(data, f"x_{part}")[:count])

@@ -24,8 +24,9 @@ ROOMS = {
     "replies": ("core wire costs", "numpy flwr"),
     "wrapped": ("core wire costs storage", "numpy flwr"),
     "torch": ("core wire client", "numpy flwr torch"),
-    "server": ("core wire costs storage replies wrapped", "numpy flwr"),
-    "experiment": ("core wire client costs storage replies wrapped torch server", "*"),
+    "trackers": ("", "flwr mlflow tensorboard wandb"),
+    "server": ("core wire costs storage replies wrapped trackers", "numpy flwr"),
+    "experiment": ("core wire client costs storage replies wrapped torch trackers server", "*"),
     "launch": ("core wire costs storage experiment", "flwr rich"),
 }
 MODULES = {

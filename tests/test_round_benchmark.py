@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load
 from benchmarks import round as benchmark
 from benchmarks.loopback import Loopback
 

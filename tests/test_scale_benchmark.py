@@ -15,7 +15,7 @@ import pytest
 from apps import NO_FAILURES
 
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load
 from benchmarks import scale
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

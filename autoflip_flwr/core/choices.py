@@ -82,8 +82,39 @@ UNTIL = {"rigl": 0.6, "feddst": 0.5}
 """That share, as the methods' authors have it."""
 MINIBATCH = ("ssfl", "rigl", "feddst")
 """Methods whose clients compute a requested statistic on one minibatch; those of the others use all examples."""
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
-SPLITS = ("iid", "dirichlet", "pathological")
-MODELS = ("cnn", "twocnn", "resnet18", "resnet18-gn")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "femnist", "shakespeare", "har", "own")
+AUGMENTS = ("none", "flip", "crop", "crop-flip", "crop-flip-jitter")
+SPLITS = ("iid", "dirichlet", "pathological", "shards", "quantity", "natural")
+DATASET_INPUTS = {
+    "digits": "image",
+    "mnist": "image",
+    "fashion_mnist": "image",
+    "cifar10": "image",
+    "cifar100": "image",
+    "femnist": "image",
+    "shakespeare": "text",
+    "har": "signal",
+}
+"""Kind of input of each data set where it is known beforehand."""
+MODEL_INPUTS: dict[str, tuple[str, ...]] = {
+    "cnn": ("image",),
+    "twocnn": ("image",),
+    "twocnn-128": ("image",),
+    "femnistcnn": ("image",),
+    "resnet8-gn": ("image",),
+    "resnet18": ("image",),
+    "resnet18-gn": ("image",),
+    "mobilenetv2": ("image",),
+    "efficientnet-b3": ("image",),
+    "lstm": ("text",),
+    "har-cnn": ("signal",),
+    "mlp": ("image", "signal", "text"),
+}
+"""Kinds of input that each of the app's models takes."""
+MODELS = tuple(MODEL_INPUTS)
+PRECISIONS = ("float32", "bfloat16")
+"""Number formats in which clients compute forward and backward passes."""
 OPTIMIZERS = ("adam", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Where runs can be followed. Each has the name of its package, and of the extra that installs it."""

@@ -11,25 +11,40 @@ from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
+from torch import nn
 
 from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import partition_by, subset
+from autoflip_flwr.experiment.examples import Examples, examples_to_train
 from autoflip_flwr.experiment.guidance import guided
-from autoflip_flwr.experiment.models import SMALL, build
-from autoflip_flwr.experiment.partition import partition_by
+from autoflip_flwr.experiment.models.blank import blank
+from autoflip_flwr.experiment.models.build import SMALL, build
+from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.reporting import report_gradients, report_smallness, when_asked
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
 
 @lru_cache(maxsize=32)
-def _examples(config: Config, data_dir: str, part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return one node's examples: float32 (N, C, H, W) and int64 (N,). All of the folder's if `parts` is 0."""
-    data = load(config.dataset, data_dir)
-    rows = partition_by(config, data.y_train, parts)[part] if parts else slice(None)
-    return torch.from_numpy(data.batch(data.x_train[rows])), torch.tensor(data.y_train[rows])
+def _examples(config: Config, data_dir: str, part: int, parts: int) -> Examples:
+    """Return one node's examples: all of the folder's if `parts` is 0."""
+    data = load_for(config, data_dir)
+    if parts:
+        return examples_to_train(data, partition_by(config, data, parts)[part])
+    return examples_to_train(data, subset(data.y_train, config.max_examples_per_class, config.seed))
+
+
+def _model(config: Config, shape: tuple[int, ...], kind: str, classes: int, device: torch.device) -> nn.Module:
+    """Return a model to train. Its parameters do not matter, since each message brings all of its state."""
+    model = build(config.model, shape, classes, config.seed, kind=kind).to(device)
+    check_precision(model, blank(1, shape, kind, device), config.precision)
+    return model
+
+
+_shared_model = lru_cache(maxsize=2)(_model)
 
 
 class LocalClient(NumPyClient):
@@ -41,7 +56,7 @@ class LocalClient(NumPyClient):
         The app's settings.
     part : int
         The node's partition, which also enters the seed of all its randomness.
-    x, y : torch.Tensor
+    examples : Examples
         Its examples.
     classes : int
         How many classes the data set has.
@@ -49,13 +64,14 @@ class LocalClient(NumPyClient):
         The node's context, which holds the mask in force and what the server asks for.
     """
 
-    def __init__(
-        self, config: Config, part: int, x: torch.Tensor, y: torch.Tensor, classes: int, context: Context
-    ) -> None:
-        self._config, self._part, self._x, self._y, self._context = config, part, x, y, context
-        shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
-        self._model = build(config.model, shape, classes, config.seed)
-        self._model.to(training.choose_device(config.device))
+    def __init__(self, config: Config, part: int, examples: Examples, classes: int, context: Context) -> None:
+        self._config, self._part, self._context = config, part, context
+        device = training.choose_device(config.device)
+        self._examples = examples.to(device)
+        inputs = examples.inputs
+        # the nodes of a process share a model, but for the user's own, which may keep something from one to the next
+        make = _model if ":" in config.model else _shared_model
+        self._model = make(config, inputs.shape, inputs.kind, classes, device)
         self._threads = 1 if config.model in SMALL else None  # so results do not depend on the number of CPUs
 
     def fit(
@@ -76,13 +92,14 @@ class LocalClient(NumPyClient):
                 with self._scaled(config, exploring):
                     done = training.train(
                         self._model,
-                        self._x,
-                        self._y,
+                        self._examples,
                         self._config,
                         epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
                         patience=int(config[PATIENCE_KEY]) if exploring else None,
                         weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                         lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                        # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
+                        proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                         mask=current_subspace(self._context),
                         seed=seed,
                     )
@@ -91,10 +108,10 @@ class LocalClient(NumPyClient):
                     more = self._report(seed).examples
         arrays = list(training.get_arrays(self._model).values())
         metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples + more}
-        return arrays, len(self._x), metrics
+        return arrays, len(self._examples), metrics
 
     def _report(self, seed: int) -> training.Trained:
-        return report_gradients(self._model, self._x, self._y, self._config, self._context, seed)
+        return report_gradients(self._model, self._examples, self._config, self._context, seed)
 
     def _scaled(self, config: dict[str, Any], exploring: bool) -> AbstractContextManager[None]:
         """Return the block in which to train: it scales gradients, or reports an explorer's."""
@@ -106,8 +123,8 @@ class LocalClient(NumPyClient):
         """Return loss and accuracy of these parameters on the node's own examples."""
         training.set_arrays(self._model, parameters)
         with training.threads(self._threads):
-            loss, accuracy = training.evaluate(self._model, self._x, self._y)
-        return loss, len(self._x), {"accuracy": accuracy}
+            loss, accuracy = training.evaluate(self._model, self._examples)
+        return loss, len(self._examples), {"accuracy": accuracy}
 
 
 def client_fn(context: Context) -> Client:
@@ -125,8 +142,8 @@ def client_fn(context: Context) -> Client:
             "only a node with a data-dir may do without num-partitions"
         )
     data_dir = str(node.get("data-dir", config.resolved_data_dir))
-    x, y = _examples(config, data_dir, part, parts)
-    return LocalClient(config, part, x, y, load(config.dataset, data_dir).classes, context).to_client()
+    examples = _examples(config, data_dir, part, parts)
+    return LocalClient(config, part, examples, load_for(config, data_dir).classes, context).to_client()
 
 
 app = ClientApp(client_fn=client_fn, mods=[autoflip_mod])

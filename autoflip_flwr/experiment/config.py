@@ -11,23 +11,19 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.core import choices
 from autoflip_flwr.core.pace import Exchange
+from autoflip_flwr.experiment.inputs import WORDS, misfit
 
 Value = bool | int | float | str
 """What a Flower run config can hold."""
 
 PATHS = ("data-dir", "output-dir", "exploration", "resume")
 """The settings that are paths."""
-
-_DATA_FILES = (
-    "x_train.npy, y_train.npy, x_test.npy, y_test.npy (also in a folder named as the data set) or torchvision's own "
-    "files (MNIST/raw, FashionMNIST/raw, cifar-10-batches-py)"
-)
 
 
 class ConfigError(ValueError):
@@ -42,6 +38,10 @@ class Rule:
     allowed: str
     accepts: Callable[[Any], bool] = lambda _: True
     choices: tuple[str, ...] = ()
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _choice(allowed: tuple[str, ...]) -> Rule:
@@ -60,13 +60,29 @@ _ABOVE_ONE = Rule(float, "a number > 1", lambda v: v > 1)
 _UP_TO_ONE = Rule(float, "a number in (0, 1]", lambda v: 0 < v <= 1)
 _UNIT = Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _SEED = Rule(int, "an integer in [0, 4294967295]", lambda v: 0 <= v < 2**32)
-_CLASSES = Rule(int, "an integer in [1, 10]", lambda v: 1 <= v <= 10)
+_DATASET = Rule(
+    str,
+    f"one of {', '.join(choices.DATASETS)}, or module:callable",
+    lambda v: v in choices.DATASETS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", v) is not None,
+    choices.DATASETS,
+)
 _NAME = Rule(
     str,
     "at most 64 letters, digits, '.', '_' or '-'",
     lambda v: re.fullmatch(r"[A-Za-z0-9._-]{0,64}", v) is not None,
 )
 _FOLDER_NAME = Rule(str, "the path of a folder", lambda v: v != "")
+_TRACKERS = Rule(
+    str,
+    f"empty, or one or more of {', '.join(choices.TRACKERS)}, with commas in between",
+    lambda v: v == "" or (set(_parts(v)) <= set(choices.TRACKERS) and len(_parts(v)) == len(set(_parts(v)))),
+)
+_MODEL = Rule(
+    str,
+    f"one of {', '.join(choices.MODELS)}, or your own as module:callable",
+    lambda v: v in choices.MODELS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", v) is not None,
+    choices.MODELS,
+)
 _CODING, _OWN_CODING = _choice(choices.VALUES), _choice(("", *choices.VALUES))
 
 
@@ -110,23 +126,50 @@ class Config:
     seed: int = _of_run(1, _SEED, "Of everything random")
     output_dir: str = _of_run("runs", _FOLDER_NAME, "Where the run's own folder is made")
 
-    dataset: str = _of_data("digits", _choice(choices.DATASETS), "The data set")
+    trackers: str = _of_run(
+        "", _TRACKERS, "Also write the run for TensorBoard, Weights & Biases or MLflow, into the run's folder"
+    )
+
+    dataset: str = _of_data("digits", _DATASET, "The data set; own is the data of data-dir")
     data_dir: str = _of_data(
         "", _TEXT, "Existing folder that holds it. Empty: $AUTOFLIP_DATA, else torchvision downloads it"
     )
+    max_examples_per_class: int = _of_data(
+        0, _NOT_BELOW_ZERO, "Most training examples of a class, drawn by the seed, for quick runs. 0: all"
+    )
+    input_size: int = _of_data(0, _NOT_BELOW_ZERO, "Height and width to which images are cropped. 0: as they are")
+    augment: str = _of_data(
+        "none", _choice(choices.AUGMENTS), "Random changes of images in training; evaluation takes their middle"
+    )
     split: str = _of_data(
-        "dirichlet", _choice(choices.SPLITS), "Among the nodes: evenly, by label skew, or few classes for each node"
+        "dirichlet",
+        _choice(choices.SPLITS),
+        "Among the nodes: evenly, by label skew, few classes for each node, shards of sorted labels, unequal amounts, "
+        "or one writer, speaker or person for each node",
     )
     alpha: float = _of_data(
         0.3, _POSITIVE, "Of the Dirichlet split: the smaller, the more skewed", only_with=("split", ("dirichlet",))
     )
-    classes_per_client: int = _of_data(2, _CLASSES, "Of the pathological split", only_with=("split", ("pathological",)))
+    classes_per_client: int = _of_data(2, _COUNT, "Of the pathological split", only_with=("split", ("pathological",)))
+    shards_per_node: int = _of_data(2, _COUNT, "Of the shards split", only_with=("split", ("shards",)))
+    size_spread: float = _of_data(
+        1.0,
+        _NOT_NEGATIVE,
+        "Of the quantity split: standard deviation of the logarithm of the nodes' sizes",
+        only_with=("split", ("quantity",)),
+    )
+    min_examples: int = _of_data(
+        0,
+        _NOT_BELOW_ZERO,
+        "Fewest examples of a node; owners with fewer take no part. 0: what a small batch needs, or 1",
+        only_with=("split", ("dirichlet", "quantity", "natural")),
+    )
     nodes: int = _of_data(0, _NOT_BELOW_ZERO, "SuperNodes to wait for. 0: as many as connect, at least 2")
     node_timeout: float = _of_data(
         60.0, _POSITIVE, "Seconds without a new node after which a run no longer waits for more"
     )
 
-    model: str = _of_clients("cnn", _choice(choices.MODELS), "The model")
+    model: str = _of_clients("cnn", _MODEL, "The model")
     optimizer: str = _of_clients("adam", _choice(choices.OPTIMIZERS), "Of the clients")
     lr: float = _of_clients(0.003, _POSITIVE, "Learning rate of the clients")
     lr_decay: float = _of_clients(1.0, _UP_TO_ONE, "The learning rate is multiplied by it after every round")
@@ -134,6 +177,19 @@ class Config:
     weight_decay: float = _of_clients(0.0, _NOT_NEGATIVE, "Of the clients' optimiser")
     batch_size: int = _of_clients(16, _COUNT, "Examples a step")
     local_epochs: int = _of_clients(3, _COUNT, "Epochs that a client trains in a round")
+    clip_norm: float = _of_clients(
+        0.0, _NOT_NEGATIVE, "Longer gradients of a step are scaled to this length, over kept parameters. 0: none are"
+    )
+    proximal_mu: float = _of_clients(
+        0.0,
+        _NOT_NEGATIVE,
+        "FedProx's mu: how strongly training is drawn to the model of the round. 0: not at all. Explorers are not",
+    )
+    precision: str = _of_clients(
+        "float32",
+        _choice(choices.PRECISIONS),
+        "In which clients compute; parameters stay float32. bfloat16 is fast only where the hardware has it",
+    )
     device: str = _of_clients("auto", _choice(choices.DEVICES), "Where clients train. auto: the best that there is")
 
     num_server_rounds: int = _of_rounds(20, _COUNT, "Rounds after the exploration")
@@ -141,14 +197,20 @@ class Config:
     fraction_evaluate: float = _of_rounds(
         0.0, _UNIT, "Share of the nodes that evaluate in a round; the server evaluates centrally in any case"
     )
+    evaluate_every: int = _of_rounds(
+        0,
+        _NOT_BELOW_ZERO,
+        "The server evaluates the model every so many rounds, and after the last. 0: as often as costs less than a "
+        "tenth of the training",
+    )
+    test_examples: int = _of_rounds(
+        0, _NOT_BELOW_ZERO, "Test examples of these evaluations, the same ones in every run. 0: all"
+    )
     round_timeout: float = _of_rounds(
         600.0, _POSITIVE, "Seconds after which a round goes on without the missing replies"
     )
     server_momentum: float = _of_rounds(0.0, _BELOW_ONE, "Above 0 the server runs FedAvgM")
     server_learning_rate: float = _of_rounds(1.0, _POSITIVE, "Of FedAvgM, which the server runs where it is not 1")
-    proximal_mu: float = _of_rounds(
-        0.01, _POSITIVE, "Weight of FedProx's proximal term in the clients' loss", only_with=("method", ("fedprox",))
-    )
 
     sparsity: float = _of_pruning(0.7, _BELOW_ONE, "Share of the prunable parameters to prune")
     scope: str = _of_ranking(
@@ -238,21 +300,17 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            rule: Rule = each.metadata["rule"]
-            value = getattr(self, each.name)
-            if rule.kind is float and type(value) is int:
-                # An integer beyond the range of a float counts as infinity.
-                value = float(value) if abs(value) < 2**1023 else math.inf
-                object.__setattr__(self, each.name, value)
-            wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
-            if wrong or not rule.accepts(value):
-                raise ConfigError(f"{key_of(each)} = {shown(value)}: must be {rule.allowed}")
+            object.__setattr__(self, each.name, allowed(each, getattr(self, each.name)))
         for key, value in self.as_dict().items():
             if key in PATHS and any(ord(character) < 32 for character in str(value)):
                 raise ConfigError(
                     f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
                     "escape: write a Windows path with forward slashes, or in single quotes"
                 )
+        if self.model in choices.MODELS and (kind := choices.DATASET_INPUTS.get(self.dataset)):
+            reason = misfit(self.model, kind, f"the {WORDS[kind]} of dataset = {shown(self.dataset)}")
+            if reason:
+                raise ConfigError(f"model = {shown(self.model)}: {reason}")
         if self.method in choices.ASKING and 0 < self.nodes < self.min_explorers:
             raise ConfigError(
                 f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "
@@ -265,6 +323,8 @@ class Config:
             )
         if self.method == "fedprox" and (self.server_momentum or self.server_learning_rate != 1.0):
             raise ConfigError("method = 'fedprox': needs server-momentum = 0 and server-learning-rate = 1")
+        if self.method == "fedprox" and not self.proximal_mu:
+            raise ConfigError("proximal-mu = 0.0: with method = 'fedprox' it must be above 0, such as 0.01")
         if self.sparsity and self.method in choices.CHANGING:
             self._check_schedule()
 
@@ -317,16 +377,12 @@ class Config:
         ConfigError
             For an unknown key, a wrong type, a value out of range or a path that does not exist.
         """
-        names = {key_of(each): each.name for each in fields(cls)}
-        for key, value in values.items():
-            if key not in names:
-                close = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(names)}"
-                raise ConfigError(f"{key} = {shown(value)}: no such setting; {hint}")
-        config = cls(**{names[key]: value for key, value in values.items()})  # type: ignore[arg-type]
+        found = {setting(key, value).name: value for key, value in values.items()}
+        config = cls(**found)  # type: ignore[arg-type]
         if check_paths:
             if config.data_dir and not Path(config.data_dir).is_dir():
-                raise ConfigError(f"data-dir = {shown(config.data_dir)}: must be an existing folder with {_DATA_FILES}")
+                where = shown(config.data_dir)
+                raise ConfigError(f"data-dir = {where}: must be an existing folder; docs/data.md says with which files")
             if config.exploration and not Path(config.exploration).is_file():
                 raise ConfigError(f"exploration = {shown(config.exploration)}: must be an existing file")
             if config.resume and not (Path(config.resume) / "config.json").is_file():
@@ -350,6 +406,11 @@ class Config:
         return {key: value for key, value in self.as_dict().items() if key not in _FREE}
 
     @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The names in `trackers`."""
+        return tuple(_parts(self.trackers)) if self.trackers else ()
+
+    @property
     def resolved_data_dir(self) -> str:
         """Folder of the data set: `data_dir`, else $AUTOFLIP_DATA, else "" (download)."""
         return self.data_dir or os.environ.get("AUTOFLIP_DATA", "")
@@ -358,15 +419,58 @@ class Config:
 _FREE = (
     "name",
     "output-dir",
+    "trackers",
     "data-dir",
     "nodes",
     "node-timeout",
     "round-timeout",
     "exploration-timeout",
+    "evaluate-every",
     "num-server-rounds",
     "checkpoints",
     "resume",
 )
+
+
+@cache
+def _by_key() -> "dict[str, Field[Any]]":
+    return {key_of(each): each for each in fields(Config)}
+
+
+def setting(key: str, value: object = ...) -> "Field[Any]":
+    """Return the field of `Config` with this kebab-case key. ``value`` is only shown, in the error.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    known = _by_key()
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"
+        told = key if value is ... else f"{key} = {shown(value)}"
+        raise ConfigError(f"{told}: no such setting; {hint}")
+    return known[key]
+
+
+def allowed(field_: "Field[Any]", value: Any) -> Value:
+    """Return a value for a field of `Config`; an integer for a float is converted.
+
+    Raises
+    ------
+    ConfigError
+        If the field's rule does not allow it.
+    """
+    rule: Rule = field_.metadata["rule"]
+    if rule.kind is float and type(value) is int:
+        # An integer beyond the range of a float counts as infinity.
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    wrong = type(value) is not rule.kind or (isinstance(value, float) and not math.isfinite(value))
+    if wrong or not rule.accepts(value):
+        raise ConfigError(f"{key_of(field_)} = {shown(value)}: must be {rule.allowed}")
+    found: Value = value
+    return found
 
 
 def shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Find settings that have no effect because of other settings, to warn users who typed them."""
+"""Find settings that have no effect because of other settings."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -21,3 +21,14 @@ def idle(config: Config, given: Collection[str]) -> list[str]:
         + (f", only with {' or '.join(map(shown, values))}" if len(values) <= FEW else "")
         for (key, values), names in reasons.items()
     ]
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return the kebab-case keys of all settings that have no effect."""
+    return [key_of(each) for each in fields(Config) if not config.applies(each)]
+
+
+def effective(config: Config) -> dict[str, Value]:
+    """Return all settings by their kebab-case keys; those that have no effect have their defaults."""
+    defaults: dict[str, Value] = {key_of(each): each.default for each in fields(Config)}  # type: ignore[misc]
+    return config.as_dict() | {key: defaults[key] for key in without_effect(config)}

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoflip_flwr.experiment.config import Config, ConfigError, shown
-from autoflip_flwr.experiment.datafiles import KNOWN, cache_dir, has_originals, not_found, npy_folder, unpacked
+from autoflip_flwr.experiment.data.files import KNOWN, store_of
+from autoflip_flwr.experiment.imported import check_module
+from autoflip_flwr.trackers.packages import lacks
 
 if TYPE_CHECKING:
     from autoflip_flwr.core.layout import Arrays
@@ -42,12 +44,16 @@ def check(config: Config, gpus: float) -> None:
     Raises
     ------
     ConfigError
-        For a device that does not exist or that clients would not get, a folder that cannot be written, a data set that
-        is neither there nor can be downloaded, and a run or an exploration with other settings.
+        For a device that does not exist or that clients would not get, a folder that cannot be written, a tracker whose
+        package is missing, a model of the user's own whose module is not there, a data set that is neither there nor
+        can be downloaded, and a run or an exploration with other settings.
     """
     check_device(config.device, gpus)
+    check_trackers(config)
     check_writable(Path(config.output_dir))
-    check_data(config.dataset, config.resolved_data_dir)
+    if ":" in config.model:
+        check_module("model", config.model)
+    check_data(config)
     if config.exploration:
         earlier_exploration(config, None)
     if config.resume:
@@ -127,19 +133,27 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"output-dir = {shown(str(folder))}: cannot write to {there}: {error.strerror}") from None
 
 
-def check_data(dataset: str, data_dir: str) -> None:
-    """Raise ``ConfigError`` if the files of a data set are neither there nor can be downloaded."""
-    if dataset not in KNOWN:
+def check_trackers(config: Config) -> None:
+    """Raise ``ConfigError`` if the package of a tracker is not installed."""
+    for name in config.tracker_names:
+        if words := lacks(name):
+            raise ConfigError(f"trackers = {shown(config.trackers)}: {words}")
+
+
+def check_data(config: Config) -> None:
+    """Raise ``ConfigError`` if the data set is malformed, or neither there nor can be downloaded.
+
+    Files that must be converted first are only looked for.
+    """
+    from autoflip_flwr.experiment.data.load import check_data  # here, not above: it loads NumPy
+
+    found = check_data(config)
+    if found is None or found.form != "download" or store_of(config.dataset).is_dir():
         return
-    known = KNOWN[dataset]
-    if data_dir:
-        root = Path(data_dir).expanduser()
-        if npy_folder(dataset, root) is None and not unpacked(known, root) and not has_originals(known, root):
-            raise ConfigError(not_found(dataset, known, root))
-    elif not unpacked(known, cache_dir()) and (trouble := unreachable(known.host)):
+    if trouble := unreachable(KNOWN[config.dataset].host):
         raise ConfigError(
-            f"dataset = {shown(dataset)}: it is not here, and cannot be downloaded ({trouble}); give data-dir, or "
-            f"$AUTOFLIP_DATA, a folder that has it"
+            f"dataset = {shown(config.dataset)}: it is not here, and cannot be downloaded ({trouble}); "
+            "give data-dir, or $AUTOFLIP_DATA, a folder that has it"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from flwr.app import Context
 from torch import nn
 
@@ -10,6 +9,7 @@ from autoflip_flwr.client.report import current_request, report
 from autoflip_flwr.core.choices import MINIBATCH
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.examples import Examples
 from autoflip_flwr.torch import gradients
 
 SMALLNESS = "smallness"
@@ -17,17 +17,15 @@ SMALLNESS = "smallness"
 
 
 def report_gradients(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, config: Config, context: Context, seed: int
+    model: nn.Module, examples: Examples, config: Config, context: Context, seed: int
 ) -> training.Trained:
     """Report what is requested of gradients, at the model's present weights, without training.
 
     One minibatch is used, or all examples, as the method's authors do. Return the examples that this took.
     """
-    if config.method in MINIBATCH:
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: config.batch_size]
-        x, y = x[rows], y[rows]
+    most = 1 if config.method in MINIBATCH else None
     with gradients(model, context):
-        return training.pass_over(model, x, y, config.batch_size, seed)
+        return training.pass_over(model, examples, config.batch_size, seed, most)
 
 
 def when_asked(context: Context) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
-import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -15,14 +14,20 @@ from autoflip_flwr import Ledger
 from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.data.partition import holdings, partition_by
+from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds, rows_to_test
+from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.leak import Relay
-from autoflip_flwr.experiment.models import build
-from autoflip_flwr.experiment.partition import partition_by
-from autoflip_flwr.experiment.preflight import earlier_exploration, resumable
+from autoflip_flwr.experiment.models.blank import blank
+from autoflip_flwr.experiment.models.build import build
+from autoflip_flwr.experiment.precision import check_precision
+from autoflip_flwr.experiment.preflight import check_trackers, earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
 from autoflip_flwr.experiment.strategies import least_nodes, strategy_of
+from autoflip_flwr.experiment.trackers import trackers_of
+from autoflip_flwr.server.following import follow
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.strategy import Pruned
 from autoflip_flwr.storage.exploration_file import FILE_NAME, write_exploration
@@ -37,12 +42,25 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run(grid, Config.from_run_config(context.run_config))
     except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        log(ERROR, "autoflip: error: %s", _in_words(error))
+        log(ERROR, "autoflip: error: %s", in_words(error))
         raise
 
 
-def run(grid: Grid, config: Config) -> Path:
+def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "", key: str = "") -> Path:
     """Run one experiment and return the folder of its record.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, or another one with the shipped clients.
+    config : Config
+        The settings.
+    folder : Path | None
+        Folder of the record; default: a new one in ``output-dir``, named after the moment and the run.
+    name : str
+        Name of the run for its record; default: the setting, else method and data set.
+    key : str
+        Identity of the run for its record, if it has one.
 
     Raises
     ------
@@ -51,32 +69,47 @@ def run(grid: Grid, config: Config) -> Path:
     RuntimeError
         If too few nodes connect, or too few explorers answer.
     """
-    data = load(config.dataset, config.resolved_data_dir)
+    check_trackers(config)
+    data = load_for(config)
+    if not len(data.y_test):
+        raise ConfigError(f"dataset = {config.dataset!r}: the server's data have no test examples: add x_test, y_test")
     device = training.choose_device(config.device if config.device in ("auto", "cpu") else "auto")
-    model = build(config.model, data.input_shape, data.classes, config.seed).to(device)
+    model = build(config.model, data.input_shape, data.classes, config.seed, kind=data.inputs.kind).to(device)
+    slow = check_precision(model, blank(1, data.input_shape, data.inputs.kind, device), config.precision)
+    if slow:
+        log(WARNING, "autoflip: warning: %s", slow)
     initial = training.get_arrays(model)
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
     _wait_for_nodes(ordered, config)
+    parts = None
     if ordered.num_partitions:  # else each node has its own data
-        # rejects an impossible split now, and caches the split for the clients
-        partition_by(config, data.y_train, max(ordered.num_partitions, len(ordered.partitions)))
+        parts = partition_by(config, data, max(ordered.num_partitions, len(ordered.partitions)))
     earlier = earlier_exploration(config, initial) if config.exploration else None
     if config.resume:
         record = resumable(config)
     else:
-        name = config.name or f"{config.method}-{config.dataset}"
-        record = RunRecord.create(config.output_dir, name, config.as_dict())
+        name = name or config.name or f"{config.method}-{config.dataset}"
+        record = RunRecord.create(config.output_dir, name, config.as_dict(), folder=folder, key=key)
     log(INFO, "run record: %s", record.path)
+    if parts is not None:
+        record.write_holdings(holdings(data, parts))
     strategy = strategy_of(config, ledger, earlier.exploration if earlier else None, record.path / "checkpoint")
+    strategy = follow(strategy, *trackers_of(config, record.path), settings=config.as_dict())
+    trained = len(data.y_train) if parts is None else sum(map(len, parts))
+    test = examples_to_test(data, rows_to_test(len(data.y_test), config.test_examples))
     tracker = Tracker(
         record,
         config,
         model,
-        torch.from_numpy(data.batch(data.x_test[:])),
-        torch.tensor(data.y_test),
+        test.to(device),
         ledger,
         lambda: strategy.mask if isinstance(strategy, Pruned) else None,
+        evaluated_rounds(
+            config.num_server_rounds,
+            config.evaluate_every,
+            cost_of_evaluation(len(test), config.fraction_train * trained * config.local_epochs),
+        ),
         earlier.seconds if earlier else 0.0,
     )
     ordered.observe = tracker.observe
@@ -110,13 +143,13 @@ def run(grid: Grid, config: Config) -> Path:
         )
     except Exception as error:
         with suppress(OSError):  # the error itself may be a full disk
-            tracker.fail(_in_words(error))
+            tracker.fail(in_words(error))
         raise
     return tracker.finish(result.arrays if result.arrays else to_record(initial))
 
 
-def _in_words(error: Exception) -> str:
-    """Return an error as one line. Errors that are not meant for users keep their class."""
+def in_words(error: Exception) -> str:
+    """Return an error in one line. Errors that are not meant for users keep their class."""
     words = " ".join(str(error).split())
     return words if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {words}"
 

@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.examples import Examples
+from autoflip_flwr.experiment.precision import output
 from autoflip_flwr.experiment.startup import light_imports
 from autoflip_flwr.torch import masked_training
 
@@ -62,8 +64,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 def train(
     model: nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    examples: Examples,
     config: Config,
     *,
     epochs: int,
@@ -72,6 +73,7 @@ def train(
     weight_decay: float,
     mask: Subspace | None,
     seed: int,
+    proximal_mu: float = 0.0,
 ) -> Trained:
     """Train in place with a fresh optimizer.
 
@@ -82,10 +84,10 @@ def train(
     ----------
     model : nn.Module
         The model, on the device to train on.
-    x, y : torch.Tensor
-        float32 (N, C, H, W) and int64 (N,).
+    examples : Examples
+        On the same device. They are augmented, where they say so.
     config : Config
-        Optimizer and batch size.
+        Optimizer, batch size, precision and clipping.
     epochs : int
         Maximum number of epochs.
     patience : int | None
@@ -97,9 +99,11 @@ def train(
     mask : Subspace | None
         Applied after every optimizer step.
     seed : int
-        Seed for the order of the examples.
+        Seed for the order of the examples, and their augmentation.
+    proximal_mu : float (0.0)
+        The gradients are those of the loss plus proximal_mu / 2 * ||w - w_start||^2 (FedProx, arXiv 1812.06127), where
+        w_start are the parameters before this training. The loss that is returned lacks this term.
     """
-    device = next(model.parameters()).device
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     with light_imports():  # torch.optim loads torch's compiler
@@ -108,42 +112,53 @@ def train(
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if len(x) == 1:
+    if len(examples) == 1:
         for norm in norms:
             norm.eval()
     with masked_training(model, mask):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        start = [parameter.detach().clone() for parameter in trained] if proximal_mu else []
         while done < epochs:
             done += 1
             total = 0.0
-            for rows in batches(torch.randperm(len(x), generator=order), config.batch_size, single=not norms):
+            every = torch.randperm(len(examples), generator=order).to(examples.device)
+            for rows in batches(every, config.batch_size, single=not norms):
                 optimizer.zero_grad()
-                batch_loss = loss_of(model(x[rows].to(device)), y[rows].to(device))
+                x, y = examples.batch(rows, generator=order)
+                batch_loss = loss_of(output(model, x, config.precision), y)
                 batch_loss.backward()
+                if proximal_mu:
+                    _draw_to(start, trained, proximal_mu)
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_(trained, config.clip_norm)
                 optimizer.step()
                 total += batch_loss.item() * len(rows)
-            loss = total / len(x)
+            loss = total / len(examples)
             since_best = 0 if loss < best else since_best + 1
             best = min(best, loss)
             if patience is not None and since_best >= patience:
                 break
-    return Trained(loss, done, done * len(x))
+    return Trained(loss, done, done * len(examples))
 
 
-def pass_over(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int, seed: int) -> Trained:
+def pass_over(model: nn.Module, examples: Examples, batch_size: int, seed: int, most: int | None = None) -> Trained:
     """Run all examples forward and backward once, without training. Normalisation statistics stay as they are.
 
-    The parameters are those of :func:`train`.
+    The parameters are those of :func:`train`. Nothing is augmented. Only the first ``most`` minibatches of a random
+    order are run, if it is given.
     """
-    device = next(model.parameters()).device
     model.eval()
-    total = 0.0
-    for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(batch_size):  # type: ignore[no-untyped-call]
+    total, count = 0.0, 0
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    for rows in order.split(batch_size)[:most]:  # type: ignore[no-untyped-call]
         model.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
+        x, y = examples.batch(rows)
+        loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item() * len(rows)
+        count += len(rows)
     model.zero_grad()
-    return Trained(total / len(x), 1, len(x))
+    return Trained(total / count, 1, count)
 
 
 def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tensor]:
@@ -164,25 +179,33 @@ def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tenso
     return parts
 
 
-def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=weight_decay)
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 500) -> tuple[float, float]:
-    """Return the mean cross-entropy, and the accuracy in [0, 1]."""
-    device = next(model.parameters()).device
+def _draw_to(start: list[torch.Tensor], trained: list[nn.Parameter], mu: float) -> None:
+    """Add the gradient mu * (w - w_start). It is zero for pruned parameters, which a mask keeps where they began."""
+    for before, parameter in zip(start, trained, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - before, alpha=mu)
+
+
+def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over the parameters: a fifth of the time
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=weight_decay, fused=fused)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, examples: Examples, batch_size: int = 128) -> tuple[float, float]:
+    """Return the mean cross-entropy, and the accuracy in [0, 1]. The examples are on the model's device."""
     model.eval()
     loss, right = 0.0, 0
-    for start in range(0, len(x), batch_size):
-        rows = slice(start, start + batch_size)
-        target = y[rows].to(device)
-        output = model(x[rows].to(device))
-        loss += nn.functional.cross_entropy(output, target, reduction="sum").item()
-        right += int((output.argmax(1) == target).sum())
-    return loss / len(x), right / len(x)
+    for rows in torch.arange(len(examples), device=examples.device).split(batch_size):  # type: ignore[no-untyped-call]
+        x, y = examples.batch(rows)
+        output = model(x)
+        loss += nn.functional.cross_entropy(output, y, reduction="sum").item()
+        right += int((output.argmax(1) == y).sum())
+    return loss / len(examples), right / len(examples)
 
 
 def set_arrays(model: nn.Module, arrays: list[NDArray[np.generic]]) -> None:

@@ -1,4 +1,4 @@
-"""The `autoflip` command: run an experiment here or on a SuperLink, report on finished ones, list the settings."""
+"""The `autoflip` command: run an experiment here or on a SuperLink, report on runs, compare and list them."""
 
 import argparse
 import importlib.util
@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 from autoflip_flwr.experiment import preflight
 from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
 from autoflip_flwr.experiment.idle import idle
+from autoflip_flwr.experiment.toml import flatten, literal, parse_pairs, read_toml, to_toml
+from autoflip_flwr.launch import reports
 from autoflip_flwr.launch.remote import run_app_on
 from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.settings import markdown, table
 from autoflip_flwr.launch.superlink import TOOLS, Resources, run_app
-from autoflip_flwr.launch.toml import flatten, literal, parse_pairs, read_toml, to_toml
 
 APP_NAME = "autoflip-flwr"
 DEFAULT_NODES = 10
@@ -91,8 +92,8 @@ def _tell_of_record(screen: Screen, options: argparse.Namespace, reason: str) ->
     screen.say(f"run record: {path}")
     with suppress(OSError, ImportError):  # the run's own error matters more
         if not (path / "failure.json").exists():
-            from autoflip_flwr.experiment.record import report
             from autoflip_flwr.experiment.record.folder import RunRecord
+            from autoflip_flwr.experiment.report import report
 
             RunRecord(path).fail(reason)
             report.write(path)
@@ -171,23 +172,12 @@ def _defaults(project: Mapping[str, Any]) -> dict[str, Value]:
     return flatten(project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {}))
 
 
-def _report(options: argparse.Namespace) -> int:
-    for run in options.runs:
-        if not run.is_dir():
-            raise ConfigError(f"{run}: no such folder")
+def _suite(options: argparse.Namespace) -> int:
     try:
-        from autoflip_flwr.experiment.record import report
+        from autoflip_flwr.launch.suite import run_suite  # loads NumPy, PyTorch and more
     except ImportError as error:
-        raise ConfigError(f"a report needs {error.name}: pip install '{APP_NAME}[app]'") from None
-    try:
-        for run in options.runs:
-            print(report.write(run))
-        if options.compare:
-            report.compare(options.runs, options.compare)
-            print(options.compare)
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    return 0
+        raise ConfigError(f"a suite needs {error.name}: pip install '{APP_NAME}[app]'") from None
+    return run_suite(options)
 
 
 def _settings(options: argparse.Namespace) -> int:
@@ -197,7 +187,7 @@ def _settings(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="autoflip", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,report,settings}")
+    commands = parser.add_subparsers(required=True, metavar="{run,suite,report,compare,list,settings}")
 
     run = commands.add_parser("run", help="run a Flower app, in simulation or on a SuperLink, and wait for it")
     run.set_defaults(command=_run)
@@ -226,10 +216,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--verbose", action="store_true", help="show Flower's own log instead of a line a round")
     run.add_argument("--keep-logs", action="store_true", help="keep the SuperLink's log and say where")
 
-    report = commands.add_parser("report", help="make the report of finished runs")
-    report.set_defaults(command=_report)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    report.add_argument("--compare", type=Path, metavar="OUT.png", help="also draw the runs in one figure")
+    suite = commands.add_parser("suite", help="make all runs that a YAML file describes, in this machine's processes")
+    suite.set_defaults(command=_suite)
+    suite.add_argument("file", type=Path, metavar="FILE", help="the suite, e.g. configs/small.yaml")
+    suite.add_argument(
+        "-c", dest="run_config", action="append", default=[], metavar="PAIRS", help="settings of all runs: 'lr=0.1'"
+    )
+    suite.add_argument("--output", type=Path, metavar="FOLDER", help="where the suite's folder is made (default: runs)")
+    suite.add_argument(
+        "--workers", type=_number(int, 1), default=0, help="runs at a time (default: one per GPU, else per CPU core)"
+    )
+    suite.add_argument("--dry-run", action="store_true", help="only list the runs, with their expected time")
+    suite.add_argument("--again", action="store_true", help="make again what other code than this has made")
+
+    reports.add_commands(commands)
 
     settings = commands.add_parser("settings", help="list the settings of the shipped app")
     settings.set_defaults(command=_settings)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from autoflip_flwr.core.choices import METHODS
 from autoflip_flwr.experiment.config import Config, Rule, Value, key_of
-from autoflip_flwr.launch.toml import literal
+from autoflip_flwr.experiment.toml import literal
 
 WIDTH = 100
 _NAMES, _DEFAULTS = 23, 14

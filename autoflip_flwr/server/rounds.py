@@ -159,6 +159,11 @@ class Rounds(Configured):
         check_mask(value, self._started.mask.layout, "strategy.mask = ...")
 
     @property
+    def rounds_before(self) -> int:
+        """Rounds that were finished before this process, if the run is resumed. Flower counts the others from 1."""
+        return self._progress.before
+
+    @property
     def _started(self) -> Translator:
         if self._translator is None:
             raise RuntimeError(

@@ -22,6 +22,7 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.schedule import arguments_of
 from autoflip_flwr.wrapped import traits
+from autoflip_flwr.wrapped.loop import Twin
 from autoflip_flwr.wrapped.privacy import budget_of
 from autoflip_flwr.wrapped.snapshot import settings_of, strategy_state
 
@@ -315,6 +316,8 @@ def _check_strategy(strategy: object) -> None:
         )
     if any(isinstance(layer, Configured) for layer in traits.layers(strategy)):
         raise ValueError("AutoFlip inside another strategy: it must be outermost, and once: AutoFlip(DP(strategy))")
+    if any(isinstance(layer, Twin) for layer in traits.layers(strategy)):
+        raise ValueError("follow(strategy) inside AutoFlip: it must be around it: follow(AutoFlip(strategy), hook)")
 
 
 def _short(value: object) -> str:

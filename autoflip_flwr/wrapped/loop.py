@@ -7,13 +7,15 @@ import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import flwr
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import Strategy
+
+S = TypeVar("S", bound=Strategy)
 
 METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
@@ -62,17 +64,23 @@ def check(grid: object, initial_arrays: object, arguments: Mapping[str, Any]) ->
             raise TypeError(f"{name} = {arguments[name]!r}: must be a function of the round and the {of}, or None")
 
 
-def twin(strategy: Strategy, methods_of: Strategy) -> Strategy:
-    """Return a strategy of the same class and with the same state, but with the round methods of ``methods_of``.
+class Twin:
+    """A strategy that :func:`twin` has made."""
 
-    So a strategy with its own ``start`` (one that keeps the best model, say) still runs its own loop.
+
+def twin(strategy: S, methods_of: object, names: Iterable[str] = METHODS) -> S:
+    """Return a strategy of the same class and with the same state, but with methods of ``methods_of``.
+
+    ``names`` are those of the methods. With the round methods alone, which is the default, a strategy with its own
+    ``start`` (one that keeps the best model, say) still runs its own loop.
     """
 
     def forward(name: str) -> Callable[..., object]:
         return lambda _, *args, **kwargs: getattr(methods_of, name)(*args, **kwargs)
 
     kind: Any = type(strategy)
-    result: Strategy = object.__new__(type(kind)(kind.__name__, (kind,), {name: forward(name) for name in METHODS}))
+    methods = {name: forward(name) for name in names}
+    result: S = object.__new__(type(kind)(kind.__name__, (Twin, kind), methods))
     result.__dict__ = strategy.__dict__
     return result
 

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.data.dataset import Inputs
+from autoflip_flwr.experiment.examples import Examples, Shared
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
@@ -24,9 +26,9 @@ pytestmark = pytest.mark.runs
 def trained(decay: float, config: dict[str, object]) -> np.ndarray:
     torch.manual_seed(0)
     settings = Config(weight_decay=decay, local_epochs=1)
-    one = client.LocalClient(
-        settings, 0, torch.rand(20, 1, 8, 8), torch.arange(20) % 10, 10, Context(1, 1, {}, RecordDict(), {})
-    )
+    shared = Shared(torch.rand(20, 1, 8, 8).numpy(), np.arange(20, dtype=np.int64) % 10)
+    examples = Examples(shared, Inputs("signal", (1, 8, 8)))
+    one = client.LocalClient(settings, 0, examples, 10, Context(1, 1, {}, RecordDict(), {}))
     arrays, _, _ = one.fit([p.detach().numpy().copy() for p in one._model.state_dict().values()], config)
     return np.concatenate([array.ravel() for array in arrays])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.data.dataset import Inputs
+from autoflip_flwr.experiment.examples import Examples, Shared
 from autoflip_flwr.experiment.training import batches, train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -43,7 +46,9 @@ def test_every_example_comes_once_and_batches_are_otherwise_as_they_were(count: 
 def trained(model: nn.Module, count: int, batch_size: int) -> nn.Module:
     x = torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     plain = {"patience": None, "lr": 0.1, "weight_decay": 0.0, "mask": None, "seed": 1}
-    done = train(model, x, torch.arange(count) % 2, Config(batch_size=batch_size), epochs=2, **plain)
+    y = np.arange(count, dtype=np.int64) % 2
+    examples = Examples(Shared(x.numpy(), y), Inputs("signal", (1, 2, 2)))
+    done = train(model, examples, Config(batch_size=batch_size), epochs=2, **plain)
     assert (done.epochs, done.examples) == (2, 2 * count)
     assert all(value.isfinite().all() for value in model.state_dict().values())
     return model

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.core.choices import DATASETS, METHODS
+from autoflip_flwr.core.choices import DATASETS, METHODS, MODELS
 from autoflip_flwr.experiment.config import Config, ConfigError, Value
-from autoflip_flwr.experiment.datafiles import KNOWN
+from autoflip_flwr.experiment.data.files import KNOWN
+from autoflip_flwr.experiment.toml import literal
 from autoflip_flwr.launch.cli import main
 from autoflip_flwr.launch.settings import sections
-from autoflip_flwr.launch.toml import literal
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+_DATASETS = f"one of {', '.join(DATASETS)}, or module:callable"
+
+
+TRACKERS = "must be empty, or one or more of tensorboard, wandb, mlflow, with commas in between"
 
 
 def test_pyproject_lists_the_settings_as_the_code_declares_them() -> None:
@@ -50,8 +54,15 @@ def test_the_table_of_settings_has_each_with_its_default_and_is_narrow(capsys: p
     assert told == [[key, literal(value)] for key, value in Config().as_dict().items()]
 
 
-def test_every_data_set_but_digits_is_known_by_its_files() -> None:
-    assert ("digits", *KNOWN) == DATASETS
+def test_every_image_set_is_known_by_its_files() -> None:
+    assert (*KNOWN, "shakespeare", "har", "own") == DATASETS
+
+
+@pytest.mark.parametrize("dataset", ["my_data:load", "my.data:Sets.small"])
+def test_a_data_set_of_ones_own_is_a_callable(dataset: str) -> None:
+    assert Config.from_run_config({"dataset": dataset}).dataset == dataset
+    with pytest.raises(ConfigError, match=r"^dataset = 'my data:load': must be one of digits, .*, own, or module:call"):
+        Config.from_run_config({"dataset": "my data:load"})
 
 
 def test_defaults_are_those_of_pyproject() -> None:
@@ -69,6 +80,13 @@ def test_values_reach_their_fields() -> None:
     assert Config.from_run_config(config.as_dict()) == config
 
 
+def test_trackers_are_separated_by_commas() -> None:
+    assert Config().tracker_names == ()
+    assert Config(trackers="wandb").tracker_names == ("wandb",)
+    assert Config(trackers="mlflow, tensorboard").tracker_names == ("mlflow", "tensorboard")
+    assert "trackers" not in Config().decisive()
+
+
 def test_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Config().lr = 0.1  # type: ignore[misc]
@@ -82,11 +100,18 @@ def test_is_frozen() -> None:
         ("sparsity", "0.7", "sparsity = '0.7': must be a number in [0, 1)"),
         ("sparsity", True, "sparsity = true: must be a number in [0, 1)"),
         ("sparsity", float("nan"), "sparsity = nan: must be a number in [0, 1)"),
-        ("dataset", "foo", "dataset = 'foo': must be one of digits, mnist, fashion_mnist, cifar10"),
-        ("dataset", 3, "dataset = 3: must be one of digits, mnist, fashion_mnist, cifar10"),
-        ("method", "AutoFLIP", "method = 'AutoFLIP': must be one of " + ", ".join(METHODS)),
-        ("split", "", "split = '': must be one of iid, dirichlet, pathological"),
-        ("model", "vgg", "model = 'vgg': must be one of cnn, twocnn, resnet18, resnet18-gn"),
+        ("dataset", "foo", f"dataset = 'foo': must be {_DATASETS}"),
+        ("dataset", 3, f"dataset = 3: must be {_DATASETS}"),
+        ("method", "AutoFLIP", f"method = 'AutoFLIP': must be one of {', '.join(METHODS)}"),
+        ("split", "", "split = '': must be one of iid, dirichlet, pathological, shards, quantity, natural"),
+        ("model", "vgg", f"model = 'vgg': must be one of {', '.join(MODELS)}, or your own as module:callable"),
+        ("model", "a.b:c.d", f"model = 'a.b:c.d': must be one of {', '.join(MODELS)}, or your own as module:callable"),
+        (
+            "model",
+            "lstm",
+            "model = 'lstm': takes text (length,), not the images (C, H, W) of dataset = 'digits'; models that do: "
+            + ", ".join(name for name in MODELS if name not in ("lstm", "har-cnn")),
+        ),
         ("optimizer", "adamw", "optimizer = 'adamw': must be one of adam, sgd"),
         ("device", "gpu", "device = 'gpu': must be one of auto, cpu, cuda, mps"),
         ("scope", "x", "scope = 'x': must be one of global, layer, erk"),
@@ -118,19 +143,20 @@ def test_is_frozen() -> None:
         ("server-learning-rate", 0.0, "server-learning-rate = 0.0: must be a number > 0"),
         ("node-timeout", 0.0, "node-timeout = 0.0: must be a number > 0"),
         ("round-timeout", -1.0, "round-timeout = -1.0: must be a number > 0"),
-        ("classes-per-client", 11, "classes-per-client = 11: must be an integer in [1, 10]"),
+        ("classes-per-client", 0, "classes-per-client = 0: must be an integer >= 1"),
         ("seed", -1, "seed = -1: must be an integer in [0, 4294967295]"),
         ("nodes", -2, "nodes = -2: must be an integer >= 0"),
         ("name", "a/b", "name = 'a/b': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("name", "a\n", "name = 'a\\n': must be at most 64 letters, digits, '.', '_' or '-'"),
         ("output-dir", "", "output-dir = '': must be the path of a folder"),
+        ("trackers", "comet", f"trackers = 'comet': {TRACKERS}"),
+        ("trackers", "wandb,", f"trackers = 'wandb,': {TRACKERS}"),
+        ("trackers", "wandb, wandb", f"trackers = 'wandb, wandb': {TRACKERS}"),
         ("data-dir", 3, "data-dir = 3: must be a string"),
         (
             "data-dir",
             "/no/such",
-            "data-dir = '/no/such': must be an existing folder with x_train.npy, y_train.npy, x_test.npy, y_test.npy "
-            "(also in a folder named as the data set) or torchvision's own files (MNIST/raw, FashionMNIST/raw, "
-            "cifar-10-batches-py)",
+            "data-dir = '/no/such': must be an existing folder; docs/data.md says with which files",
         ),
         ("exploration", "/no/such", "exploration = '/no/such': must be an existing file"),
         ("sparsty", 0.5, "sparsty = 0.5: no such setting; did you mean sparsity?"),
@@ -159,7 +185,7 @@ def test_an_unknown_key_like_no_other_lists_the_settings() -> None:
         ("nodes", [0, 2, 1000]),
         ("seed", [0, 2**32 - 1]),
         ("gamma", [0, 2.5]),
-        ("classes-per-client", [1, 10]),
+        ("classes-per-client", [1, 100]),
         ("name", ["", "run-1_a.b"]),
     ],
 )

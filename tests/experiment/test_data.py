@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from autoflip_flwr.experiment.config import ConfigError
-from autoflip_flwr.experiment.data import ImageData, _load, load
-from autoflip_flwr.experiment.datafiles import cache_dir
+from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.data.dataset import Data, Inputs
+from autoflip_flwr.experiment.data.files import cache_dir
+from autoflip_flwr.experiment.data.load import _load, _load_for, check_data, load, load_for, prepare
+from autoflip_flwr.experiment.examples import examples_to_train
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -27,6 +30,7 @@ RAW = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-u
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path / "cache"))
     _load.cache_clear()
+    _load_for.cache_clear()
     return tmp_path / "cache"
 
 
@@ -54,6 +58,17 @@ def idx(name: str, data_dir: str) -> np.ndarray:
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted([folder, *folder.rglob("*")])]
+
+
+def stored_in(cache: Path) -> list[str]:
+    return sorted(str(path.relative_to(cache)) for path in cache.rglob("*"))
+
+
+MNIST_STORED = [
+    "mnist",
+    "mnist/arrays.json",
+    *(f"mnist/{part}.npy" for part in ("x_test", "x_train", "y_test", "y_train")),
+]
 
 
 def small(shape: tuple[int, ...] = (28, 28)) -> dict[str, np.ndarray]:
@@ -90,9 +105,9 @@ def test_digits() -> None:
     assert np.unique(data.x_train).tolist() == [round(v * 255 / 16 + 1e-9) for v in range(17)]
     assert sha256(data.x_train) == "c74011e1ef81bfc8e50c8dbcd1fd529c9a66033660a82396541db5147180f282"
     assert sha256(data.y_test) == "723b354289d5bac3a0b9b879aa5c84bb66f8501f3d3042116f87aa5a7d98b1bc"
-    batch = data.batch(data.x_train)
-    assert batch.mean() == pytest.approx(0, abs=2e-4)
-    assert batch.std() == pytest.approx(1, abs=2e-4)
+    batch, _ = examples_to_train(data).batch(torch.arange(len(data.y_train)))
+    assert float(batch.mean()) == pytest.approx(0, abs=2e-4)
+    assert float(batch.std()) == pytest.approx(1, abs=2e-4)
 
 
 def test_digits_split_keeps_every_image_once() -> None:
@@ -116,27 +131,41 @@ def test_mnist_is_the_original_and_its_folder_is_not_touched(
     for name, array in zip(RAW, (data.x_train[..., 0], data.y_train, data.x_test[..., 0], data.y_test), strict=True):
         assert np.array_equal(array, idx(name, data_dir))
     assert listing(Path(data_dir) / "MNIST") == before
-    assert sorted(p.name for p in fresh_cache.rglob("*")) == sorted(["MNIST", "raw", *RAW])
+    assert stored_in(fresh_cache) == MNIST_STORED
+    assert isinstance(data.x_train, np.memmap)
 
 
-def test_cache_serves_and_is_repaired(
-    data_dir: str, fresh_cache: Path, no_network: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = load("mnist", data_dir)
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"\0" * 30)):
-        damage(fresh_cache / "MNIST" / "raw" / RAW[3])
-        _load.cache_clear()
-        assert np.array_equal(load("mnist", data_dir).y_test, expected.y_test)
-        assert sorted(p.name for p in fresh_cache.rglob("*")) == sorted(["MNIST", "raw", *RAW])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b"\0" * 30),
+        lambda path: np.save(path, np.zeros(3, np.uint8)),
+        lambda path: path.with_name("arrays.json").write_text("{"),
+        lambda path: path.with_name("arrays.json").write_text('{"format": 0}'),
+    ],
+)
+def test_a_damaged_cache_is_repaired(fresh_cache: Path, damage: Any) -> None:
+    expected = load("digits").x_test
+    before = stored_in(fresh_cache)
+    damage(fresh_cache / "digits" / "x_test.npy")
     _load.cache_clear()
-    assert np.array_equal(load("mnist").y_test, expected.y_test)  # what was downloaded once is not again
+    assert np.array_equal(load("digits").x_test, expected)
+    assert stored_in(fresh_cache) == before
+    _load.cache_clear()
+    assert isinstance(load("digits").x_test, np.memmap)
+
+
+def test_what_was_stored_once_is_not_downloaded(data_dir: str, fresh_cache: Path, no_network: None) -> None:
+    expected = load("mnist", data_dir).y_test
+    _load.cache_clear()
+    assert np.array_equal(load("mnist").y_test, expected)
 
 
 _LOAD = """
 import sys, time
 from pathlib import Path
-import torchvision
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load
 Path(sys.argv[2], sys.argv[3]).touch()
 while len(list(Path(sys.argv[2]).iterdir())) < 2:
     time.sleep(0.001)
@@ -155,7 +184,7 @@ def test_two_processes_load_first_at_once(data_dir: str, fresh_cache: Path, tmp_
     assert [process.returncode for process in both] == [0, 0]
     total = int(idx(RAW[0], data_dir).sum(dtype=np.int64)), int(idx(RAW[3], data_dir).sum(dtype=np.int64))
     assert said == [f"{total[0]} {total[1]}\n"] * 2
-    assert sorted(p.name for p in fresh_cache.rglob("*")) == sorted(["MNIST", "raw", *RAW])
+    assert stored_in(fresh_cache) == MNIST_STORED
 
 
 def test_cifar10_is_memory_mapped(data_dir: str) -> None:
@@ -171,29 +200,6 @@ def test_cifar10_is_memory_mapped(data_dir: str) -> None:
     assert data.y_train[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     assert data.y_train.dtype == data.y_test.dtype == np.int64
     assert np.array_equal(data.x_test[-5:], np.load(Path(data_dir) / "cifar10" / "x_test.npy", mmap_mode="r")[-5:])
-
-
-def test_batch_is_what_torchvision_makes(data_dir: str) -> None:
-    import torch
-    from torchvision.transforms import Compose, Normalize, ToTensor
-
-    data = load("cifar10", data_dir)
-    x = np.array(data.x_train[40:44])
-    transform = Compose([ToTensor(), Normalize(data.mean, data.std)])
-    batch = data.batch(x)
-    assert batch.dtype == np.float32
-    assert batch.flags.c_contiguous
-    assert batch.flags.writeable
-    assert torch.equal(torch.from_numpy(batch), torch.stack([transform(image) for image in x]))
-    assert data.batch(x[:0]).shape == (0, 3, 32, 32)
-
-
-def test_batch_refuses_other_images() -> None:
-    data = load("digits")
-    with pytest.raises(ValueError, match=r"expected uint8 \(n, \*\(8, 8, 1\)\), got float64 \(2, 8, 8, 1\)"):
-        data.batch(data.x_train[:2].astype(float))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got uint8"):
-        data.batch(data.x_train[0])
 
 
 def test_loaded_once_and_read_only(data_dir: str) -> None:
@@ -226,7 +232,9 @@ def test_torchvision_layout(tmp_path: Path, dataset: str, folder: str, fresh_cac
     assert data.name == dataset
     assert np.array_equal(data.x_test[..., 0], arrays["x_test"])
     assert np.array_equal(data.y_train, arrays["y_train"])
-    assert not fresh_cache.exists()
+    assert isinstance(data.x_train, np.memmap)
+    (folder_of,) = fresh_cache.iterdir()
+    assert folder_of.name.startswith(f"{dataset}-")
 
 
 def test_torchvision_layout_is_checked(tmp_path: Path) -> None:
@@ -239,6 +247,33 @@ def test_torchvision_layout_is_checked(tmp_path: Path) -> None:
         load("mnist", str(tmp_path))
 
 
+def test_cifar100_is_read_as_torchvision_reads_it(
+    tmp_path: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR100
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    images = {part: rng.integers(0, 256, (count, 3072), dtype=np.uint8) for part, count in (("train", 12), ("test", 4))}
+    for part, x in images.items():
+        content = pickle.dumps({"data": x, "fine_labels": [90 + i % 10 for i in range(len(x))]})
+        (folder / part).write_bytes(content)
+        monkeypatch.setattr(CIFAR100, f"{part}_list", [[part, hashlib.md5(content).hexdigest()]])
+    meta = pickle.dumps({"fine_label_names": [str(i) for i in range(100)]})
+    (folder / "meta").write_bytes(meta)
+    monkeypatch.setattr(
+        CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": hashlib.md5(meta).hexdigest()}
+    )
+    data = load("cifar100", str(tmp_path))
+    assert (data.classes, data.input_shape) == (100, (3, 32, 32))
+    assert np.array_equal(data.x_train, images["train"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert data.y_test.tolist() == [90, 91, 92, 93]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,7 +284,10 @@ def test_torchvision_layout_is_checked(tmp_path: Path) -> None:
         ({"x_test": np.zeros((10, 32, 32, 3), np.uint8)}, r"x_test.npy: .*, found uint8 \(10, 32, 32, 3\)"),
         ({"x_train": np.zeros((0, 28, 28), np.uint8)}, r"x_train.npy: .*, found uint8 \(0, 28, 28\)"),
         ({"x_train": np.array(3, np.uint8)}, r"x_train.npy: .*, found uint8 \(\)"),
-        ({"y_train": np.zeros(19, int)}, r"y_train.npy: expected integers \(20,\), one per image, found int64 \(19,\)"),
+        (
+            {"y_train": np.zeros(19, int)},
+            r"y_train.npy: expected integers \(20,\), one per example, found int64 \(19,\)",
+        ),
         ({"y_train": np.zeros((20, 10), int)}, r"y_train.npy: .*, found int64 \(20, 10\)"),
         ({"y_test": np.zeros(10)}, r"y_test.npy: .*, found float64 \(10,\)"),
         ({"y_test": np.full(10, 10)}, r"y_test.npy: expected labels 0 to 9, found 10 to 10"),
@@ -304,7 +342,7 @@ def test_damaged_originals_are_named(tmp_path: Path, data_dir: str, fresh_cache:
     assert not fresh_cache.exists()
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_no_network_to_download_with(dataset: str, fresh_cache: Path, no_network: None) -> None:
     with pytest.raises(ConfigError, match=rf"cannot download {dataset} \(no network\?\); give data-dir") as caught:
         load(dataset)
@@ -313,19 +351,61 @@ def test_no_network_to_download_with(dataset: str, fresh_cache: Path, no_network
     assert not list(fresh_cache.iterdir())
 
 
-def test_unwritable_cache(tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache(tmp_path: Path, data_dir: str, monkeypatch: pytest.MonkeyPatch, no_network: None) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path / "file"))
     _load.cache_clear()
+    assert np.bincount(load("mnist", data_dir).y_test).tolist() == MNIST_TEST  # in memory
     with pytest.raises(ConfigError, match=r"cannot write to the cache folder .*file \(set AUTOFLIP_CACHE\)"):
-        load("mnist", data_dir)
+        load("mnist")
 
 
 def test_unknown_data_set_or_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dataset = 'svhn': must be one of digits, mnist, fashion_mnist, cifar10"):
+    with pytest.raises(ConfigError, match=r"dataset = 'svhn': must be one of digits, .*, own, or module:callable"):
         load("svhn")
     with pytest.raises(ConfigError, match=r"data-dir = '.*absent': must be an existing folder"):
         load("mnist", str(tmp_path / "absent"))
+    for dataset in ("femnist", "shakespeare", "har", "own"):
+        with pytest.raises(
+            ConfigError, match=rf"dataset = '{dataset}': give data-dir, or \$AUTOFLIP_DATA, a folder that"
+        ):
+            load(dataset)
+        with pytest.raises(ConfigError, match=rf"data-dir = '.*': holds no {dataset}; looked for "):
+            load(dataset, str(tmp_path))
+
+
+def test_input_size_and_augmentation_are_of_images(data_dir: str) -> None:
+    data = load_for(Config(dataset="cifar10", data_dir=data_dir, input_size=24, augment="flip"))
+    assert data.inputs._replace(mean=(), std=()) == Inputs("image", (3, 24, 24), augment="flip")
+    assert data.x_train is load("cifar10", data_dir).x_train
+    with pytest.raises(ConfigError, match="input-size = 9: must be at most 8, as in digits"):
+        load_for(Config(input_size=9))
+    with pytest.raises(ConfigError, match="dataset = 'har': holds no images, so input-size must be 0"):
+        load_for(Config(dataset="har", data_dir=data_dir, augment="flip"))
+
+
+def test_what_is_prepared_is_checked(tmp_path: Path, fresh_cache: Path) -> None:
+    prepare(Config(nodes=10))
+    assert stored_in(fresh_cache)[0] == "digits"
+    with pytest.raises(ConfigError, match="cannot split the 1437 examples of digits between 1500 clients"):
+        prepare(Config(nodes=1500))
+    wrong = Config(dataset="mnist", data_dir=str(save(tmp_path / "wrong", small((9, 9)))))
+    for check in (prepare, check_data):
+        with pytest.raises(ConfigError, match=r"x_train.npy: expected uint8 \(N, 28, 28, 1\)"):
+            check(wrong)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "har"])
+def test_no_process_but_the_first_imports_what_made_the_data(dataset: str, data_dir: str, fresh_cache: Path) -> None:
+    load(dataset, data_dir)
+    code = (
+        "import sys\nfrom autoflip_flwr.experiment.data.load import load\n"
+        f"data = load({dataset!r}, sys.argv[1])\n"
+        "print(type(data.x_train).__name__, sorted({'sklearn', 'torchvision', 'torch', 'flwr'} & set(sys.modules)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, data_dir], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "memmap []\n"
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,4 +421,4 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_input_shape_is_channels_first() -> None:
     x, y = np.zeros((1, 4, 5, 3), np.uint8), np.zeros(1, np.int64)
-    assert ImageData("any", x, y, x, y, 2, (0.5,) * 3, (0.5,) * 3).input_shape == (3, 4, 5)
+    assert Data("any", x, y, x, y, 2, Inputs("image", (3, 4, 5))).input_shape == (3, 4, 5)

@@ -16,14 +16,14 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from autoflip_flwr import Ledger, Pruned
-from autoflip_flwr.core.choices import METHODS
+from autoflip_flwr.core.choices import CHANGING, METHODS
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.experiment import client, server, training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.guidance import guided, specs_of
-from autoflip_flwr.experiment.models import build
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.strategies import strategy_of
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
@@ -42,6 +42,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "feddst": {"adjust-every": 2, "adjust-until": 1.0, "adjust-share": 0.3},
     "prunefl": {"adjust-every": 2},
     "gradual": {"fall": 0.8, "adjust-every": 2},
+    "fedprox": {"proximal-mu": 0.01},
 }
 
 
@@ -55,7 +56,7 @@ class Ran:
         self.grid = LocalGrid(client.app, NODES, values) if grid is None else grid
         self.ledger, self.kept, self.models = Ledger(), dict[int, int](), dict[int, Any]()
         self.strategy: Any = strategy_of(config, self.ledger, None, folder)
-        data = load(config.dataset, config.resolved_data_dir)
+        data = load_for(config)
         initial = training.get_arrays(build(config.model, data.input_shape, data.classes, config.seed))
         self.result = self.strategy.start(
             OrderedGrid(self.grid, seed=config.seed, ledger=self.ledger),
@@ -104,7 +105,7 @@ def test_each_method_runs_and_its_densities_are_exact(method: str, tmp_path: Pat
         assert list(ran.kept.values()) == [size, size, size, middle, middle, kept]
     else:
         assert list(ran.kept.values()) == [kept] * (ROUNDS + 1)
-    assert mask.version == (2 if method in OF_METHOD else 0)  # new masks in rounds 3 and 5
+    assert mask.version == (2 if method in CHANGING else 0)  # new masks in rounds 3 and 5
     for name, keep in mask.keep.items():
         assert not ran.models[ROUNDS][name][~keep].any()
     requests = {round_: message.content[HEADER].get("ask") for (_, round_), message in ran.asked("train").items()}
@@ -221,6 +222,7 @@ def test_guidance_scales_gradients_and_stays_with_the_node():
     ("settings", "text"),
     [
         ({"method": "fedprox", "server-momentum": 0.9}, "method = 'fedprox': needs server-momentum = 0"),
+        ({"method": "fedprox"}, "proximal-mu = 0.0: with method = 'fedprox' it must be above 0"),
         ({"method": "gradual", "initial-density": 0.2}, "initial-density = 0.2: must not be below 0.3, the density of"),
         ({"method": "gradual", "adjust-every": 20}, "adjust-every = 20: with num-server-rounds = 20 the mask would"),
         ({"method": "prunefl"}, "adjust-every = 50: with num-server-rounds = 20 the mask would never change"),
@@ -239,6 +241,6 @@ def test_settings_that_go_together_are_not():
         {"method": "rigl"},
         {"method": "rigl", "sparsity": 0.0, "num-server-rounds": 3},
         {"method": "fedavg", "values": "int8", "resume": "x"},
-        {"method": "fedprox", "values-up": "bfloat16"},
+        {"method": "fedprox", "proximal-mu": 0.1, "values-up": "bfloat16"},
     ):
         Config.from_run_config(settings, check_paths=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -91,11 +92,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "file"]
 
 
+def test_a_tracker_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    preflight.check_trackers(Config(trackers="tensorboard,wandb,mlflow"))
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    assert refused(trackers="wandb", output_dir=str(tmp_path)) == (
+        "trackers = 'wandb': the package wandb is not installed: pip install 'autoflip-flwr[wandb]'"
+    )
+
+
 def test_data_that_are_not_at_hand(tmp_path: Path, data_dir: str):
     message = refused(dataset="mnist", data_dir=str(tmp_path), output_dir=str(tmp_path))
     assert message.startswith(f"data-dir = '{tmp_path}': holds no mnist; looked for x_train.npy, ")
     for dataset in ("digits", "mnist", "cifar10"):
-        preflight.check_data(dataset, data_dir)
+        preflight.check_data(Config(dataset=dataset, data_dir=data_dir))
 
 
 def test_data_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

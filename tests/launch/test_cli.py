@@ -9,7 +9,6 @@ import tempfile
 import time
 import tomllib
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -340,23 +339,6 @@ def test_a_failed_run(recorder: Recorder, capsys: pytest.CaptureFixture[str]) ->
 def test_toml_round_trip() -> None:
     settings: dict[str, Value] = {"a": True, "b": 3, "c": 1e-05, "d": 'q"\\\n\x7f\x00é🙂', "e": "", "f": 1e300}
     assert tomllib.loads(cli.to_toml(settings)) == settings
-
-
-def test_report_needs_folders(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("report", "no-such-run") == 2
-    assert capsys.readouterr().err == "autoflip: error: no-such-run: no such folder\n"
-
-
-def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from autoflip_flwr.experiment.record import report
-
-    compared: list[tuple[list[Path], Path]] = []
-    write: Callable[[Path], Path] = lambda run: run / "report.md"  # noqa: E731
-    monkeypatch.setattr(report, "write", write)
-    monkeypatch.setattr(report, "compare", lambda runs, out: compared.append((runs, out)))
-    assert exit_code("report", str(tmp_path), "--compare", "out.png") == 0
-    assert compared == [([tmp_path], Path("out.png"))]
-    assert capsys.readouterr().out == f"{tmp_path / 'report.md'}\nout.png\n"
 
 
 class Started:

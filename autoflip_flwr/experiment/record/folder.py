@@ -33,18 +33,32 @@ class RunRecord:
     path: Path
 
     @classmethod
-    def create(cls, output_dir: str | Path, name: str, config: Mapping[str, object]) -> RunRecord:
-        """Make ``<output_dir>/<YYYYMMDD-HHMMSS>-<name>/`` (UTC) and write ``config.json`` into it.
+    def create(
+        cls,
+        output_dir: str | Path,
+        name: str,
+        config: Mapping[str, object],
+        *,
+        folder: Path | None = None,
+        key: str = "",
+    ) -> RunRecord:
+        """Make ``<output_dir>/<YYYYMMDD-HHMMSS>-<name>/`` (UTC), or ``folder``, and write ``config.json`` into it.
 
         Characters of ``name`` that do not belong in a folder's name become ``-``. An existing folder is never reused:
-        the new one gets ``-2``, ``-3`` and so on. ``config`` holds the resolved value of every setting.
+        the new one gets ``-2``, ``-3`` and so on. ``config`` holds the resolved value of every setting. ``key`` is the
+        run's identity in a suite.
 
         Raises ``OSError`` if the folder cannot be made.
         """
         started = datetime.now(UTC)
         about = {"name": name, "config": config, "seed": config.get("seed"), **circumstances(started)}
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-        record = cls(_new_folder(Path(output_dir).resolve() / f"{started:%Y%m%d-%H%M%S}-{safe}"))
+        if key:
+            about["key"] = key
+        if folder is None:
+            safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+            folder = _new_folder(Path(output_dir).resolve() / f"{started:%Y%m%d-%H%M%S}-{safe}")
+        folder.mkdir(parents=True, exist_ok=True)
+        record = cls(folder.resolve())
         _write_json(record.path / "config.json", about)
         return record
 
@@ -95,6 +109,10 @@ class RunRecord:
     def write_incidents(self, incidents: Sequence[Mapping[str, object]]) -> None:
         """Write ``incidents.json``: what went wrong so far (:class:`~autoflip_flwr.costs.ledger.Ledger`)."""
         write_atomic(self.path / "incidents.json", _json_lines(incidents))
+
+    def write_holdings(self, holdings: Mapping[str, object]) -> None:
+        """Write ``holdings.json``: the names of the ``classes``, and each node's ``counts`` of examples of each."""
+        write_atomic(self.path / "holdings.json", (json.dumps(holdings) + "\n").encode())
 
     def finish(
         self,

@@ -28,7 +28,7 @@ class Run:
 
         Without ``summary.json``, the summary is made from the last line of metrics.
 
-        Raises ``NotADirectoryError`` if ``run_dir`` is no folder.
+        Raises ``NotADirectoryError`` if ``run_dir`` is no folder, and ``ValueError`` for a file that is not JSON.
         """
         if not run_dir.is_dir():
             raise NotADirectoryError(f"not the folder of a run: {run_dir}")
@@ -56,24 +56,11 @@ class Run:
         return str(self.about.get("name") or self.path.resolve().name)
 
     @property
-    def label(self) -> str:
-        """The run's label in comparisons: its method and density."""
-        method, density = self.summary.get("method") or self.name, self.summary.get("density")
-        return str(method) if density is None else f"{method}, density {100 * density:.3g}%"
-
-    def by_round(self) -> tuple[list[int], list[float]]:
-        """Return the evaluated rounds, and the accuracy after each in %. Round 0 is the start."""
-        points = {
-            line["round"]: 100 * line["accuracy"]
-            for line in self.metrics
-            if line["accuracy"] is not None and (line["phase"] == "train" or line["round"] == 0)
-        }
-        return list(points), list(points.values())
-
-    def by_megabytes(self) -> tuple[list[float], list[float]]:
-        """Return the MB sent up to each evaluation (all messages, both directions), and the accuracy there in %."""
-        evaluated = [line for line in self.metrics if line["accuracy"] is not None]
-        return [line["bytes"]["total"] / 1e6 for line in evaluated], [100 * line["accuracy"] for line in evaluated]
+    def state(self) -> str:
+        """The run's state: done, failed or unfinished, which may still go on."""
+        if self.complete:
+            return "done"
+        return "failed" if self.failure else "unfinished"
 
 
 def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,5 +85,7 @@ def _summary_so_far(config: Mapping[str, Any], metrics: Sequence[Mapping[str, An
 
 
 def _read_json(path: Path) -> Any:
-    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return value
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from logging import INFO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.logger import log
 from torch import nn
@@ -20,7 +19,8 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.models import flops_per_example
+from autoflip_flwr.experiment.examples import Examples
+from autoflip_flwr.experiment.models.flops import flops_per_example
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.server.waiting import duration
@@ -28,7 +28,7 @@ from autoflip_flwr.wire.records import to_arrays, to_record
 
 
 class Tracker:
-    """Evaluates the model after every round, and writes the run record while the run goes on.
+    """Evaluates the model between rounds, and writes the run record while the run goes on.
 
     Parameters
     ----------
@@ -38,12 +38,14 @@ class Tracker:
         The run's settings.
     model : nn.Module
         A model for the evaluation, on the device to use.
-    x, y : torch.Tensor
-        The test set.
+    examples : Examples
+        The test set, on the model's device.
     ledger : Ledger
         The run's costs so far. It gets the FLOPs of an example from here.
     mask : Callable[[], Mask | None]
         Returns the mask in force.
+    evaluated : Collection[int]
+        The rounds after which the model is evaluated; 0 is the start.
     exploration_seconds : float
         Duration of an exploration that was reused from an earlier run.
     """
@@ -53,23 +55,25 @@ class Tracker:
         record: RunRecord,
         config: Config,
         model: nn.Module,
-        x: torch.Tensor,
-        y: torch.Tensor,
+        examples: Examples,
         ledger: Ledger,
         mask: Callable[[], Mask | None],
+        evaluated: Collection[int],
         exploration_seconds: float = 0.0,
     ) -> None:
         self.record, self._config, self._model, self._ledger, self._mask = record, config, model, ledger, mask
-        self._x, self._y = x, y
+        self._examples, self._evaluated = examples, evaluated
         self._began = self._rounds_began = time.monotonic()
         self.exploration_seconds = exploration_seconds
         self._explored_before = exploration_seconds
         self._accuracies: dict[int, float] = {}
+        self._rounds = 0
         self._resumed: list[int] = []
         self._writes = not config.resume  # a resumed record is not written before it is known that it can be resumed
         # counted since the last line of the record
         self._nodes, self._losses, self._incidents = 0, list[float](), 0
-        ledger.flops_per_example = flops_per_example(model, tuple(x.shape[1:]))  # type: ignore[arg-type]
+        self._evaluating = 0.0  # seconds
+        ledger.flops_per_example = flops_per_example(model, examples.inputs.shape, kind=examples.inputs.kind)
 
     def state(self) -> dict[str, object]:
         """Return the record's state for a checkpoint, as JSON types."""
@@ -77,7 +81,9 @@ class Tracker:
             "size": self.record.size(),
             "seconds": self._seconds(),
             "rounds": time.monotonic() - self._rounds_began,
+            "evaluating": self._evaluating,
             "exploration": self.exploration_seconds,
+            "done": self._rounds,
             "accuracies": list(self._accuracies.items()),
             "resumed": self._resumed,
             "incidents": self._incidents,
@@ -94,12 +100,12 @@ class Tracker:
         self.record.shorten(state["size"])
         now = time.monotonic()
         self._began = now - state["seconds"] + self._explored_before
-        self._rounds_began = now - state["rounds"]
+        self._rounds_began, self._evaluating = now - state["rounds"], state["evaluating"]
         self.exploration_seconds = state["exploration"]
         self._accuracies, self._incidents = dict(state["accuracies"]), state["incidents"]
-        after = max(self._accuracies, default=0)
-        self._resumed = [*state["resumed"], after]
-        self.record.goes_on(self._config.as_dict(), after)
+        self._rounds = state["done"]
+        self._resumed = [*state["resumed"], self._rounds]
+        self.record.goes_on(self._config.as_dict(), self._rounds)
 
     def observe(self, phase: str, replies: list[Message]) -> None:
         """Note an exchange's replies. Write a line of the record for a batch of explorers."""
@@ -114,25 +120,30 @@ class Tracker:
             self._append("exploration", 0, None, None)
             log(INFO, "[exploration] %d explorers, %s sent, %s", len(found), self._sent(), duration(self._seconds()))
 
-    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Test the global model, write the round's line, and log progress (Flower's ``evaluate_fn``)."""
+    def evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Test the global model if this is a round to do so; write the round's line, and log progress.
+
+        This is Flower's ``evaluate_fn``. It returns ``None`` for a round without a test.
+        """
         if server_round == 0:
             self._rounds_began = time.monotonic()
-        training.set_arrays(self._model, [array.numpy() for array in arrays.values()])
-        loss, accuracy = training.evaluate(self._model, self._x, self._y)
-        self._accuracies[server_round] = accuracy
+        self._rounds = server_round
+        loss = accuracy = None
+        if server_round in self._evaluated:
+            began = time.monotonic()
+            training.set_arrays(self._model, [array.numpy() for array in arrays.values()])
+            loss, accuracy = training.evaluate(self._model, self._examples)
+            self._accuracies[server_round] = accuracy
+            self._evaluating += time.monotonic() - began
         self._append("train", server_round, accuracy, loss)
         rounds = self._config.num_server_rounds
         left = ""
         if 0 < server_round < rounds:
             pace = (time.monotonic() - self._rounds_began) / server_round
             left = f", {duration(pace * (rounds - server_round))} left"
-        log(
-            INFO,
-            "[round %d/%d] accuracy %.4f, loss %.4f, %s sent%s",
-            server_round, rounds, accuracy, loss, self._sent(), left,
-        )  # fmt: skip
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
+        found = "" if accuracy is None else f" accuracy {accuracy:.4f}, loss {loss:.4f},"
+        log(INFO, "[round %d/%d]%s %s sent%s", server_round, rounds, found, self._sent(), left)
+        return None if accuracy is None or loss is None else MetricRecord({"accuracy": accuracy, "loss": loss})
 
     def fail(self, reason: str) -> None:
         """Write the incidents, the reason why the run has ended, and the report."""
@@ -154,7 +165,7 @@ class Tracker:
             "method": self._config.method,
             "dataset": self._config.dataset,
             "model": self._config.model,
-            "rounds": len(trained),
+            "rounds": self._rounds,
             "seed": self._config.seed,
             "final_accuracy": trained[max(trained)] if trained else None,
             "best_accuracy": max(trained.values(), default=None),
@@ -168,7 +179,11 @@ class Tracker:
             "flops": flops,
             "flops_total": sum(flops.values()),
             "seconds_total": self._seconds(),
-            "seconds": {"exploration": self.exploration_seconds, "train": time.monotonic() - self._rounds_began},
+            "seconds": {
+                "exploration": self.exploration_seconds,
+                "train": time.monotonic() - self._rounds_began - self._evaluating,
+                "central_evaluation": self._evaluating,
+            },
             "exchange_seconds": {phase: seconds for phase, seconds in ledger.seconds.items() if phase != "other"},
             "failures": ledger.failure_counts(),
             "resumed_after": self._resumed,
@@ -220,6 +235,6 @@ class Tracker:
 
 
 def _write_report(path: Path) -> None:
-    from autoflip_flwr.experiment.record import report  # matplotlib is slow to load, and not needed before
+    from autoflip_flwr.experiment.report import report  # matplotlib is slow to load, and not needed before
 
     report.write(path)

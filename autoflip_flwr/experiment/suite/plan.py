@@ -1,0 +1,141 @@
+"""Plan the runs of a suite: what identifies a run, which runs share an exploration, and how they are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoflip_flwr.experiment.config import Config, Value, shown
+from autoflip_flwr.experiment.idle import effective, without_effect
+from autoflip_flwr.experiment.report.command import repeating
+
+_RESULTLESS = (
+    "name",
+    "output-dir",
+    "data-dir",
+    "node-timeout",
+    "round-timeout",
+    "exploration-timeout",
+    "exploration",
+    "checkpoints",
+    "resume",
+    "trackers",
+)
+"""Settings that do not change what a run computes."""
+
+_AFTER_EXPLORING = (
+    "sparsity",
+    "scope",
+    "gamma",
+    "initial",
+    "fraction-train",
+    "fraction-evaluate",
+    "num-server-rounds",
+    "local-epochs",
+    "lr-decay",
+    "server-momentum",
+    "server-learning-rate",
+    "values-up",
+    "min-replies",
+    "evaluate-every",
+    "test-examples",
+)
+"""Settings that have no effect before the exploration is over."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a suite.
+
+    Attributes
+    ----------
+    config : Config
+        Its settings.
+    key : str
+        16 hex digits: the digest of all settings that decide its result.
+    exploration : str
+        Equal for runs that can share one exploration; "" for a run that cannot.
+    varies : dict[str, Value]
+        Those of its settings that differ between the suite's runs.
+    """
+
+    config: Config
+    key: str
+    exploration: str
+    varies: Mapping[str, Value]
+
+    @property
+    def name(self) -> str:
+        """The run's name in tables: its varying settings."""
+        return " ".join(_told(key, value) for key, value in self.varies.items()) or self.config.method
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: readable, and different for each key."""
+        safe = re.sub(r"[^A-Za-z0-9._=-]+", "-", self.name).strip("-.")
+        return f"{safe[:80]}-{self.key[:8]}"
+
+    @property
+    def command(self) -> str:
+        """The command that makes the same run alone."""
+        return repeating(self.config.as_dict())
+
+
+def plan(configs: Iterable[Config]) -> list[Planned]:
+    """Return the runs of a suite, without those that compute the same, in order."""
+    first: dict[str, Config] = {}
+    for config in configs:
+        first.setdefault(key_of_run(config), config)
+    active = {key: _active(config) for key, config in first.items()}
+    axes = _axes(list(active.values()))
+    return [
+        Planned(config, key, exploration_key(config), {axis: active[key][axis] for axis in axes if axis in active[key]})
+        for key, config in first.items()
+    ]
+
+
+def key_of_run(config: Config) -> str:
+    """Return the digest of all settings that decide a run's result. Those that have no effect do not count."""
+    return _digest({key: value for key, value in effective(config).items() if key not in _RESULTLESS})
+
+
+def exploration_key(config: Config) -> str:
+    """Return a digest that is equal for runs that may share one exploration; "" for a run that may not.
+
+    An exploration is shared only if sharing changes neither the model nor the bytes: with ``outside="initial"``
+    explorers keep W0, which other clients must be sent.
+    """
+    if config.method != "autoflip" or not config.sparsity or config.outside != "zero":
+        return ""
+    decisive = {key: value for key, value in effective(config).items() if key not in (*_RESULTLESS, *_AFTER_EXPLORING)}
+    return _digest(decisive)
+
+
+def _active(config: Config) -> dict[str, Value]:
+    """Return the settings that have an effect on the result."""
+    idle = set(without_effect(config))
+    return {key: value for key, value in config.as_dict().items() if key not in idle and key not in _RESULTLESS}
+
+
+def _axes(settings: Sequence[Mapping[str, Value]]) -> list[str]:
+    """Return the settings that differ between runs: first those that a reader looks for first, the seed last."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    differ = [key for key in keys if len({each[key] for each in settings if key in each}) > 1]
+    order = {key: place for place, key in enumerate(("dataset", "split", "model", "method", "sparsity"))}
+    return sorted(differ, key=lambda key: (key == "seed", order.get(key, len(order))))
+
+
+def _told(key: str, value: Value) -> str:
+    if key in ("dataset", "split", "model", "method"):
+        return str(value)
+    if key == "sparsity" and isinstance(value, float):
+        return f"density={round(1 - value, 12):g}"
+    return f"{key}={value if isinstance(value, str) else shown(value)}"
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
