@@ -101,7 +101,9 @@ def main() -> None:
         except ConfigError as error:
             refused[case] = str(error)
             print(f"{case}: {error}", file=sys.stderr)
-    print(json.dumps({"cpu_has_bfloat16": has_bfloat16(), "torch": torch.__version__, "rows": rows, "refused": refused}))
+    print(
+        json.dumps({"cpu_has_bfloat16": has_bfloat16(), "torch": torch.__version__, "rows": rows, "refused": refused})
+    )
 
 
 if __name__ == "__main__":
