@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +20,17 @@ with suppress(ModuleNotFoundError):  # the library's own tests need none
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+_STARTS_PROCESSES = re.compile(r"^(?:import|from) (?:subprocess|replay|browser|faults)\b", re.MULTILINE)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers, a module's tests share one, and what starts other processes goes one after another."""
+    """With two workers, a module's tests share one, and whole runs in other processes go one after another."""
+    starts: dict[Path, bool] = {}
     for item in items:
-        alone = item.get_closest_marker("runs") or item.get_closest_marker("slow")
-        item.add_marker(pytest.mark.xdist_group("runs" if alone else item.path.name))
+        if item.path not in starts:
+            starts[item.path] = _STARTS_PROCESSES.search(item.path.read_text("utf-8")) is not None
+        alone = starts[item.path] and (item.get_closest_marker("runs") or item.get_closest_marker("slow"))
+        item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
 
 
 @pytest.fixture(scope="session")

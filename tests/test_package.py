@@ -209,7 +209,7 @@ def test_the_library_requires_flower_and_numpy_only(metadata):
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     base = {item.name for item in required if item.marker is None or item.marker.evaluate({"extra": ""})}
     assert base == {"flwr", "numpy"}
-    assert metadata.get_all("Provides-Extra") == ["app", "checkpoint", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["app", "checkpoint", "dev", "mlflow", "tensorboard", "wandb"]
 
 
 OTHER_ROOMS = ("torch", "experiment", "launch")
@@ -240,6 +240,13 @@ def test_every_module_of_the_library_can_be_imported_there(bare, wheel, tmp_path
 def test_what_is_stored_says_there_which_extra_it_needs(module, bare, tmp_path):
     code = f"try: import autoflip_flwr.{module}\nexcept ModuleNotFoundError as error: print(error)"
     assert 'pip install "autoflip-flwr[checkpoint]"' in output(bare / "python", "-c", code, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("tracker", ["MLflow", "TensorBoard", "WandB"])
+def test_a_tracker_says_there_which_extra_it_needs(tracker, bare, tmp_path):
+    code = f"from autoflip_flwr import {tracker}\ntry: {tracker}()\nexcept ModuleNotFoundError as error: print(error)"
+    told = output(bare / "python", "-c", code, cwd=tmp_path)
+    assert f"pip install 'autoflip-flwr[{tracker.lower()}]'" in told
 
 
 def test_a_federation_prunes_there(bare, tmp_path):

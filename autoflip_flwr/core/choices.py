@@ -64,6 +64,8 @@ PLAIN = ("fedavg", "fedprox")
 WRAPPED = tuple(method for method in METHODS if method not in PLAIN)
 ASKING = ("autoflip", "snip", "ssfl", "fedlex", "sequential-leak")
 """Methods that request statistics from many clients before training."""
+AT_ONCE = tuple(method for method in ASKING if method != "sequential-leak")
+"""Those of them that ask the clients at once, or in batches."""
 EXPLORING = ("autoflip", "prunefl", "fedlex", "sequential-leak")
 """Methods whose explorers train."""
 RANKED = ("autoflip", "snip", "magnitude", "random", "gradual", "sequential-leak")
@@ -72,8 +74,12 @@ CHANGING = ("prunefl", "feddst", "rigl", "gradual")
 """Methods that change the mask during training."""
 EXCHANGING = ("prunefl", "feddst", "rigl")
 """Methods that exchange entries of the mask for others."""
+EVERY = {"gradual": 1, "rigl": 10, "feddst": 15, "prunefl": 50}
+"""Rounds between two changes of the mask, as the methods' authors have them."""
 FADING = ("feddst", "rigl")
 """Methods that exchange fewer entries from time to time, until a share of the rounds."""
+UNTIL = {"rigl": 0.6, "feddst": 0.5}
+"""That share, as the methods' authors have it."""
 MINIBATCH = ("ssfl", "rigl", "feddst")
 """Methods whose clients compute a requested statistic on one minibatch; those of the others use all examples."""
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "femnist", "shakespeare", "har", "own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -18,9 +19,11 @@ from autoflip_flwr.experiment.config import Config, ConfigError
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
+from autoflip_flwr.experiment.guidance import guided
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
 from autoflip_flwr.experiment.precision import check_precision
+from autoflip_flwr.experiment.reporting import report_gradients, report_smallness, when_asked
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 
@@ -79,27 +82,42 @@ class LocalClient(NumPyClient):
         exploring = PHASE_KEY in config
         round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring, with round 1's learning rate
         seed = training.seed_of(self._config.seed, int(exploring), round_, self._part)
+        asked, more = "" if exploring else when_asked(self._context), 0
         with training.threads(self._threads):
             if exploring and EPOCHS_KEY not in config:  # no training: the server asks for gradients
-                with gradients(self._model, self._context):
-                    done = training.pass_over(self._model, self._examples, self._config.batch_size, seed)
+                done = self._report(seed)
             else:
-                done = training.train(
-                    self._model,
-                    self._examples,
-                    self._config,
-                    epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
-                    patience=int(config[PATIENCE_KEY]) if exploring else None,
-                    weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
-                    lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
-                    # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
-                    proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
-                    mask=current_subspace(self._context),
-                    seed=seed,
-                )
+                if asked == "before":
+                    more = self._report(seed).examples
+                with self._scaled(config, exploring):
+                    done = training.train(
+                        self._model,
+                        self._examples,
+                        self._config,
+                        epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
+                        patience=int(config[PATIENCE_KEY]) if exploring else None,
+                        weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
+                        lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                        # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
+                        proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
+                        mask=current_subspace(self._context),
+                        seed=seed,
+                    )
+                if asked == "after":
+                    report_smallness(self._model, self._context)
+                    more = self._report(seed).examples
         arrays = list(training.get_arrays(self._model).values())
-        metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples}
+        metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples + more}
         return arrays, len(self._examples), metrics
+
+    def _report(self, seed: int) -> training.Trained:
+        return report_gradients(self._model, self._examples, self._config, self._context, seed)
+
+    def _scaled(self, config: dict[str, Any], exploring: bool) -> AbstractContextManager[None]:
+        """Return the block in which to train: it scales gradients, or reports an explorer's."""
+        if exploring:
+            return gradients(self._model, self._context)  # nothing, unless the server asks for them
+        return guided(self._model, self._context, config) if self._config.method == "fedlex" else nullcontext()
 
     def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Return loss and accuracy of these parameters on the node's own examples."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.core import choices
+from autoflip_flwr.core.pace import Exchange
 from autoflip_flwr.experiment.inputs import WORDS, misfit
 
 Value = bool | int | float | str
@@ -98,9 +99,16 @@ _of_data = partial(_setting, "Data and nodes")
 _of_clients = partial(_setting, "Model and training")
 _of_rounds = partial(_setting, "Rounds")
 _of_pruning = partial(_setting, "Pruning", only_with=("method", choices.PRUNING))
+_of_ranking = partial(_setting, "Pruning", only_with=("method", choices.RANKED))
+_of_change = partial(_setting, "Pruning", only_with=("method", choices.CHANGING))
 _of_explorers = partial(_setting, "Pruning", only_with=("method", choices.ASKING))
+_of_batches = partial(_setting, "Pruning", only_with=("method", choices.AT_ONCE))
+_of_round_0 = partial(_setting, "Pruning", only_with=("method", ("prunefl", *choices.ASKING)))
+_of_training_explorers = partial(_setting, "Pruning", only_with=("method", choices.EXPLORING))
+_of_scores = partial(_setting, "Pruning", only_with=("method", ("autoflip", "sequential-leak")))
 _of_exploration = partial(_setting, "Pruning", only_with=("method", ("autoflip",)))
-_of_safety = partial(_setting, "Replies and checkpoints", only_with=("method", choices.PRUNING))
+_of_values = partial(_setting, "Values")
+_of_safety = partial(_setting, "Replies and checkpoints", only_with=("method", choices.WRAPPED))
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class Config:
 
     name: str = _of_run("", _NAME, "Name of the run's folder. Empty: <method>-<dataset>")
     method: str = _of_run(
-        "autoflip", _choice(choices.METHODS), "Informed pruning, the dense baseline, or a rival score"
+        "autoflip", _choice(choices.METHODS), "Informed pruning, a dense baseline, or a rival (docs/methods.md)"
     )
     seed: int = _of_run(1, _SEED, "Of everything random")
     output_dir: str = _of_run("runs", _FOLDER_NAME, "Where the run's own folder is made")
@@ -205,17 +213,13 @@ class Config:
     server_learning_rate: float = _of_rounds(1.0, _POSITIVE, "Of FedAvgM, which the server runs where it is not 1")
 
     sparsity: float = _of_pruning(0.7, _BELOW_ONE, "Share of the prunable parameters to prune")
-    scope: str = _of_pruning(
+    scope: str = _of_ranking(
         "global",
         _choice(choices.SCOPES),
         "Scores are ranked over the whole model, or per layer: of equal density, or by ERK",
     )
-    normalisation: str = _of_exploration(
-        "none", _choice(choices.NORMALISATIONS), "Of the scores before they are ranked"
-    )
-    gamma: float = _of_exploration(
-        1.0, _NOT_NEGATIVE, "Power of the client agreement in the score; 0 leaves agreement out"
-    )
+    normalisation: str = _of_scores("none", _choice(choices.NORMALISATIONS), "Of the scores before they are ranked")
+    gamma: float = _of_scores(1.0, _NOT_NEGATIVE, "Power of the client agreement in the score; 0 leaves agreement out")
     prune_biases: bool = _of_pruning(False, _FLAG, "Whether biases are prunable, too")
     initial: str = _of_exploration(
         "scratch", _choice(choices.INITIALS), "Round 1 starts from the initial weights, or the explorers' average"
@@ -225,28 +229,58 @@ class Config:
         _choice(choices.OUTSIDE),
         "What stands outside the mask: zero, or the values with which training began, for fine-tuning",
     )
+    initial_density: float = _setting(
+        "Pruning", 1.0, _UP_TO_ONE, "Density of round 1", only_with=("method", ("gradual",))
+    )
+    fall: float = _setting(
+        "Pruning",
+        0.6,
+        _UP_TO_ONE,
+        "Share of the rounds within which the density falls to the target",
+        only_with=("method", ("gradual",)),
+    )
+    adjust_every: int = _of_change(
+        0, _NOT_BELOW_ZERO, "Rounds between two changes of the mask. 0: as the method's authors, 1, 10, 15 or 50"
+    )
+    adjust_share: float = _setting(
+        "Pruning",
+        0.0,
+        _BELOW_ONE,
+        "Share of the kept entries that may be exchanged. 0: as the method's authors, 0.3, or 0.01 for feddst",
+        only_with=("method", choices.EXCHANGING),
+    )
+    adjust_until: float = _setting(
+        "Pruning",
+        0.0,
+        _UNIT,
+        "Share of the rounds after which nothing is exchanged. 0: as the method's authors, 0.6, or 0.5 for feddst",
+        only_with=("method", choices.FADING),
+    )
     explorers: float = _of_explorers(1.0, _UP_TO_ONE, "Share of the nodes that explore")
-    exploration_batches: int = _of_explorers(1, _COUNT, "Batches in which they explore")
-    exploration_epochs: int = _of_exploration(5, _COUNT, "Most epochs that an explorer trains")
-    exploration_patience: int = _of_exploration(2, _COUNT, "Epochs without a better loss after which an explorer stops")
-    exploration_timeout: float = _of_explorers(
+    exploration_batches: int = _of_batches(1, _COUNT, "Batches in which they explore")
+    exploration_epochs: int = _of_training_explorers(5, _COUNT, "Most epochs that an explorer trains")
+    exploration_patience: int = _of_training_explorers(
+        2, _COUNT, "Epochs without a better loss after which an explorer stops"
+    )
+    exploration_timeout: float = _of_round_0(
         0.0, _NOT_NEGATIVE, "Seconds for each batch of explorers. 0: as round-timeout"
     )
-    exploration_weighting: str = _of_explorers(
+    exploration_weighting: str = _of_batches(
         "uniform", _choice(choices.WEIGHTINGS), "Explorers count alike, or by their number of examples"
     )
-    exploration_values: str = _of_explorers(
+    exploration_values: str = _of_round_0(
         "log8", _choice(choices.DELTAS), "How explorers' deltas travel: a byte a parameter or less, or as they are"
     )
     min_explorers: int = _of_explorers(
         2, _COUNT, "Fewest explorers whose results make a mask; not more than nodes, where that is set"
     )
-    values: str = _of_pruning("float32", _CODING, "How values travel in the rounds")
-    values_up: str = _of_pruning("", _OWN_CODING, "The same for replies alone. Empty: as values")
-    values_down: str = _of_pruning("", _OWN_CODING, "The same for messages to the nodes alone. Empty: as values")
     exploration: str = _of_exploration(
         "", _TEXT, "Existing file with the exploration of an earlier run, to be used instead of exploring"
     )
+
+    values: str = _of_values("float32", _CODING, "How values travel in the rounds")
+    values_up: str = _of_values("", _OWN_CODING, "The same for replies alone. Empty: as values")
+    values_down: str = _of_values("", _OWN_CODING, "The same for messages to the nodes alone. Empty: as values")
 
     min_replies: int = _of_safety(1, _COUNT, "A round in which fewer replies count leaves the model as it was")
     norm_factor: float = _of_safety(
@@ -282,8 +316,49 @@ class Config:
                 f"min-explorers = {self.min_explorers}: must not be more than nodes = {self.nodes}; "
                 f"for a mask of {self.nodes} node{'s' * (self.nodes > 1)}, min-explorers={self.nodes}"
             )
-        if self.resume and (self.method == "fedavg" or not self.checkpoints):
-            raise ConfigError(f"resume = {shown(self.resume)}: needs checkpoints > 0 and a method that is not 'fedavg'")
+        if self.resume and not (self.wrapped and self.checkpoints):
+            raise ConfigError(
+                f"resume = {shown(self.resume)}: needs checkpoints > 0, and a method that is not 'fedavg' or 'fedprox' "
+                "(unless its values are quantised)"
+            )
+        if self.method == "fedprox" and (self.server_momentum or self.server_learning_rate != 1.0):
+            raise ConfigError("method = 'fedprox': needs server-momentum = 0 and server-learning-rate = 1")
+        if self.method == "fedprox" and not self.proximal_mu:
+            raise ConfigError("proximal-mu = 0.0: with method = 'fedprox' it must be above 0, such as 0.01")
+        if self.sparsity and self.method in choices.CHANGING:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Raise `ConfigError` if the mask would never change, or could not fall to the target."""
+        rounds, every = self.num_server_rounds, self.adjust_every or choices.EVERY[self.method]
+        if self.method == "gradual" and self.initial_density < 1 - self.sparsity:
+            raise ConfigError(
+                f"initial-density = {self.initial_density}: must not be below {1 - self.sparsity:g}, the density of "
+                f"sparsity = {self.sparsity}"
+            )
+        if self.method not in choices.FADING:
+            changes = rounds > every
+        else:
+            exchange = Exchange(self.adjust_share or 0.5, every, self.adjust_until or choices.UNTIL[self.method])
+            changes = any(exchange.after(round_, rounds) for round_ in range(1, rounds))
+        if not changes:
+            raise ConfigError(
+                f"adjust-every = {every}: with num-server-rounds = {rounds} the mask would never change; lower it, or "
+                "run more rounds"
+            )
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the run takes place in `Pruned`; else it is Flower's own strategy."""
+        coded = {self.values_up or self.values, self.values_down or self.values} != {"float32"}
+        return self.method in choices.WRAPPED or coded
+
+    def applies(self, setting: "Field[Any]") -> bool:
+        """Return whether a setting has an effect, given the others."""
+        needed = setting.metadata["only_with"]
+        if needed is None or getattr(self, needed[0]) in needed[1]:
+            return True
+        return needed[1] == choices.WRAPPED and self.wrapped
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":

@@ -49,7 +49,7 @@ def evaluated_rounds(rounds: int, every: int, cost: float) -> frozenset[int]:
     if most <= len(last):
         return frozenset(last[-most:])
     choices: Iterable[frozenset[int]] = (frozenset((*range(0, last[0], step), *last)) for step in range(1, rounds + 1))
-    return next(chosen for chosen in choices if len(chosen) <= most or len(chosen) == len(last) + 1)
+    return next(chosen for chosen in choices if len(chosen) <= most)
 
 
 def rows_to_test(examples: int, wanted: int) -> NDArray[np.int64] | None:

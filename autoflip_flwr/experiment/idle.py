@@ -5,27 +5,27 @@ from dataclasses import fields
 
 from autoflip_flwr.experiment.config import Config, Value, key_of, shown
 
+FEW = 5
+"""So many values are listed; more would hide what the warning is about."""
+
 
 def idle(config: Config, given: Collection[str]) -> list[str]:
     """Name the ``given`` settings (kebab-case keys) that have no effect: one line per reason."""
     settings = config.as_dict()
     reasons: dict[tuple[str, tuple[Value, ...]], list[str]] = {}
     for each in fields(Config):
-        needed = each.metadata["only_with"]
-        if needed and key_of(each) in given and settings[needed[0]] not in needed[1]:
-            reasons.setdefault(needed, []).append(key_of(each))
+        if key_of(each) in given and not config.applies(each):
+            reasons.setdefault(each.metadata["only_with"], []).append(key_of(each))
     return [
-        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with {key} = {shown(settings[key])}, only "
-        f"with {' or '.join(map(shown, values))}"
+        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with {key} = {shown(settings[key])}"
+        + (f", only with {' or '.join(map(shown, values))}" if len(values) <= FEW else "")
         for (key, values), names in reasons.items()
     ]
 
 
 def without_effect(config: Config) -> list[str]:
     """Return the kebab-case keys of all settings that have no effect."""
-    settings = config.as_dict()
-    needs = {key_of(each): each.metadata["only_with"] for each in fields(Config)}
-    return [key for key, needed in needs.items() if needed and settings[needed[0]] not in needed[1]]
+    return [key_of(each) for each in fields(Config) if not config.applies(each)]
 
 
 def effective(config: Config) -> dict[str, Value]:

@@ -18,6 +18,7 @@ from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import holdings, partition_by
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds, rows_to_test
 from autoflip_flwr.experiment.examples import examples_to_test
+from autoflip_flwr.experiment.leak import Relay
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.precision import check_precision
@@ -115,11 +116,13 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
     if isinstance(strategy, Pruned) and strategy.checkpoints is not None:
         strategy.checkpoints.extra, strategy.checkpoints.restore = tracker.state, tracker.restore
 
+    shares = not isinstance(strategy, Relay)  # whose exploration suits no other run
+
     def evaluate(server_round: int, arrays):  # type: ignore[no-untyped-def]
         if server_round == 0 and earlier is not None:
             if earlier.cost:
                 ledger.charge_exploration(earlier.cost)
-        elif server_round == 0 and isinstance(strategy, Pruned) and strategy.exploration:
+        elif server_round == 0 and isinstance(strategy, Pruned) and shares and strategy.exploration:
             write_exploration(
                 record.path / FILE_NAME,
                 strategy.exploration,

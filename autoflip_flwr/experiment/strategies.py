@@ -5,49 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 
-from autoflip_flwr.core.choices import ASKING
+from autoflip_flwr.core.choices import ASKING, DENSE
+from autoflip_flwr.core.dynamic import FedDst, Gradual, PruneFl, Rigl
 from autoflip_flwr.core.method import Method
-from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Snip
+from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Scored, Snip
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.fedlex import Guidance, Guided
+from autoflip_flwr.experiment.leak import Relay
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.server.strategy import AutoFlip, Pruned
 from autoflip_flwr.storage.checkpoint import Checkpoints
 
-METHODS: Mapping[str, type[LossExploration | Magnitude | Random | Snip]] = {
-    "autoflip": LossExploration,
-    "snip": Snip,
-    "magnitude": Magnitude,
-    "random": Random,
+METHODS: Mapping[str, tuple[type[Scored], Mapping[str, Value]]] = {
+    "autoflip": (LossExploration, {}),
+    "fedavg": (Magnitude, {}),  # for quantised values: nothing is pruned
+    "fedprox": (Magnitude, {}),
+    "random": (Random, {}),
+    "magnitude": (Magnitude, {}),
+    "erk": (Random, {"scope": "erk"}),
+    "snip": (Snip, {}),
+    "ssfl": (Snip, {}),
+    "prunefl": (PruneFl, {}),
+    "feddst": (FedDst, {}),
+    "rigl": (Rigl, {}),
+    "gradual": (Gradual, {}),
+    "fedlex": (Guidance, {}),
+    "sequential-leak": (LossExploration, {"initial": "explorers"}),
 }
+"""The class of each method, and those of its fields that no setting decides."""
+
+KINDS: Mapping[str, type[Pruned]] = {"autoflip": AutoFlip, "fedlex": Guided, "sequential-leak": Relay}
+"""The strategy of each method, if it is not ``Pruned``."""
 
 
 def strategy_of(
     config: Config, ledger: Ledger, exploration: Exploration | Statistics | None, checkpoints: Path
 ) -> Strategy:
     """Make the strategy that the settings describe. ``exploration`` is that of an earlier run."""
-    common = {
-        "fraction_train": config.fraction_train,
-        "fraction_evaluate": config.fraction_evaluate,
-        "min_train_nodes": 1,
-        "min_evaluate_nodes": 1 if config.fraction_evaluate else 0,
-        "min_available_nodes": least_nodes(config),
-    }
-    inner: FedAvg
-    if config.server_momentum or config.server_learning_rate != 1.0:
-        inner = FedAvgM(
-            **common,  # type: ignore[arg-type]
-            server_momentum=config.server_momentum,
-            server_learning_rate=config.server_learning_rate,
-        )
-    else:
-        inner = FedAvg(**common)  # type: ignore[arg-type]
-    if config.method == "fedavg":
+    inner = _inner(config)
+    if not config.wrapped:
         return inner
     kept = None
     if config.checkpoints:
@@ -58,14 +61,13 @@ def strategy_of(
         deltas=config.exploration_values,
     )
     rules = ReplyRules(norm_factor=config.norm_factor, max_examples=config.max_examples, min_replies=config.min_replies)
-    make = AutoFlip if config.method == "autoflip" else Pruned
-    return make(
+    return KINDS.get(config.method, Pruned)(
         inner,
-        config.sparsity,
-        method=_method(config),  # type: ignore[arg-type]
+        0.0 if config.method in DENSE else config.sparsity,
+        method=_method(config),
         biases=config.prune_biases,
         outside=config.outside,
-        exploration=exploration,  # type: ignore[arg-type]
+        exploration=exploration,
         values=values,
         rules=rules,
         checkpoints=kept,
@@ -79,15 +81,34 @@ def least_nodes(config: Config) -> int:
     return 1 if config.nodes == 1 or (config.method in ASKING and config.min_explorers == 1) else 2
 
 
+def _inner(config: Config) -> FedAvg:
+    """Return the strategy that samples and averages."""
+    common: dict[str, Any] = {
+        "fraction_train": config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1 if config.fraction_evaluate else 0,
+        "min_available_nodes": least_nodes(config),
+    }
+    if config.method == "fedprox":
+        return FedProx(**common, proximal_mu=config.proximal_mu)
+    if config.server_momentum or config.server_learning_rate != 1.0:
+        return FedAvgM(
+            **common, server_momentum=config.server_momentum, server_learning_rate=config.server_learning_rate
+        )
+    return FedAvg(**common)
+
+
 def _method(config: Config) -> Method:
-    """Return the method, with its fields taken from the settings of the same names."""
-    kind, own = METHODS[config.method], config.as_fields()
-    found = {}
+    """Return the method, with its fields taken from the settings of the same names that apply to it."""
+    kind, fixed = METHODS[config.method]
+    own = {each.name: getattr(config, each.name) for each in fields(config) if config.applies(each)}
+    found: dict[str, Any] = {}
     for field in fields(kind):
-        for name in (f"exploration_{field.name}", field.name):
-            if name in own:
+        for name in (f"exploration_{field.name}", f"adjust_{field.name}", field.name):
+            if name in own and (own[name] or not name.startswith("adjust_")):  # 0: as the method's authors
                 found[field.name] = own[name]
                 break
     if "timeout" in found:
-        found["timeout"] = found["timeout"] or None  # type: ignore[assignment]
-    return kind(**found)  # type: ignore[arg-type]
+        found["timeout"] = found["timeout"] or None
+    return kind(**{**found, **fixed})

@@ -141,21 +141,24 @@ def train(
     return Trained(loss, done, done * len(examples))
 
 
-def pass_over(model: nn.Module, examples: Examples, batch_size: int, seed: int) -> Trained:
+def pass_over(model: nn.Module, examples: Examples, batch_size: int, seed: int, most: int | None = None) -> Trained:
     """Run all examples forward and backward once, without training. Normalisation statistics stay as they are.
 
-    The parameters are those of :func:`train`. Nothing is augmented.
+    The parameters are those of :func:`train`. Nothing is augmented. Only the first ``most`` minibatches of a random
+    order are run, if it is given.
     """
     model.eval()
-    total = 0.0
-    for rows in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).split(batch_size):  # type: ignore[no-untyped-call]
+    total, count = 0.0, 0
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    for rows in order.split(batch_size)[:most]:  # type: ignore[no-untyped-call]
         model.zero_grad()
         x, y = examples.batch(rows)
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item() * len(rows)
+        count += len(rows)
     model.zero_grad()
-    return Trained(total / len(examples), 1, len(examples))
+    return Trained(total / count, 1, count)
 
 
 def batches(order: torch.Tensor, size: int, *, single: bool) -> list[torch.Tensor]:

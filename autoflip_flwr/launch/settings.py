@@ -6,7 +6,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import NamedTuple
 
-from autoflip_flwr.core.choices import PRUNING
+from autoflip_flwr.core.choices import METHODS
 from autoflip_flwr.experiment.config import Config, Rule, Value, key_of
 from autoflip_flwr.experiment.toml import literal
 
@@ -75,9 +75,9 @@ def _only(setting: Setting) -> str:
     if setting.only_with is None:
         return ""
     key, values = setting.only_with
-    if values == PRUNING:
-        return ' (not with method = "fedavg")'
-    return f" (only with {key} = {' or '.join(map(literal, values))})"
+    others = [each for each in METHODS if each not in values] if key == "method" else []
+    word, told = ("not", others) if 0 < len(others) < len(values) else ("only", list(values))
+    return f" ({word} with {key} = {' or '.join(map(literal, told))})"
 
 
 def _rows(its: list[Setting]) -> Iterator[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +22,11 @@ from autoflip_flwr.experiment.suite.estimate import Estimates
 from autoflip_flwr.experiment.suite.plan import Planned, plan
 from autoflip_flwr.experiment.suite.runner import run_all, workers_for
 from autoflip_flwr.experiment.suite.spec import read_suite
-from autoflip_flwr.experiment.suite.state import DONE, FAILED, WAITING, Folder
+from autoflip_flwr.experiment.suite.state import DONE, FAILED, WAITING, Folder, RunState
 from autoflip_flwr.experiment.toml import parse_pairs
+
+REPORT_EVERY = 60.0
+"""Seconds after which the report is made again, once another run is over."""
 
 
 def run_suite(options: argparse.Namespace) -> int:
@@ -56,7 +61,7 @@ def run_suite(options: argparse.Namespace) -> int:
     )
     try:
         with Board(console, estimates, len(gpus)) as board:
-            run_all(folder, gpus, board.show)
+            run_all(folder, gpus, _showing(board))
     except KeyboardInterrupt:
         done = sum(run.state == DONE for run in folder.runs)
         console.print(f"stopped: {done} of {len(planned)} runs are done; the same command goes on with the others")
@@ -69,6 +74,20 @@ def run_suite(options: argparse.Namespace) -> int:
     for run in failed:
         print(f"autoflip: {run.planned.name} failed: {run.reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _showing(board: Board) -> Callable[[Folder, RunState | None], None]:
+    """Return what shows the state on the board, and from time to time in the report."""
+    written = time.monotonic()
+
+    def show(folder: Folder, over: RunState | None) -> None:
+        nonlocal written
+        board.show(folder, over)
+        if over is not None and time.monotonic() - written > REPORT_EVERY:
+            report.write_suite(folder.path, light=True)
+            written = time.monotonic()
+
+    return show
 
 
 def _check(planned: list[Planned], path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.suite.worker import run_in_process
 from autoflip_flwr.experiment.training import choose_device, seed_of
 from autoflip_flwr.testing import LocalGrid
 
@@ -61,7 +62,7 @@ def test_the_record_tells_what_happened(tmp_path):
     assert sum(int(keep.sum()) for keep in mask.values()) == sum(v["kept"] for v in told["density_by_layer"].values())
     assert not any(model[name][mask[name] == 0].any() for name in mask)
     made = {file.name for file in path.iterdir()}
-    assert {"config.json", "report.html", "accuracy_by_round.png", "exploration.safetensors"} <= made
+    assert {"config.json", "report.html", "exploration.safetensors"} <= made
     assert json.loads((path / "config.json").read_text())["config"]["sparsity"] == 0.7
 
 
@@ -261,6 +262,11 @@ def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
     assert told["failures"] == NO_FAILURES
     assert "Saving" in done.stdout
     assert "[round 8/8] accuracy" in done.stdout
+    # a suite makes the same run in a process of its own
+    folder = only(tmp_path)
+    other = run_in_process(Config(num_server_rounds=8, nodes=10), tmp_path / "other")
+    assert (other / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert {**summary(other)["bytes"], "other": 0, "total": 0} == {**told["bytes"], "other": 0, "total": 0}
 
 
 def test_nothing_pruned_equals_fedavg_bit_for_bit_under_ray(tmp_path):

@@ -71,5 +71,5 @@ def test_typed_settings_that_do_nothing_are_warned_of_and_those_of_a_recipe_are_
     recipe = ["run", str(ROOT), "--config", str(tmp_path / "recipe.toml")]
     assert cli.main([*recipe, "-c", 'method="fedavg" gamma=0']) == 0
     assert capsys.readouterr().err == (
-        "autoflip: warning: gamma does nothing with method = 'fedavg', only with 'autoflip'\n"
+        "autoflip: warning: gamma does nothing with method = 'fedavg', only with 'autoflip' or 'sequential-leak'\n"
     )

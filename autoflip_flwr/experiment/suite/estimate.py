@@ -69,9 +69,9 @@ class Estimates:
 
     def left(self, runs: Sequence[RunState]) -> float:
         """Return the seconds that are left for all runs, made one after another."""
-        done = [run for run in runs if run.state == DONE and run.seconds and self.of(run)]
+        done = [run for run in runs if run.state == DONE and run.worked is not None]
         expected = sum(self.of(run) for run in done)
-        factor = sum(run.seconds or 0 for run in done) / expected if expected else 1.0
+        factor = sum(run.worked or 0.0 for run in done) / expected if expected else 1.0
         waiting = sum(self.of(run) for run in runs if run.state == WAITING)
         return factor * (waiting + sum(self.of(run) * (1 - _share(run)) for run in runs if run.state == RUNNING))
 

@@ -61,17 +61,15 @@ class Planned:
         Equal for runs that can share one exploration; "" for a run that cannot.
     varies : dict[str, Value]
         Those of its settings that differ between the suite's runs.
+    name : str
+        Its name in tables: as many of these settings as tell it from the other runs.
     """
 
     config: Config
     key: str
     exploration: str
     varies: Mapping[str, Value]
-
-    @property
-    def name(self) -> str:
-        """The run's name in tables: its varying settings."""
-        return " ".join(_told(key, value) for key, value in self.varies.items()) or self.config.method
+    name: str
 
     @property
     def folder(self) -> str:
@@ -92,8 +90,15 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
         first.setdefault(key_of_run(config), config)
     active = {key: _active(config) for key, config in first.items()}
     axes = _axes(list(active.values()))
+    told = _telling(axes, list(active.values()))
     return [
-        Planned(config, key, exploration_key(config), {axis: active[key][axis] for axis in axes if axis in active[key]})
+        Planned(
+            config,
+            key,
+            exploration_key(config),
+            {axis: active[key][axis] for axis in axes if axis in active[key]},
+            " ".join(_told(axis, active[key][axis]) for axis in told if axis in active[key]) or config.method,
+        )
         for key, config in first.items()
     ]
 
@@ -127,6 +132,17 @@ def _axes(settings: Sequence[Mapping[str, Value]]) -> list[str]:
     differ = [key for key in keys if len({each[key] for each in settings if key in each}) > 1]
     order = {key: place for place, key in enumerate(("dataset", "split", "model", "method", "sparsity"))}
     return sorted(differ, key=lambda key: (key == "seed", order.get(key, len(order))))
+
+
+def _telling(axes: Sequence[str], settings: Sequence[Mapping[str, Value]]) -> list[str]:
+    """Return the axes that are not settled by those before them, as a data set may settle the number of nodes."""
+    chosen: list[str] = []
+    for axis in axes:
+        before = {tuple(each.get(key) for key in chosen) for each in settings}
+        after = {tuple(each.get(key) for key in (*chosen, axis)) for each in settings}
+        if len(after) > len(before):
+            chosen.append(axis)
+    return chosen
 
 
 def _told(key: str, value: Value) -> str:

@@ -25,6 +25,7 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     run: RunState | None = None
+    since: float = 0.0
 
 
 def workers_for(device: str, wanted: int) -> list[str | None]:
@@ -66,6 +67,7 @@ def run_all(folder: Folder, gpus: list[str | None], show: Callable[[Folder, RunS
                 reason = _result(worker)
                 if reason is not None and over is not None:
                     over.finished(reason)
+                    over.worked = time.monotonic() - worker.since
                     worker.run = None
                     folder.write()
                     show(folder, over)
@@ -90,7 +92,7 @@ def _next(runs: list[RunState]) -> RunState | None:
 def _hand_over(worker: _Worker, run: RunState) -> None:
     if run.exploration and not os.path.exists(run.exploration):
         run.exploration = ""
-    run.state, worker.run = RUNNING, run
+    run.state, worker.run, worker.since = RUNNING, run, time.monotonic()
     worker.pipe.send(Task(run.settings(), run.planned.name, run.planned.key, str(run.folder)))
 
 

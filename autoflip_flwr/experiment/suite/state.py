@@ -26,7 +26,8 @@ PACKAGE = Path(__file__).resolve().parents[2]
 class RunState:
     """A planned run, its folder, and how far it is.
 
-    ``exploration`` is the file of another run's exploration that it uses; "" if it explores itself.
+    ``exploration`` is the file of another run's exploration that it uses; "" if it explores itself. ``seconds`` are
+    those of the record, exploration included; ``worked`` are those that a worker has just spent on it.
     """
 
     planned: Planned
@@ -35,6 +36,7 @@ class RunState:
     reason: str = ""
     seconds: float | None = None
     exploration: str = ""
+    worked: float | None = None
 
     @property
     def explored(self) -> Path:
