@@ -24,7 +24,7 @@ import torch
 from autoflip_flwr.core.choices import PRECISIONS
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import load
+from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.examples import examples_to_test, examples_to_train
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import build
@@ -43,18 +43,19 @@ COLUMNS = {
 }
 
 
-def measure(model: str, dataset: str, data_dir: str, batch_size: int, examples: int, epochs: int) -> dict[str, Any]:
+def measure(case: str, data_dir: str, batch_size: int, examples: int, epochs: int) -> dict[str, Any]:
     """Return one case's row.
 
     Parameters
     ----------
-    model, dataset : str
-        As the app names them.
+    case : str
+        `MODEL:DATASET`, as the app names them.
     data_dir : str
         Folder of the data.
     batch_size, examples, epochs : int
         How long to train: on so many training examples, chosen at random. As many are tested.
     """
+    model, dataset = case.split(":")
     data = load(dataset, data_dir)
     chosen = np.random.default_rng(0).permutation(len(data.y_train))[:examples]
     seen, test = examples_to_train(data, np.sort(chosen)), examples_to_test(data)
@@ -95,15 +96,13 @@ def main() -> None:
     tables.head(COLUMNS.values())
     for case in options.cases:
         try:
-            size = (options.batch_size, options.examples, options.epochs)
-            rows.append(measure(*case.split(":"), options.data_dir, *size))
+            rows.append(measure(case, options.data_dir, options.batch_size, options.examples, options.epochs))
             tables.row(rows[-1][key] for key in COLUMNS)
         except ConfigError as error:
             refused[case] = str(error)
             print(f"{case}: {error}", file=sys.stderr)
-    print(
-        json.dumps({"cpu_has_bfloat16": has_bfloat16(), "torch": torch.__version__, "rows": rows, "refused": refused})
-    )
+    about = {"cpu_has_bfloat16": has_bfloat16(), "torch": torch.__version__}
+    print(json.dumps({**about, "rows": rows, "refused": refused}))
 
 
 if __name__ == "__main__":
