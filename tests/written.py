@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+PATIENCE = 20  # seconds
 
 Values = dict[int, dict[str, float]]
 """Values by name, by round."""
@@ -43,18 +47,24 @@ def of_mlflow(uri: str, experiment: str = "autoflip") -> list[tuple[Any, Values]
 
 
 def of_wandb(folder: Path) -> tuple[Values, dict[str, Any], dict[str, Any], Any]:
-    """The history, the config, the summary and the run of the one offline run in a folder."""
-    import json
+    """The history, the config, the summary and the run of the one offline run in a folder.
 
+    W&B's own process may close the file a moment after the run has finished: its record of the exit is waited for.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        records = [Record.FromString(each) for each in _records(path.read_bytes())]
+        if (records and records[-1].WhichOneof("record_type") == "exit") or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
     rounds: Values = {}
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     run = None
-    for each in _records(path.read_bytes()):
-        record = Record.FromString(each)
+    for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
@@ -72,7 +82,7 @@ def of_wandb(folder: Path) -> tuple[Values, dict[str, Any], dict[str, Any], Any]
 
 def _records(data: bytes) -> Iterator[bytes]:
     """The records of a W&B transaction log, in LevelDB's format: blocks of 32 KiB after a header of 7 bytes."""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b"", b":W&B")
     at, parts = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -82,6 +92,8 @@ def _records(data: bytes) -> Iterator[bytes]:
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
+        if at > len(data):  # not all of it is there yet
+            return
         if kind in (1, 4):  # a whole record, or the last part of one
             yield parts
             parts = b""
