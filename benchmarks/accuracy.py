@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.rules import Value
 from benchmarks import recipes, tables
 from benchmarks.sparsity import LAST, run
 

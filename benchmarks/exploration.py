@@ -25,9 +25,9 @@ from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.selection import select
 from autoflip_flwr.core.statistics import Exploration
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.models.build import build
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.storage.exploration_file import read_exploration
 from benchmarks import recipes
 from benchmarks.recipes import ROOT

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.examples import examples_to_train
 from autoflip_flwr.experiment.models.build import build
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.suite.worker import run_in_process
 from benchmarks import recipes
 

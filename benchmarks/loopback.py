@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.toml import to_toml
 from autoflip_flwr.launch import superlink
 

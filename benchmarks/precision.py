@@ -23,12 +23,13 @@ import torch
 
 from autoflip_flwr.core.choices import PRECISIONS
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.examples import examples_to_test, examples_to_train
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.precision import check_precision, has_bfloat16
+from autoflip_flwr.experiment.rules import ConfigError
 from benchmarks import tables
 
 COLUMNS = {

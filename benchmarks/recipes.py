@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
 
 ROOT = Path(__file__).parents[1]

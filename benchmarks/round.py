@@ -34,8 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.record.circumstances import source_commit
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.launch import cli
 from benchmarks.loopback import Loopback
 

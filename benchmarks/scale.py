@@ -37,8 +37,8 @@ from uuid import uuid4
 import numpy as np
 from matplotlib.figure import Figure
 
-from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data.load import load
+from autoflip_flwr.experiment.rules import Value
 from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from autoflip_flwr import autoflip_mod
 from autoflip_flwr.experiment import client, server
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER
 from benchmarks import recipes, tables

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from autoflip_flwr.core.choices import VALUES
-from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data.dataset import Data
 from autoflip_flwr.experiment.data.load import load
+from autoflip_flwr.experiment.rules import Value
 from benchmarks import recipes, tables
 from benchmarks.recipes import ROOT
 from benchmarks.sparsity import run

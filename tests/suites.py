@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import Value
 
 ABOUT = {"commit": "c0ffee" * 6, "dirty": False, "source": "ab" * 32, "versions": {}, "platform": {}}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from autoflip_flwr import autoflip_mod, current_subspace
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
@@ -24,6 +24,7 @@ from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
 from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.reporting import report_gradients, report_smallness, when_asked
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.torch import gradients
 from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
 

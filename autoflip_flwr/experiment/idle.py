@@ -3,7 +3,8 @@
 from collections.abc import Collection
 from dataclasses import fields
 
-from autoflip_flwr.experiment.config import Config, Value, key_of, shown
+from autoflip_flwr.experiment.config import Config, key_of
+from autoflip_flwr.experiment.rules import Value, shown
 
 FEW = 5
 """So many values are listed; more would hide what the warning is about."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from autoflip_flwr.experiment.config import ConfigError, shown
+from autoflip_flwr.experiment.rules import ConfigError, shown
 
 
 def check_module(setting: str, name: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.rules import ConfigError
 
 
 def output(model: nn.Module, x: torch.Tensor, precision: str) -> torch.Tensor:

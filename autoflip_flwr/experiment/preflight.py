@@ -17,9 +17,10 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoflip_flwr.experiment.config import Config, ConfigError, shown
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.files import KNOWN, store_of
 from autoflip_flwr.experiment.imported import check_module
+from autoflip_flwr.experiment.rules import ConfigError, shown
 from autoflip_flwr.trackers.packages import lacks
 
 if TYPE_CHECKING:

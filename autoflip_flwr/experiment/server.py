@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from autoflip_flwr import Ledger
 from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import holdings, partition_by
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds, rows_to_test
@@ -25,6 +25,7 @@ from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.preflight import check_trackers, earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.tracker import Tracker
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.strategies import least_nodes, strategy_of
 from autoflip_flwr.experiment.trackers import trackers_of
 from autoflip_flwr.server.following import follow

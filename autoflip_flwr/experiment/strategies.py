@@ -15,9 +15,10 @@ from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Scored, Snip
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.fedlex import Guidance, Guided
 from autoflip_flwr.experiment.leak import Relay
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.server.strategy import AutoFlip, Pruned

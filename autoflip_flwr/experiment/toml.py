@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import ConfigError, Value, shown
+from autoflip_flwr.experiment.rules import ConfigError, Value, shown
 
 # What `flwr run -c` accepts as a pair. It silently ignores everything else; here that is an error.
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"(?:[^\"\\]|\\.)*\"|\"[^\"]*\"|\S+)")

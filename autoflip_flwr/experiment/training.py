@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoflip_flwr.core.subspace import Subspace
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.examples import Examples
 from autoflip_flwr.experiment.precision import output
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.startup import light_imports
 from autoflip_flwr.torch import masked_training
 

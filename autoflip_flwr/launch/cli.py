@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from autoflip_flwr.experiment import preflight
-from autoflip_flwr.experiment.config import PATHS, Config, ConfigError, Value
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.idle import idle
+from autoflip_flwr.experiment.rules import ConfigError, Value
+from autoflip_flwr.experiment.together import PATHS
 from autoflip_flwr.experiment.toml import flatten, literal, parse_pairs, read_toml, to_toml
 from autoflip_flwr.launch import reports
 from autoflip_flwr.launch.remote import run_app_on

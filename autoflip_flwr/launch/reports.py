@@ -9,11 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.rules import ConfigError
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[Any]
@@ -71,6 +67,10 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     with _reading(options.folder):
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
         from autoflip_flwr.experiment.report import listing
 
         found = listing.lines(options.folder)

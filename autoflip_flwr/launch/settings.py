@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from autoflip_flwr.core.choices import METHODS
-from autoflip_flwr.experiment.config import Config, Rule, Value, key_of
+from autoflip_flwr.experiment.config import Config, key_of
+from autoflip_flwr.experiment.rules import Rule, Value
 from autoflip_flwr.experiment.toml import literal
 
 WIDTH = 100

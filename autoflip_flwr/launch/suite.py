@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from autoflip_flwr.experiment import preflight
-from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.data.load import prepare
 from autoflip_flwr.experiment.report import report
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.suite.board import Board
 from autoflip_flwr.experiment.suite.estimate import Estimates
 from autoflip_flwr.experiment.suite.plan import Planned, plan

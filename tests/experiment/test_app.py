@@ -16,7 +16,8 @@ from replay import write_data
 from safetensors.numpy import load_file
 
 from autoflip_flwr.experiment import client, server
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.suite.worker import run_in_process
 from autoflip_flwr.experiment.training import choose_device, seed_of
 from autoflip_flwr.testing import LocalGrid

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from autoflip_flwr.core.choices import DATASETS, METHODS, MODELS
-from autoflip_flwr.experiment.config import Config, ConfigError, Value
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.files import KNOWN
+from autoflip_flwr.experiment.rules import ConfigError, Value
 from autoflip_flwr.experiment.toml import literal
 from autoflip_flwr.launch.cli import main
 from autoflip_flwr.launch.settings import sections

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Data, Inputs
 from autoflip_flwr.experiment.data.files import cache_dir
 from autoflip_flwr.experiment.data.load import _load, check_data, load, load_for, prepare
 from autoflip_flwr.experiment.examples import examples_to_train
+from autoflip_flwr.experiment.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.files import UCI_SIGNALS
 from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.data.partition import partition_by
 from autoflip_flwr.experiment.examples import examples_to_test, examples_to_train
+from autoflip_flwr.experiment.rules import ConfigError
 
 
 @pytest.fixture(autouse=True)

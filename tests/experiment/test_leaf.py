@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data import leaf, reading, text
 from autoflip_flwr.experiment.data.files import find
 from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.data.partition import partition_by
 from autoflip_flwr.experiment.data.text import LETTERS, encode, windows
 from autoflip_flwr.experiment.examples import examples_to_train
+from autoflip_flwr.experiment.rules import ConfigError
 
 User = dict[str, list[Any]]
 

@@ -20,10 +20,11 @@ from autoflip_flwr.core.choices import CHANGING, METHODS
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.experiment import client, server, training
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.guidance import guided, specs_of
 from autoflip_flwr.experiment.models.build import build
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.strategies import strategy_of
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid

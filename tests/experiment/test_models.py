@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from autoflip_flwr.core.choices import MODEL_INPUTS, MODELS
-from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.models.build import _MAKERS, SMALL, build
 from autoflip_flwr.experiment.models.flops import flops_per_example
+from autoflip_flwr.experiment.rules import ConfigError
 
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 TEXT, HAR = (80,), (9, 128)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.models.flops import flops_per_example
 from autoflip_flwr.experiment.preflight import check
+from autoflip_flwr.experiment.rules import ConfigError
 
 IMAGE = (1, 4, 4)
 NETS = """

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Data, Inputs
 from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.data.partition import holdings, partition, partition_by, subset
+from autoflip_flwr.experiment.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_LABEL = ("iid", "dirichlet", "pathological", "shards", "quantity")

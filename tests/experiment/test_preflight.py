@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from autoflip_flwr import Exploration
 from autoflip_flwr.experiment import preflight
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.idle import idle
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.storage.exploration_file import write_exploration
 
 ROOT = Path(__file__).parents[2]

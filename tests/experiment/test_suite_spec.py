@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.suite.plan import exploration_key, key_of_run, plan
 from autoflip_flwr.experiment.suite.spec import Suite, read_suite
 

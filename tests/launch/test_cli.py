@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from projects import write_project
 
-from autoflip_flwr.experiment.config import Value
+from autoflip_flwr.core.choices import DATASETS
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.launch import cli, remote
 from autoflip_flwr.launch.screen import Screen
 from autoflip_flwr.launch.superlink import Resources
@@ -98,7 +99,10 @@ def exit_code(*arguments: str) -> int:
     ("arguments", "message"),
     [
         (["-c", "sparsity=1.2"], "sparsity = 1.2: must be a number in [0, 1)"),
-        (["-c", "dataset='foo'"], "dataset = 'foo': must be one of digits, mnist, fashion_mnist, cifar10"),
+        (
+            ["-c", "dataset='foo'"],
+            f"dataset = 'foo': must be one of {', '.join(DATASETS)}, or module:callable",
+        ),
         (["-c", "sparsty=0.5"], "sparsty = 0.5: no such setting; did you mean sparsity?"),
         (["-c", "a.b=0.5"], None),
         (["-c", "lr=0.1", "-c", "seed=2 gamma=-1"], "gamma = -1.0: must be a number >= 0"),
@@ -109,9 +113,7 @@ def exit_code(*arguments: str) -> int:
         (["-c", "lr=2026-11-22"], "lr = datetime.date(2026, 11, 22): must be a boolean, a number or a string"),
         (
             ["-c", "data-dir='no/such'"],
-            f"data-dir = '{Path.cwd()}/no/such': must be an existing folder with x_train.npy, y_train.npy, x_test.npy, "
-            "y_test.npy (also in a folder named as the data set) or torchvision's own files (MNIST/raw, "
-            "FashionMNIST/raw, cifar-10-batches-py)",
+            f"data-dir = '{Path.cwd()}/no/such': must be an existing folder; docs/data.md says with which files",
         ),
         (
             ["--nodes", "1"],

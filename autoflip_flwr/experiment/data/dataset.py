@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.rules import ConfigError
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from autoflip_flwr.core.choices import DATASETS
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.rules import ConfigError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 HAR_ARRAYS = ("x", "y", "subject", "test")

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data.dataset import Arrays, Data, Inputs, data_of
 from autoflip_flwr.experiment.data.files import HAR_ARRAYS, UCI_SIGNALS, Found
 from autoflip_flwr.experiment.data.reading import one_line, plain_array
 from autoflip_flwr.experiment.data.statistics import channel_statistics
 from autoflip_flwr.experiment.data.stored import stored
+from autoflip_flwr.experiment.rules import ConfigError
 
 CLASSES = 6
 SHAPE = (len(UCI_SIGNALS), 128)

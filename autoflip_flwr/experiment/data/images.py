@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data.dataset import Arrays, Data, Inputs, data_of
 from autoflip_flwr.experiment.data.files import ARRAYS, KNOWN, Found, Known, cache_dir
 from autoflip_flwr.experiment.data.reading import one_line, plain_array
 from autoflip_flwr.experiment.data.statistics import pixel_statistics
 from autoflip_flwr.experiment.data.stored import stored
+from autoflip_flwr.experiment.rules import ConfigError
 
 
 def digits() -> Data:

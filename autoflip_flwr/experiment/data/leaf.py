@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data.dataset import Arrays, Data
 from autoflip_flwr.experiment.data.files import KNOWN, Found
 from autoflip_flwr.experiment.data.images import image_data, known_images
@@ -21,6 +20,7 @@ from autoflip_flwr.experiment.data.reading import read_json
 from autoflip_flwr.experiment.data.statistics import pixel_statistics
 from autoflip_flwr.experiment.data.stored import stored
 from autoflip_flwr.experiment.data.text import WINDOW, encode, text_data
+from autoflip_flwr.experiment.rules import ConfigError
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Data
 from autoflip_flwr.experiment.data.files import Found, check_name, find, store_of
 from autoflip_flwr.experiment.data.partition import partition_by
 from autoflip_flwr.experiment.imported import check_module
+from autoflip_flwr.experiment.rules import ConfigError
 
 
 def load(dataset: str, data_dir: str = "") -> Data:

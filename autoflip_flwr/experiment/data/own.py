@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data.dataset import Arrays, Data, Inputs, data_of
 from autoflip_flwr.experiment.data.files import ABOUT, TEST_FILE, Found
 from autoflip_flwr.experiment.data.reading import plain_array, plain_arrays, read_json
 from autoflip_flwr.experiment.data.statistics import channel_statistics, pixel_statistics
 from autoflip_flwr.experiment.data.stored import stored
 from autoflip_flwr.experiment.imported import find, in_words
+from autoflip_flwr.experiment.rules import ConfigError
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test", "owner_train")
 _FACTS = ("classes", "mean", "std")

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import Config, ConfigError
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data import splits
 from autoflip_flwr.experiment.data.dataset import Data
 from autoflip_flwr.experiment.data.splits import Indices, SplitError
+from autoflip_flwr.experiment.rules import ConfigError
 
 
 @lru_cache(maxsize=8)

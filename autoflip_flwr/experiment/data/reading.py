@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.rules import ConfigError
 
 LARGEST_JSON = 2**31
 """Most bytes of a json file, unpacked. LEAF's own files, of 100 users each, are smaller by far."""

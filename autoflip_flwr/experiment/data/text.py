@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from autoflip_flwr.experiment.config import ConfigError
 from autoflip_flwr.experiment.data.dataset import Arrays, Data, Inputs, data_of
 from autoflip_flwr.experiment.data.files import Found
 from autoflip_flwr.experiment.data.reading import one_line, read_json
 from autoflip_flwr.experiment.data.stored import stored
+from autoflip_flwr.experiment.rules import ConfigError
 
 LETTERS = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}"
 """LEAF's vocabulary of 80 characters. Any other counts as a space (our reading)."""

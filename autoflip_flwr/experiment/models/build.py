@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from autoflip_flwr.experiment.config import ConfigError, shown
 from autoflip_flwr.experiment.inputs import kind_of, misfit
 from autoflip_flwr.experiment.models.convolutional import cnn, twocnn
 from autoflip_flwr.experiment.models.dense import mlp
@@ -17,6 +16,7 @@ from autoflip_flwr.experiment.models.recurrent import lstm
 from autoflip_flwr.experiment.models.residual import resnet8_gn, resnet18, resnet18_gn
 from autoflip_flwr.experiment.models.signals import har_cnn
 from autoflip_flwr.experiment.models.torchvisions import efficientnet_b3, mobilenetv2
+from autoflip_flwr.experiment.rules import ConfigError, shown
 
 SMALL = ("cnn", "har-cnn", "mlp")
 """Models whose layers take less than a few milliseconds each: several threads would wait more than they compute."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoflip_flwr.experiment.config import ConfigError, shown
 from autoflip_flwr.experiment.imported import find, in_words
 from autoflip_flwr.experiment.models.blank import blank
+from autoflip_flwr.experiment.rules import ConfigError, shown
 
 
 def own_model(name: str, kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:

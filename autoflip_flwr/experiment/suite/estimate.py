@@ -9,12 +9,13 @@ import numpy as np
 
 from autoflip_flwr.core.choices import ASKING
 from autoflip_flwr.experiment import training
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import partition_by
 from autoflip_flwr.experiment.evaluation import cost_of_evaluation, evaluated_rounds
 from autoflip_flwr.experiment.examples import examples_to_train
 from autoflip_flwr.experiment.models.build import build
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.suite.state import DONE, RUNNING, WAITING, RunState
 from autoflip_flwr.server.waiting import duration
 

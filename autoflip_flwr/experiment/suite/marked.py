@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from autoflip_flwr.experiment.config import ConfigError
+from autoflip_flwr.experiment.rules import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 10

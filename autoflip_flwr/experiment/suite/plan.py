@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoflip_flwr.experiment.config import Config, Value, shown
+from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.idle import effective, without_effect
 from autoflip_flwr.experiment.report.command import repeating
+from autoflip_flwr.experiment.rules import Value, shown
 
 _RESULTLESS = (
     "name",

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import Config, ConfigError, Rule, Value, allowed, setting, shown
+from autoflip_flwr.experiment.config import Config, setting
+from autoflip_flwr.experiment.rules import ConfigError, Rule, Value, allowed, shown
 from autoflip_flwr.experiment.suite.marked import Marked, read
 from autoflip_flwr.experiment.toml import flatten, read_toml
 
@@ -143,10 +144,8 @@ def _one(marked: Marked, key: str) -> Marked:
     try:
         if key == DENSITY:
             return _sparsity(marked)
-        about = setting(key, marked.value)
-        return Marked(
-            allowed(about, _number(about.metadata["rule"], marked.value)), marked.line, marked.key, marked.path
-        )
+        rule: Rule = setting(key, marked.value).metadata["rule"]
+        return replace(marked, value=allowed(key, rule, _number(rule, marked.value)))
     except ConfigError as error:
         raise ConfigError(f"{marked.path}, line {marked.line}: {marked.key}: {error}") from None
 

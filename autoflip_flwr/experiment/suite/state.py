@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import Value
 from autoflip_flwr.experiment.record.circumstances import circumstances, source_digest
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.suite.plan import Planned
 from autoflip_flwr.experiment.suite.spec import Suite
 from autoflip_flwr.storage.exploration_file import FILE_NAME

@@ -10,7 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from autoflip_flwr.experiment.config import Config, Value
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import Value
 
 # PyTorch and all that needs it are imported in `work`, after the environment is set
 

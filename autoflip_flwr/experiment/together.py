@@ -1,0 +1,63 @@
+"""Check that settings go together, each of which is allowed by itself."""
+
+from __future__ import annotations
+
+from autoflip_flwr.core import choices
+from autoflip_flwr.core.pace import Exchange
+from autoflip_flwr.experiment.declared import Settings
+from autoflip_flwr.experiment.inputs import WORDS, misfit
+from autoflip_flwr.experiment.rules import ConfigError, shown
+
+PATHS = ("data-dir", "output-dir", "exploration", "resume")
+"""The settings that are paths."""
+
+
+def check_together(config: Settings) -> None:
+    """Raise ``ConfigError`` for settings that contradict each other, or together cannot work."""
+    for key in PATHS:
+        value = getattr(config, key.replace("-", "_"))
+        if any(ord(character) < 32 for character in value):
+            raise ConfigError(
+                f"{key} = {shown(value)}: holds a control character. In double quotes a backslash begins an "
+                "escape: write a Windows path with forward slashes, or in single quotes"
+            )
+    if config.model in choices.MODELS and (kind := choices.DATASET_INPUTS.get(config.dataset)):
+        reason = misfit(config.model, kind, f"the {WORDS[kind]} of dataset = {shown(config.dataset)}")
+        if reason:
+            raise ConfigError(f"model = {shown(config.model)}: {reason}")
+    if config.method in choices.ASKING and 0 < config.nodes < config.min_explorers:
+        raise ConfigError(
+            f"min-explorers = {config.min_explorers}: must not be more than nodes = {config.nodes}; "
+            f"for a mask of {config.nodes} node{'s' * (config.nodes > 1)}, min-explorers={config.nodes}"
+        )
+    if config.resume and not (config.wrapped and config.checkpoints):
+        raise ConfigError(
+            f"resume = {shown(config.resume)}: needs checkpoints > 0, and a method that is not 'fedavg' or 'fedprox' "
+            "(unless its values are quantised)"
+        )
+    if config.method == "fedprox" and (config.server_momentum or config.server_learning_rate != 1.0):
+        raise ConfigError("method = 'fedprox': needs server-momentum = 0 and server-learning-rate = 1")
+    if config.method == "fedprox" and not config.proximal_mu:
+        raise ConfigError("proximal-mu = 0.0: with method = 'fedprox' it must be above 0, such as 0.01")
+    if config.sparsity and config.method in choices.CHANGING:
+        _check_schedule(config)
+
+
+def _check_schedule(config: Settings) -> None:
+    """Raise `ConfigError` if the mask would never change, or could not fall to the target."""
+    rounds, every = config.num_server_rounds, config.adjust_every or choices.EVERY[config.method]
+    if config.method == "gradual" and config.initial_density < 1 - config.sparsity:
+        raise ConfigError(
+            f"initial-density = {config.initial_density}: must not be below {1 - config.sparsity:g}, the density of "
+            f"sparsity = {config.sparsity}"
+        )
+    if config.method not in choices.FADING:
+        changes = rounds > every
+    else:
+        exchange = Exchange(config.adjust_share or 0.5, every, config.adjust_until or choices.UNTIL[config.method])
+        changes = any(exchange.after(round_, rounds) for round_ in range(1, rounds))
+    if not changes:
+        raise ConfigError(
+            f"adjust-every = {every}: with num-server-rounds = {rounds} the mask would never change; lower it, or "
+            "run more rounds"
+        )
