@@ -15,12 +15,12 @@ from autoflip_flwr import Layout, Mask
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment import client, precision, server
 from autoflip_flwr.experiment.config import Config
-from autoflip_flwr.experiment.data import Inputs
+from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.precision import check_precision, has_bfloat16, output
 from autoflip_flwr.experiment.rules import ConfigError
-from autoflip_flwr.experiment.training import train
+from autoflip_flwr.experiment.training import get_arrays, train
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PATIENCE_KEY, PHASE_KEY
 
@@ -151,8 +151,7 @@ def moved(given: dict[str, object], **own: object) -> np.ndarray:
     one = client.LocalClient(
         Config(model="mlp", local_epochs=2, **own), 0, examples(32), 2, Context(1, 1, {}, RecordDict(), {})
     )
-    start = [value.numpy().copy() for value in one._model.state_dict().values()]
-    arrays, _, _ = one.fit(start, given)
+    arrays, _, _ = one.fit(list(get_arrays(build("mlp", (2,), 2, seed=1)).values()), given)
     return np.concatenate([array.ravel() for array in arrays])
 
 

@@ -183,7 +183,8 @@ def _title(settings: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -
     named = ("dataset", "split", "model")
     parts = [str(settings.get("dataset", "unknown data"))]
     if "split" in settings:
-        own = [told(key, value) for key, value in settings.items() if (_ONLY_WITH[key] or ("",))[0] == "split"]
+        of_split = {key: value for key, value in settings.items() if (_ONLY_WITH[key] or ("",))[0] == "split"}
+        own = [told(key, value) for key, value in of_split.items() if value]  # 0 leaves it to the app
         parts.append(" ".join([str(settings["split"]), *(f"({each})" for each in own)]))
     if "model" in settings:
         parts.append(str(settings["model"]))
