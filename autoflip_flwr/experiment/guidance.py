@@ -44,11 +44,11 @@ def guided(model: nn.Module, context: Context, config: Mapping[str, Any]) -> Ite
     if layout is None or _STATE not in context.state:
         raise RuntimeError("this node has no guidance: it has lost what an earlier message brought")
     found = decode_deltas(specs_of(layout), bytes(context.state.config_records[_STATE][KEY]))  # type: ignore[arg-type]
-    parameters = dict(model.named_parameters())
     handles = []
-    for name, values in found.items():
-        factor = torch.from_numpy(np.asarray(values)).to(parameters[name].device)
-        handles.append(parameters[name].register_hook(lambda gradient, factor=factor: gradient * factor))  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():  # a weight of two names once
+        if name in found:
+            factor = torch.from_numpy(np.asarray(found[name])).to(parameter.device)
+            handles.append(parameter.register_hook(lambda gradient, factor=factor: gradient * factor))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -41,7 +41,6 @@ def report_smallness(model: nn.Module, context: Context) -> None:
         SMALLNESS,
         {
             name: (1 / (1 + weight.detach().abs())).float().cpu().numpy()
-            for name, weight in model.named_parameters()
-            if weight.ndim > 1
+            for name, weight in model.named_parameters(remove_duplicate=False)
         },
     )

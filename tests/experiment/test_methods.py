@@ -40,7 +40,7 @@ SMALL = {
 }  # fmt: skip
 OF_METHOD: dict[str, dict[str, Any]] = {
     "rigl": {"adjust-every": 2, "adjust-until": 1.0},
-    "feddst": {"adjust-every": 2, "adjust-until": 1.0, "adjust-share": 0.3},
+    "feddst": {"adjust-every": 2, "adjust-until": 1.0, "adjust-share": 0.3, "prune-biases": True},
     "prunefl": {"adjust-every": 2},
     "gradual": {"fall": 0.8, "adjust-every": 2},
     "fedprox": {"proximal-mu": 0.01},

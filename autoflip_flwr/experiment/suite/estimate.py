@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from autoflip_flwr.core.choices import ASKING
+from autoflip_flwr.core.choices import ASKING, EXPLORING
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
@@ -61,7 +61,7 @@ class Estimates:
         per_round = config.fraction_train * examples * config.local_epochs
         explored = 0.0
         if config.method in ASKING and not run.exploration:
-            explored = config.explorers * examples * (config.exploration_epochs if config.method == "autoflip" else 1)
+            explored = config.explorers * examples * (config.exploration_epochs if config.method in EXPLORING else 1)
         cost = cost_of_evaluation(config.test_examples or examples // 5, per_round)
         evaluations = len(evaluated_rounds(config.num_server_rounds, config.evaluate_every, cost))
         rounds = config.num_server_rounds
