@@ -151,7 +151,7 @@ def moved(given: dict[str, object], **own: object) -> np.ndarray:
     one = client.LocalClient(
         Config(model="mlp", local_epochs=2, **own), 0, examples(32), 2, Context(1, 1, {}, RecordDict(), {})
     )
-    arrays, _, _ = one.fit(list(get_arrays(build("mlp", (2,), 2, seed=1)).values()), given)
+    arrays, _, _ = one.fit(list(get_arrays(build("mlp", (2,), 2, seed=1, kind="signal")).values()), given)
     return np.concatenate([array.ravel() for array in arrays])
 
 
