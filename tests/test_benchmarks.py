@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoflip_flwr.core.choices import CODED
-from benchmarks import startup
+from benchmarks import precision, startup
 
 
 @pytest.mark.runs
@@ -41,3 +41,12 @@ def test_a_clients_start_up_is_measured_with_the_mod_and_without():
         assert row["ours_s"] > row["message_ours_s"] > row["handle_ours_s"] > 0
         assert row["plain_s"] == cached["plain_s"] > row["message_plain_s"] > 0
         assert row["within"] == (max(row["ratio"], row["message_ratio"]) <= 1.15)
+
+
+@pytest.mark.runs
+def test_both_precisions_are_timed_and_tested_in_turns():
+    row = precision.measure("mlp:digits", "", batch_size=50, examples=120, epochs=2)
+    assert (row["model"], row["dataset"], row["steps"]) == ("mlp", "digits", 6)
+    assert row["ratio"] > 0
+    assert row["float32_ms"] > 0
+    assert abs(row["float32_accuracy"] - row["bfloat16_accuracy"]) < 10
