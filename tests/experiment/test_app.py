@@ -185,7 +185,8 @@ MNIST: dict[str, bool | int | float | str] = {"dataset": "mnist", "split": "iid"
 
 
 def examples_of(context: Context) -> torch.Tensor:
-    return client.client_fn(context).numpy_client._x
+    examples = client.client_fn(context).numpy_client._examples
+    return examples.batch(torch.arange(len(examples)))[0]
 
 
 def test_a_node_trains_on_the_folder_of_its_own_config(tmp_path):
