@@ -15,7 +15,7 @@ from autoflip_flwr import Layout, Mask
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment import client, precision, server
 from autoflip_flwr.experiment.config import Config, ConfigError
-from autoflip_flwr.experiment.data import Inputs
+from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
 from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.precision import check_precision, has_bfloat16, output
