@@ -32,6 +32,7 @@ from autoflip_flwr.experiment.precision import check_precision, has_bfloat16
 from autoflip_flwr.experiment.rules import ConfigError
 from benchmarks import tables
 
+TESTED = 2000
 COLUMNS = {
     "model": "model",
     "dataset": "data set",
@@ -54,12 +55,13 @@ def measure(case: str, data_dir: str, batch_size: int, examples: int, epochs: in
     data_dir : str
         Folder of the data.
     batch_size, examples, epochs : int
-        How long to train: on so many training examples, chosen at random. As many are tested.
+        How long to train: on so many training examples, chosen at random. At most `TESTED` others are tested.
     """
     model, dataset = case.split(":")
     data = load(dataset, data_dir)
-    chosen = np.random.default_rng(0).permutation(len(data.y_train))[:examples]
-    seen, test = examples_to_train(data, np.sort(chosen)), examples_to_test(data)
+    choose = np.random.default_rng(0).permutation
+    seen = examples_to_train(data, np.sort(choose(len(data.y_train))[:examples]))
+    test = examples_to_test(data, np.sort(choose(len(data.y_test))[:TESTED]))
     nets = {}
     for precision in PRECISIONS:
         nets[precision] = build(model, data.input_shape, data.classes, 1, kind=data.inputs.kind)
