@@ -78,7 +78,7 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
     model = build(config.model, data.input_shape, data.classes, config.seed, kind=data.inputs.kind).to(device)
     slow = check_precision(model, blank(1, data.input_shape, data.inputs.kind, device), config.precision)
     if slow:
-        log(WARNING, "autoflip: warning: %s", slow)
+        log(WARNING, slow)
     initial = training.get_arrays(model)
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)
