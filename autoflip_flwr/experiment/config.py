@@ -77,7 +77,7 @@ class Config(Settings):
 
     def of_start(self) -> dict[str, Value]:
         """Return the settings that decide the initial model."""
-        return {"model": self.model, "dataset": self.dataset, "seed": self.seed}
+        return {key: self.as_dict()[key] for key in ("model", "dataset", "input-size", "seed")}
 
     def decisive(self) -> dict[str, Value]:
         """Return the settings that decide what a run computes, and so must not change when it is resumed."""
