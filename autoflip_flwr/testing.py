@@ -33,7 +33,7 @@ class LocalGrid(Grid):
     client_app : ClientApp
         The app that every node runs.
     num_nodes : int
-        Nodes 100, 101, ... with partition ids 0, 1, ...
+        Nodes ``first``, ``first + 1``, ... with partition ids 0, 1, ...
     run_config : dict[str, bool | int | float | str] | None
         The run config that the nodes see.
     forget : Callable[[int, int], bool] | None
@@ -46,6 +46,8 @@ class LocalGrid(Grid):
         False hands messages over as copies that share the arrays' bytes, which nobody can change. Then they are
         neither counted nor kept here: ``up``, ``down`` and ``sent`` stay empty. The ledger of
         :class:`~autoflip_flwr.server.grid.OrderedGrid` counts all the same what a deployment would carry.
+    first : int
+        Id of the first node. With a number of 64 bits, messages are counted as in a deployment, whose ids are as long.
 
     Attributes
     ----------
@@ -65,22 +67,26 @@ class LocalGrid(Grid):
         tamper: Callable[[Message], Message] | None = None,
         arrange: Callable[[list[Message]], list[Message]] | None = None,
         serialise: bool = True,
+        first: int = 100,
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = first, 1, 1
         self._run = Run.create_empty(1)
         self._app = client_app
         self._config = dict(run_config or {})
         self._forget, self._tamper, self._arrange, self._serialise = forget, tamper, arrange, serialise
         self._ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
-        self._count = num_nodes
-        self._handled = {100 + i: 0 for i in range(num_nodes)}
+        self._count, self._first = num_nodes, first
+        self._handled = {first + i: 0 for i in range(num_nodes)}
         self.contexts = {node: self._fresh_context(node) for node in self._handled}
         self.up = self.down = 0
         self.sent: list[Message] = []
 
     def _fresh_context(self, node: int) -> Context:
-        config: dict[str, bool | int | float | str] = {"partition-id": node - 100, "num-partitions": self._count}
+        config: dict[str, bool | int | float | str] = {
+            "partition-id": node - self._first,
+            "num-partitions": self._count,
+        }
         return Context(1, node, config, RecordDict(), dict(self._config))
 
     def set_run(self, run: Run) -> None:
@@ -108,7 +114,7 @@ class LocalGrid(Grid):
             raise TypeError("messages must be a list: Flower's deployment pushes nothing of a generator")
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(next(self._ids))
+            message.metadata.__dict__["_message_id"] = f"{next(self._ids):064x}"  # as long as Flower's
             if self._serialise:
                 (arrived, sent), size = _through_the_wire(message, copies=2)
                 self.down += size
@@ -116,7 +122,7 @@ class LocalGrid(Grid):
             else:
                 arrived = _copied(message)
             reply = self._handle(arrived)
-            reply.metadata.__dict__["_message_id"] = str(next(self._ids))
+            reply.metadata.__dict__["_message_id"] = f"{next(self._ids):064x}"
             if self._serialise:
                 (reply,), size = _through_the_wire(reply, copies=1)
                 self.up += size

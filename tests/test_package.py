@@ -189,7 +189,9 @@ def test_the_fab_holds_the_app_and_nothing_else(project, tmp_path):
     with zipfile.ZipFile(fab) as archive:
         held = set(archive.namelist())
     modules = {name for name in project[1] if name.startswith("autoflip_flwr/") and name.endswith(".py")}
-    assert held == FAB_FILES | modules | {name for name in project[1] if name.startswith("configs/")}
+    assert held == FAB_FILES | modules | {
+        name for name in project[1] if name.startswith("configs/") and name.endswith(".toml")
+    }
 
 
 def test_twine_has_nothing_to_say_against_it(dist):

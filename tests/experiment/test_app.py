@@ -255,27 +255,29 @@ def only(folder: Path) -> Path:
     return path
 
 
-def test_flwr_run_learns_the_digits_and_leaves_its_record(tmp_path):
-    done = autoflip("-c", f'num-server-rounds=8 output-dir="{tmp_path}"')
+def test_flwr_run_learns_the_digits_as_a_suite_does_and_leaves_its_record(tmp_path):
+    done = autoflip("-c", f'num-server-rounds=6 local-epochs=2 output-dir="{tmp_path}"')
     assert done.returncode == 0, done.stdout + done.stderr
-    told = summary(only(tmp_path))
-    assert told["rounds"] == 8
+    folder = only(tmp_path)
+    told = summary(folder)
+    assert told["rounds"] == 6
     assert told["final_accuracy"] > 0.6
     assert told["failures"] == NO_FAILURES
     assert "Saving" in done.stdout
-    assert "[round 8/8] accuracy" in done.stdout
-    # a suite makes the same run in a process of its own
-    folder = only(tmp_path)
-    other = run_in_process(Config(num_server_rounds=8, nodes=10), tmp_path / "other")
+    assert "[round 6/6] accuracy" in done.stdout
+    other = run_in_process(Config(num_server_rounds=6, local_epochs=2, nodes=10), tmp_path / "other")
     assert (other / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    assert {**summary(other)["bytes"], "other": 0, "total": 0} == {**told["bytes"], "other": 0, "total": 0}
+    for phase in ("exploration", "train"):
+        for way in ("up", "down"):  # a node's id is a random number of 64 bits, which takes 9 or 10 bytes
+            apart = summary(other)["bytes"][f"{phase}_{way}"] - told["bytes"][f"{phase}_{way}"]
+            assert abs(apart) <= 6 * (60 if phase == "train" else 10)
 
 
 def test_nothing_pruned_equals_fedavg_bit_for_bit_under_ray(tmp_path):
     models = []
     for name, settings in (("autoflip", "sparsity=0.0"), ("fedavg", 'method="fedavg"')):
         folder = tmp_path / name
-        done = autoflip("-c", f'num-server-rounds=2 local-epochs=1 {settings} output-dir="{folder}"')
+        done = autoflip("--nodes", "3", "-c", f'num-server-rounds=2 local-epochs=1 {settings} output-dir="{folder}"')
         assert done.returncode == 0, done.stdout + done.stderr
         models.append((only(folder) / "model.safetensors").read_bytes())
     assert models[0] == models[1]

@@ -16,7 +16,13 @@ pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("trackers_stay_here")]
 
 
 def run(output: Path, **settings: bool | int | float | str) -> Path:
-    values = {"output-dir": str(output), "num-server-rounds": 2, "local-epochs": 1, "exploration-epochs": 1}
+    values = {
+        "output-dir": str(output),
+        "num-server-rounds": 2,
+        "local-epochs": 1,
+        "exploration-epochs": 1,
+        "evaluate-every": 1,
+    }
     values |= {key.replace("_", "-"): value for key, value in settings.items()}
     return server.run(LocalGrid(client.app, 2, values), Config.from_run_config(values))
 

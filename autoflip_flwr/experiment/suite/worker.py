@@ -67,7 +67,8 @@ def make(task: Task) -> str:
 def run_in_process(config: Config, folder: Path | None = None, *, name: str = "", key: str = "") -> Path:
     """Run the app in this process, without Ray and without a SuperLink, one client after another.
 
-    The result is that of ``autoflip run`` with the same settings, bit for bit, and so are the bytes that are counted.
+    The model is that of ``autoflip run`` with the same settings, bit for bit. So are the bytes that are counted, but
+    for the ids of nodes, which Flower draws anew for each run: one may take a byte less.
 
     Parameters
     ----------
@@ -81,5 +82,5 @@ def run_in_process(config: Config, folder: Path | None = None, *, name: str = ""
     from autoflip_flwr.experiment import client, server
     from autoflip_flwr.testing import LocalGrid
 
-    grid = LocalGrid(client.app, config.nodes, config.as_dict(), serialise=False)
+    grid = LocalGrid(client.app, config.nodes, config.as_dict(), serialise=False, first=2**63)
     return server.run(grid, config, folder=folder, name=name, key=key)
