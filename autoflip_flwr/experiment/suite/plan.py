@@ -61,9 +61,9 @@ class Planned:
     exploration : str
         Equal for runs that can share one exploration; "" for a run that cannot.
     varies : dict[str, Value]
-        Those of its settings that differ between the suite's runs.
+        Those of its settings that tell it from the suite's other runs.
     name : str
-        Its name in tables: as many of these settings as tell it from the other runs.
+        Its name in tables, made of these.
     """
 
     config: Config
@@ -90,15 +90,14 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
     for config in configs:
         first.setdefault(key_of_run(config), config)
     active = {key: _active(config) for key, config in first.items()}
-    axes = _axes(list(active.values()))
-    told = _telling(axes, list(active.values()))
+    axes = _telling(_axes(list(active.values())), list(active.values()))
     return [
         Planned(
             config,
             key,
             exploration_key(config),
             {axis: active[key][axis] for axis in axes if axis in active[key]},
-            " ".join(_told(axis, active[key][axis]) for axis in told if axis in active[key]) or config.method,
+            " ".join(_told(axis, active[key][axis]) for axis in axes if axis in active[key]) or config.method,
         )
         for key, config in first.items()
     ]
