@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -53,22 +54,24 @@ def run_suite(options: argparse.Namespace) -> int:
         _list(console, folder, estimates, len(gpus))
         return 0
     _tell_of_other_code(console, folder, options.again)
-    folder.begin(again=options.again)
-    left = sum(run.state == WAITING for run in folder.runs)
-    console.print(
-        f"{suite.name}: {left} of {len(planned)} runs to make with {len(gpus)} worker{'s' * (len(gpus) > 1)}, about "
-        f"{estimates.told_left(folder.runs, len(gpus))}; {folder.path}"
-    )
-    try:
-        with Board(console, estimates, len(gpus)) as board:
-            run_all(folder, gpus, _showing(board))
-    except KeyboardInterrupt:
-        done = sum(run.state == DONE for run in folder.runs)
-        console.print(f"stopped: {done} of {len(planned)} runs are done; the same command goes on with the others")
-        raise
-    finally:
-        folder.write()
-        page = report.write_suite(folder.path)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stopped by another program, as by Ctrl-C
+    with folder.alone():
+        folder.begin(again=options.again)
+        left = sum(run.state == WAITING for run in folder.runs)
+        console.print(
+            f"{suite.name}: {left} of {len(planned)} runs to make with {len(gpus)} worker{'s' * (len(gpus) > 1)}, about "
+            f"{estimates.told_left(folder.runs, len(gpus))}; {folder.path}"
+        )
+        try:
+            with Board(console, estimates, len(gpus)) as board:
+                run_all(folder, gpus, _showing(board))
+        except KeyboardInterrupt:
+            done = sum(run.state == DONE for run in folder.runs)
+            console.print(f"stopped: {done} of {len(planned)} runs are done; the same command goes on with the others")
+            raise
+        finally:
+            folder.write()
+            page = report.write_suite(folder.path)
     console.print(f"report: {page}")
     failed = [run for run in folder.runs if run.state == FAILED]
     for run in failed:

@@ -14,6 +14,10 @@ import pytest
 
 from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.rules import ConfigError
+from autoflip_flwr.experiment.suite.plan import plan
+from autoflip_flwr.experiment.suite.spec import read_suite
+from autoflip_flwr.experiment.suite.state import Folder
 from autoflip_flwr.experiment.suite.worker import run_in_process
 from autoflip_flwr.launch.cli import main
 from autoflip_flwr.testing import LocalGrid
@@ -87,6 +91,21 @@ def test_a_suite_that_is_stopped_goes_on_shares_explorations_and_tells_failures(
         assert (whole / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_two_processes_do_not_make_one_suite(tmp_path):
+    (tmp_path / "small.yaml").write_text(SUITE)
+    suite = read_suite(tmp_path / "small.yaml")
+    one, other = (Folder(tmp_path / "small", suite, plan(suite.runs), "autoflip suite") for _ in range(2))
+    with (
+        one.alone(),
+        pytest.raises(ConfigError, match="small: another process is making this suite; wait for it, or stop it"),
+        other.alone(),
+    ):
+        pass
+    with other.alone():
+        pass
+
+
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "settings", [{"values": "int8"}, {"outside": "initial", "values": "bfloat16"}, {"method": "fedavg"}]
 )

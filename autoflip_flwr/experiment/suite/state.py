@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from autoflip_flwr.experiment.record.circumstances import circumstances, source_digest
-from autoflip_flwr.experiment.rules import Value
+from autoflip_flwr.experiment.rules import ConfigError, Value
 from autoflip_flwr.experiment.suite.plan import Planned
 from autoflip_flwr.experiment.suite.spec import Suite
 from autoflip_flwr.storage.exploration_file import FILE_NAME
@@ -89,6 +89,30 @@ class Folder:
             if run.state != DONE and not (run.settings()["resume"] and run not in self.of_other_code):
                 shutil.rmtree(run.folder, ignore_errors=True)
         self.write()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Refuse the folder to other processes in this block, where the system has locks (not on Windows).
+
+        Raises
+        ------
+        ConfigError
+            If another process is making this suite.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{self.path}: another process is making this suite; wait for it, or stop it"
+                ) from None
+            yield
 
     def write(self) -> None:
         """Write ``suite.json``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,12 +33,20 @@ def work(connection: Connection, gpu: str | None) -> None:
     Each process computes with one thread. ``gpu`` is the index of the only GPU that it may use.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has started this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     with suppress(EOFError, BrokenPipeError):
         while (task := connection.recv()) is not None:
             connection.send(make(task))
+
+
+def _end_with_parent() -> None:
+    """End this process if the one that has started it is killed: another may go on with its runs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def make(task: Task) -> str:
