@@ -58,9 +58,10 @@ def run_suite(options: argparse.Namespace) -> int:
     with folder.alone():
         folder.begin(again=options.again)
         left = sum(run.state == WAITING for run in folder.runs)
+        workers = f"{len(gpus)} worker{'s' * (len(gpus) > 1)}"
+        expected = estimates.told_left(folder.runs, len(gpus))
         console.print(
-            f"{suite.name}: {left} of {len(planned)} runs to make with {len(gpus)} worker{'s' * (len(gpus) > 1)}, about "
-            f"{estimates.told_left(folder.runs, len(gpus))}; {folder.path}"
+            f"{suite.name}: {left} of {len(planned)} runs to make with {workers}, about {expected}; {folder.path}"
         )
         try:
             with Board(console, estimates, len(gpus)) as board:
