@@ -22,6 +22,10 @@ CLIENT_APP_RAISED = 2
 """Flower's error code of a client app that raised an exception."""
 
 
+UUID = 36
+"""Length of Flower's ids of messages."""
+
+
 class LocalGrid(Grid):
     """Run a client app in this process, one node after another.
 
@@ -47,7 +51,8 @@ class LocalGrid(Grid):
         neither counted nor kept here: ``up``, ``down`` and ``sent`` stay empty. The ledger of
         :class:`~autoflip_flwr.server.grid.OrderedGrid` counts all the same what a deployment would carry.
     first : int
-        Id of the first node. With a number of 64 bits, messages are counted as in a deployment, whose ids are as long.
+        Id of the first node. With a number of 64 bits all ids become as long as those of a deployment, and a ledger
+        counts messages as there.
 
     Attributes
     ----------
@@ -69,7 +74,7 @@ class LocalGrid(Grid):
         serialise: bool = True,
         first: int = 100,
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = first, 1, 1
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = first, 1, first
         self._run = Run.create_empty(1)
         self._app = client_app
         self._config = dict(run_config or {})
@@ -77,6 +82,7 @@ class LocalGrid(Grid):
         self._ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
         self._count, self._first = num_nodes, first
+        self._id_length = UUID if first >= 2**32 else 1
         self._handled = {first + i: 0 for i in range(num_nodes)}
         self.contexts = {node: self._fresh_context(node) for node in self._handled}
         self.up = self.down = 0
@@ -88,6 +94,9 @@ class LocalGrid(Grid):
             "num-partitions": self._count,
         }
         return Context(1, node, config, RecordDict(), dict(self._config))
+
+    def _new_id(self) -> str:
+        return f"{next(self._ids):0{self._id_length}}"
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
@@ -114,7 +123,7 @@ class LocalGrid(Grid):
             raise TypeError("messages must be a list: Flower's deployment pushes nothing of a generator")
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = f"{next(self._ids):064x}"  # as long as Flower's
+            message.metadata.__dict__["_message_id"] = self._new_id()
             if self._serialise:
                 (arrived, sent), size = _through_the_wire(message, copies=2)
                 self.down += size
@@ -122,7 +131,7 @@ class LocalGrid(Grid):
             else:
                 arrived = _copied(message)
             reply = self._handle(arrived)
-            reply.metadata.__dict__["_message_id"] = f"{next(self._ids):064x}"
+            reply.metadata.__dict__["_message_id"] = self._new_id()
             if self._serialise:
                 (reply,), size = _through_the_wire(reply, copies=1)
                 self.up += size

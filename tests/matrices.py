@@ -1,4 +1,4 @@
-"""Flower's strategies as a test's parameters: the inner loop takes one of each kind, CI all."""
+"""Flower's strategies as a test's parameters: CI takes one of each kind, `-m slow` the others."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from benchmarks import digits
 KINDS = ("FedAvg", "FedAdam", "FedTrimmedAvg", "Krum", "DifferentialPrivacyServerSideFixedClipping")
 """A mean, one with state, one of sorted values, one by distances, one with noise for all replies."""
 
-EVERY_STRATEGY = [name if name in KINDS else pytest.param(name, marks=pytest.mark.runs) for name in digits.STRATEGIES]
+EVERY_STRATEGY = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in digits.STRATEGIES]

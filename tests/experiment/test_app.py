@@ -268,9 +268,9 @@ def test_flwr_run_learns_the_digits_as_a_suite_does_and_leaves_its_record(tmp_pa
     other = run_in_process(Config(num_server_rounds=6, local_epochs=2, nodes=10), tmp_path / "other")
     assert (other / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     for phase in ("exploration", "train"):
-        for way in ("up", "down"):  # a node's id is a random number of 64 bits, which takes 9 or 10 bytes
+        for way in ("up", "down"):  # ids of run, nodes and tasks are random numbers, of 9 or 10 bytes each
             apart = summary(other)["bytes"][f"{phase}_{way}"] - told["bytes"][f"{phase}_{way}"]
-            assert abs(apart) <= 6 * (60 if phase == "train" else 10)
+            assert abs(apart) <= 8 * (60 if phase == "train" else 10)
 
 
 def test_nothing_pruned_equals_fedavg_bit_for_bit_under_ray(tmp_path):

@@ -23,7 +23,7 @@ from autoflip_flwr.launch.cli import main
 from autoflip_flwr.testing import LocalGrid
 
 SUITE = """\
-defaults: {nodes: 3, num-server-rounds: 12, local-epochs: 1, exploration-epochs: 1, max-examples-per-class: 20}
+defaults: {nodes: 3, num-server-rounds: 60, local-epochs: 1, exploration-epochs: 1, max-examples-per-class: 20}
 data: [{dataset: digits, split: iid}]
 methods:
   - method: fedavg

@@ -78,7 +78,7 @@ def run_in_process(config: Config, folder: Path | None = None, *, name: str = ""
     """Run the app in this process, without Ray and without a SuperLink, one client after another.
 
     The model is that of ``autoflip run`` with the same settings, bit for bit. So are the bytes that are counted, but
-    for the ids of nodes, which Flower draws anew for each run: one may take a byte less.
+    for the ids of run, nodes and tasks, which Flower draws anew for each run: one may take a byte less.
 
     Parameters
     ----------
