@@ -13,6 +13,7 @@ import pytest
 from apps import Killed, arrays_of, message_app, model, record, same_bytes
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg
+from matrices import EVERY_STRATEGY
 
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.choices import PACKINGS
@@ -91,7 +92,7 @@ def each_strategy(name, folder, **options):
 
 @pytest.mark.runs
 @pytest.mark.parametrize("coordinates", PACKINGS)
-@pytest.mark.parametrize("name", digits.STRATEGIES)
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_the_end_is_bit_identical(name, coordinates, tmp_path):
     whole, *_ = each_strategy(name, None, coordinates=coordinates)
     with pytest.raises(Killed):
