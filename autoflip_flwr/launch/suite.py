@@ -54,7 +54,8 @@ def run_suite(options: argparse.Namespace) -> int:
         _list(console, folder, estimates, len(gpus))
         return 0
     _tell_of_other_code(console, folder, options.again)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stopped by another program, as by Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to the first
+        signal.signal(number, signal.default_int_handler)
     with folder.alone():
         folder.begin(again=options.again)
         left = sum(run.state == WAITING for run in folder.runs)
