@@ -110,6 +110,24 @@ _FREE = (
 )
 
 
+DEFAULT_NODES = 10
+"""SuperNodes of a run on one machine whose settings name no number."""
+
+RESULTLESS = (
+    "name",
+    "output-dir",
+    "data-dir",
+    "node-timeout",
+    "round-timeout",
+    "exploration-timeout",
+    "exploration",
+    "checkpoints",
+    "resume",
+    "trackers",
+)
+"""Settings that do not change what a run computes."""
+
+
 @cache
 def _by_key() -> "dict[str, Field[Any]]":
     return {key_of(each): each for each in fields(Config)}

@@ -54,7 +54,3 @@ def guided(model: nn.Module, context: Context, config: Mapping[str, Any]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _specs(layout: Layout) -> list[ArraySpec]:
-    return [ArraySpec(spec.name, spec.shape, "float32", True) for spec in layout.prunable]

@@ -18,11 +18,8 @@ from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import DELTA
 from autoflip_flwr.core.statistics import Accumulator, Statistics, start_arrays
-from autoflip_flwr.server.exploration import explore
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.strategy import AutoFlip
-from autoflip_flwr.wrapped import traits
-from autoflip_flwr.wrapped.template import template_of
 
 
 class Relay(AutoFlip):
@@ -40,25 +37,13 @@ class Relay(AutoFlip):
         nodes, choose, model, answered = facade.get_node_ids(), facade.choose, initial, 0
         count = min(len(nodes), max(self.method.min_explorers, round(self.method.explorers * len(nodes))))
         drawn = random.Random(None if self.seed is None else f"{self.seed}/explorers").sample(nodes, count)
-        sent = self._translate(everything, initial).to_strategy(everything.gather(initial))
-        template = template_of(self.strategy, sent, config, facade)
+        template = self._template(facade, everything, initial, config)
+        alone = replace(self.method, explorers=1.0, min_explorers=1, batches=1)
         try:
             for node in filter(drawn.__contains__, nodes):
                 facade.choose = lambda _, node=node: [node]
                 try:
-                    found = explore(
-                        replace(self.method, explorers=1.0, min_explorers=1, batches=1),
-                        facade,
-                        model,
-                        template,
-                        mask=everything,
-                        weight_key=traits.weight_key_of(self.strategy),
-                        kind=self._values.down,
-                        deltas=self._values.deltas,
-                        seed=self.seed,
-                        timeout=self.method.timeout or timeout,
-                        judge=self._judge(),
-                    )
+                    found = self._ask(alone, facade, model, template, everything, timeout)
                 except RuntimeError as error:
                     log(WARNING, "the model passes node %d by: %s", node, error)
                     continue

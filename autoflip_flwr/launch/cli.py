@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from autoflip_flwr.experiment import preflight
-from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.config import DEFAULT_NODES, Config
 from autoflip_flwr.experiment.idle import idle
 from autoflip_flwr.experiment.rules import ConfigError, Value
 from autoflip_flwr.experiment.together import PATHS
@@ -23,7 +23,6 @@ from autoflip_flwr.launch.settings import markdown, table
 from autoflip_flwr.launch.superlink import TOOLS, Resources, run_app
 
 APP_NAME = "autoflip-flwr"
-DEFAULT_NODES = 10
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.method import check_requests
+from autoflip_flwr.core.method import Method, check_requests
 from autoflip_flwr.core.statistics import Exploration, Statistics, named, statistics_of
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.batch import Judge
@@ -29,7 +29,7 @@ from autoflip_flwr.wire.base_record import base_digest
 from autoflip_flwr.wire.records import to_record
 from autoflip_flwr.wrapped import optimizer_state, traits
 from autoflip_flwr.wrapped.privacy import check_exploration
-from autoflip_flwr.wrapped.template import template_of
+from autoflip_flwr.wrapped.template import Template, template_of
 
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
@@ -170,21 +170,40 @@ class Beginning(Rounds):
         timeout: float,
         base: Arrays | None,
     ) -> Statistics:
+        kept = "" if base is None else base_digest(everything.layout, base)
+        template = self._template(facade, everything, initial, config)
+        more = {"checkpoints": self.checkpoints, "base": kept}
+        return self._ask(self.method, facade, initial, template, everything, timeout, **more)
+
+    def _template(self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord) -> Template:
+        """Return what the strategy would send to each node in round 1."""
         seen = self._translate(everything, initial).to_strategy(everything.gather(initial))
+        return template_of(self.strategy, seen, config, facade)
+
+    def _ask(
+        self,
+        method: Method,
+        facade: OrderedGrid,
+        model: Arrays,
+        template: Template,
+        everything: Mask,
+        timeout: float,
+        **more: Any,
+    ) -> Statistics:
+        """Let nodes explore from a model, as ``method`` says."""
         return explore(
-            self.method,
+            method,
             facade,
-            initial,
-            template_of(self.strategy, seen, config, facade),
+            model,
+            template,
             mask=everything,
             weight_key=traits.weight_key_of(self.strategy),
             kind=self._values.down,
             deltas=self._values.deltas,
             seed=self.seed,
-            timeout=self.method.timeout or timeout,
+            timeout=method.timeout or timeout,
             judge=self._judge(),
-            checkpoints=self.checkpoints,
-            base="" if base is None else base_digest(everything.layout, base),
+            **more,
         )
 
     @property

@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autoflip_flwr.experiment.evaluation import LAST
 from autoflip_flwr.experiment.record.runs import Run
-
-LAST = 5
-"""Evaluated rounds whose mean is a run's accuracy."""
 
 
 class Point(NamedTuple):

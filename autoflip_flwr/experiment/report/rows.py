@@ -10,22 +10,19 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from autoflip_flwr.experiment.config import Config, key_of
+from autoflip_flwr.experiment.config import RESULTLESS, Config, key_of
 from autoflip_flwr.experiment.record.suites import Entry
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, mean_curve, points
 
 TARGET_SHARE = 0.95
 """Without a target of the user's, it is this share of FedAvg's accuracy."""
 
-_PLACES = ("name", "output-dir", "data-dir", "exploration", "resume", "checkpoints")
-_UNTOLD = {*_PLACES, "node-timeout", "round-timeout", "exploration-timeout"}
-"""Settings that do not tell results apart."""
 _FIRST = ("name", "method", "sparsity", "seed")
 """Settings that a row is always named by, where they differ."""
 _DEFAULTS = Config().as_dict()
 _ONLY_WITH: Mapping[str, Any] = {key_of(each): each.metadata["only_with"] for each in fields(Config)}
 _OF_DATA = {key_of(each) for each in fields(Config) if each.metadata["section"] == "Data and nodes"}
-_OF_SECTION = [key for key in _ONLY_WITH if key == "model" or key in _OF_DATA - _UNTOLD - {"nodes"}]
+_OF_SECTION = [key for key in _ONLY_WITH if key == "model" or key in _OF_DATA - {*RESULTLESS, "nodes"}]
 """Settings that decide the section: accuracies of different ones are not comparable."""
 
 
@@ -72,7 +69,7 @@ class Section:
 
 def with_differences(entries: Sequence[Entry]) -> list[Entry]:
     """Set each run's ``varies`` to the settings in which the runs differ."""
-    keys = {key for entry in entries for key in entry.settings} - _UNTOLD
+    keys = {key for entry in entries for key in entry.settings} - {*RESULTLESS}
     differing = {key for key in keys if len({repr(entry.settings.get(key)) for entry in entries}) > 1}
     if len({entry.settings.get("name") or "" for entry in entries}) > 1:
         differing.add("name")

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from autoflip_flwr.experiment.evaluation import LAST
 from autoflip_flwr.experiment.record.runs import Run
 from autoflip_flwr.experiment.record.summary import BYTE_TITLES, summary_rows
 from autoflip_flwr.experiment.report import html
 from autoflip_flwr.experiment.report.command import repeating
 from autoflip_flwr.experiment.report.pictures import holdings, layers_of, sent_by_node
-from autoflip_flwr.experiment.report.points import LAST, Point, final_accuracy, points, reached
+from autoflip_flwr.experiment.report.points import Point, final_accuracy, points, reached
 
 _SHARES = (0.5, 0.8, 0.9, 0.95, 0.99)  # of a run's best accuracy, whose costs are shown
 

@@ -10,11 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from autoflip_flwr.experiment.evaluation import LAST
 from autoflip_flwr.experiment.record.suites import Entry, Suite
 from autoflip_flwr.experiment.report import html, tables
 from autoflip_flwr.experiment.report.figures import plots, series_of
 from autoflip_flwr.experiment.report.pictures import holdings
-from autoflip_flwr.experiment.report.points import LAST, final_accuracy, points
+from autoflip_flwr.experiment.report.points import final_accuracy, points
 from autoflip_flwr.experiment.report.rows import Row, Section
 
 _STATES = ("done", "running", "waiting", "unfinished", "failed")

@@ -9,24 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.config import RESULTLESS, Config
 from autoflip_flwr.experiment.idle import effective, without_effect
 from autoflip_flwr.experiment.report.command import repeating
 from autoflip_flwr.experiment.rules import Value, shown
-
-_RESULTLESS = (
-    "name",
-    "output-dir",
-    "data-dir",
-    "node-timeout",
-    "round-timeout",
-    "exploration-timeout",
-    "exploration",
-    "checkpoints",
-    "resume",
-    "trackers",
-)
-"""Settings that do not change what a run computes."""
 
 _AFTER_EXPLORING = (
     "sparsity",
@@ -105,7 +91,7 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
 
 def key_of_run(config: Config) -> str:
     """Return the digest of all settings that decide a run's result. Those that have no effect do not count."""
-    return _digest({key: value for key, value in effective(config).items() if key not in _RESULTLESS})
+    return _digest({key: value for key, value in effective(config).items() if key not in RESULTLESS})
 
 
 def exploration_key(config: Config) -> str:
@@ -116,14 +102,14 @@ def exploration_key(config: Config) -> str:
     """
     if config.method != "autoflip" or not config.sparsity or config.outside != "zero":
         return ""
-    decisive = {key: value for key, value in effective(config).items() if key not in (*_RESULTLESS, *_AFTER_EXPLORING)}
+    decisive = {key: value for key, value in effective(config).items() if key not in (*RESULTLESS, *_AFTER_EXPLORING)}
     return _digest(decisive)
 
 
 def _active(config: Config) -> dict[str, Value]:
     """Return the settings that have an effect on the result."""
     idle = set(without_effect(config))
-    return {key: value for key, value in config.as_dict().items() if key not in idle and key not in _RESULTLESS}
+    return {key: value for key, value in config.as_dict().items() if key not in idle and key not in RESULTLESS}
 
 
 def _axes(settings: Sequence[Mapping[str, Value]]) -> list[str]:

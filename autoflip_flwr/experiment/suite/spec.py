@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import Config, setting
+from autoflip_flwr.experiment.config import DEFAULT_NODES, Config, setting
 from autoflip_flwr.experiment.rules import ConfigError, Rule, Value, allowed, shown
 from autoflip_flwr.experiment.suite.marked import Marked, read
 from autoflip_flwr.experiment.toml import flatten, read_toml
@@ -35,7 +35,6 @@ _OURS = ("name", "output-dir", "resume", "exploration")
 """Settings that the suite itself gives its runs."""
 
 DENSITY = "density"
-DEFAULT_NODES = 10
 MAX_RUNS = 10_000
 
 Axes = dict[str, list[Marked]]

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.record.circumstances import circumstances, source_digest
+from autoflip_flwr.experiment.record.circumstances import circumstances
+from autoflip_flwr.experiment.record.suites import FILE
 from autoflip_flwr.experiment.rules import ConfigError, Value
 from autoflip_flwr.experiment.suite.plan import Planned
 from autoflip_flwr.experiment.suite.spec import Suite
@@ -19,7 +20,6 @@ from autoflip_flwr.storage.exploration_file import FILE_NAME
 from autoflip_flwr.storage.files import write_atomic
 
 DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
-PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Folder:
         self._about = circumstances(datetime.now(UTC))
         there = _by_key(self.path)
         self.runs = [_found(each, there.get(each.key), self.path) for each in planned]
-        source = source_digest(PACKAGE)
+        source = self._about["source"]
         self.of_other_code = [
             run for run in self.runs if there.get(run.planned.key) and _source(run.folder) not in ("", source)
         ]
@@ -125,7 +125,7 @@ class Folder:
             "runs": [_told(run) for run in self.runs],
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "suite.json", (json.dumps(told, indent=1) + "\n").encode())
+        write_atomic(self.path / FILE, (json.dumps(told, indent=1) + "\n").encode())
 
 
 def _found(planned: Planned, folder: Path | None, suite: Path) -> RunState:
