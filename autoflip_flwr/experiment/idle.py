@@ -27,9 +27,3 @@ def idle(config: Config, given: Collection[str]) -> list[str]:
 def without_effect(config: Config) -> list[str]:
     """Return the kebab-case keys of all settings that have no effect."""
     return [key_of(each) for each in fields(Config) if not config.applies(each)]
-
-
-def effective(config: Config) -> dict[str, Value]:
-    """Return all settings by their kebab-case keys; those that have no effect have their defaults."""
-    defaults: dict[str, Value] = {key_of(each): each.default for each in fields(Config)}  # type: ignore[misc]
-    return config.as_dict() | {key: defaults[key] for key in without_effect(config)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoflip_flwr.experiment.config import RESULTLESS, Config
-from autoflip_flwr.experiment.idle import effective, without_effect
+from autoflip_flwr.experiment.idle import without_effect
 from autoflip_flwr.experiment.report.command import repeating
 from autoflip_flwr.experiment.rules import Value, shown
 
@@ -90,8 +90,11 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
 
 
 def key_of_run(config: Config) -> str:
-    """Return the digest of all settings that decide a run's result. Those that have no effect do not count."""
-    return _digest({key: value for key, value in effective(config).items() if key not in RESULTLESS})
+    """Return the digest of all settings that decide a run's result.
+
+    Those that have no effect do not count. So a run keeps its key when the app gets settings that do not concern it.
+    """
+    return _digest(_active(config))
 
 
 def exploration_key(config: Config) -> str:
@@ -102,8 +105,7 @@ def exploration_key(config: Config) -> str:
     """
     if config.method != "autoflip" or not config.sparsity or config.outside != "zero":
         return ""
-    decisive = {key: value for key, value in effective(config).items() if key not in (*RESULTLESS, *_AFTER_EXPLORING)}
-    return _digest(decisive)
+    return _digest({key: value for key, value in _active(config).items() if key not in _AFTER_EXPLORING})
 
 
 def _active(config: Config) -> dict[str, Value]:
