@@ -59,6 +59,15 @@ class Budget(dict[tuple[str, ...], int]):
         """Keep as many entries of each array as a given mask keeps (FLASH: the exploration sets the densities)."""
         return cls({(name,): kept for name, kept in mask.kept_by_name.items()})
 
+    @classmethod
+    def between(cls, layout: Layout, target: Mapping[str, int], sparsity: float) -> Budget:
+        """Keep so many of each array that all are equally far on their way from dense to the target's counts."""
+        total = layout.prunable_size - pruned_count(sparsity, layout.prunable_size)
+        last = sum(target[spec.name] for spec in layout.prunable)
+        left = Fraction(total - last, max(layout.prunable_size - last, 1))
+        wanted = {s.name: target[s.name] + left * (s.size - target[s.name]) for s in layout.prunable}
+        return cls({(name,): kept for name, kept in _rounded(layout, wanted, total).items()})
+
 
 BUDGETS = dict(zip(SCOPES, (Budget.whole, Budget.by_layer, Budget.erk), strict=True))
 """Budgets that need only a sparsity, by scope."""

@@ -3,6 +3,35 @@
 SCOPES = ("global", "layer", "erk")
 """Where scores are ranked: over the whole model, or per array with equal densities or ERK densities."""
 
+FALL_SCOPES = (*SCOPES, "explored")
+"""Where a falling density is ranked: as SCOPES, or by the densities of layers that the exploration finds."""
+
+RANKS = ("deviation", "magnitude", "random")
+"""By what the exploration ranks entries; ``random``: inside the densities per layer that it finds."""
+
+# parts of a schedule are joined by "+", and take their turns in this order
+SCHEDULES = (
+    "static",
+    "gradual",
+    "regrow",
+    "agreement",
+    "participants",
+    "gradual+regrow",
+    "gradual+agreement",
+    "gradual+participants",
+)
+FALLING = tuple(each for each in SCHEDULES if "gradual" in each)
+"""Schedules in which the density falls."""
+REGROWING_SCHEDULES = tuple(each for each in SCHEDULES if "regrow" in each)
+"""Schedules that exchange entries by the clients' gradients."""
+ENDING_SCHEDULES = tuple(each for each in SCHEDULES if "regrow" in each or "agreement" in each)
+"""Schedules that exchange entries until a share of the rounds."""
+EXCHANGING_SCHEDULES = tuple(each for each in SCHEDULES if each not in ("static", "gradual"))
+"""Schedules that exchange entries at constant density."""
+
+DROPS = ("magnitude", "layer-magnitude", "magnitude-agreement", "movement", "deviation")
+"""By what a falling density drops entries."""
+
 NORMALISATIONS = ("none", "layer", "per-client")
 """How deviations are normalised before they are ranked."""
 
@@ -70,17 +99,15 @@ EXPLORING = ("autoflip", "prunefl", "fedlex", "sequential-leak")
 """Methods whose explorers train."""
 RANKED = ("autoflip", "snip", "magnitude", "random", "gradual", "sequential-leak")
 """Methods that rank entries in the scope that the user chooses."""
-CHANGING = ("prunefl", "feddst", "rigl", "gradual")
-"""Methods that change the mask during training."""
 EXCHANGING = ("prunefl", "feddst", "rigl")
 """Methods that exchange entries of the mask for others."""
-EVERY = {"gradual": 1, "rigl": 10, "feddst": 15, "prunefl": 50}
+EVERY = {"rigl": 10, "feddst": 15, "prunefl": 50, "regrow": 10, "agreement": 5, "participants": 1}
 """Rounds between two changes of the mask, as the methods' authors have them."""
 FADING = ("feddst", "rigl")
 """Methods that exchange fewer entries from time to time, until a share of the rounds."""
-UNTIL = {"rigl": 0.6, "feddst": 0.5}
+UNTIL = {"rigl": 0.6, "feddst": 0.5, "regrow": 0.6, "agreement": 0.6}
 """That share, as the methods' authors have it."""
-MINIBATCH = ("ssfl", "rigl", "feddst")
+MINIBATCH = ("autoflip", "ssfl", "rigl", "feddst")
 """Methods whose clients compute a requested statistic on one minibatch; those of the others use all examples."""
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "femnist", "shakespeare", "har", "own")
 AUGMENTS = ("none", "flip", "crop", "crop-flip", "crop-flip-jitter")

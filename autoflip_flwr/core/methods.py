@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoflip_flwr.core import evidence
-from autoflip_flwr.core.budget import BUDGETS
-from autoflip_flwr.core.choices import INITIALS, NORMALISATIONS, SCOPES
+from autoflip_flwr.core.budget import BUDGETS, Budget
+from autoflip_flwr.core.choices import INITIALS, NORMALISATIONS, RANKS, SCOPES
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
 from autoflip_flwr.core.request import DELTA, Request
+from autoflip_flwr.core.schedule import Schedule, check_choice, check_counts, default_of
 from autoflip_flwr.core.scores import magnitude, random_scores, scores
 from autoflip_flwr.core.selection import select
 from autoflip_flwr.core.statistics import Exploration, Floats, Statistics, minmax, start_arrays
@@ -27,6 +28,9 @@ class Scored(Method):
 
     Parameters
     ----------
+    schedule : Schedule or tuple[Schedule, ...]
+        How the mask changes during training: one of :mod:`autoflip_flwr.core.schedules`, or several, which take their
+        turns in this order before each round; ``()``: it never does (static).
     scope : str
         Which entries are ranked together, and how many are kept. ``"global"``: one quantile over all (the authors'
         code). ``"layer"``: one quantile per array. ``"erk"``: per array, with densities from the arrays' dimensions
@@ -34,21 +38,81 @@ class Scored(Method):
     """
 
     scope: str = "global"
+    schedule: Schedule | tuple[Schedule, ...] = ()
+
+    squares: ClassVar[Collection[str]] = (DELTA,)
 
     def __post_init__(self) -> None:
         check_choice(self, "scope", SCOPES)
+        given: Any = self.schedule
+        if not all(isinstance(each, Schedule) for each in (given if isinstance(given, tuple) else (given,))):
+            raise TypeError(
+                f"{type(self).__name__}: schedule = {given!r}: must be a Schedule, such as Gradual(), a tuple of them, "
+                "or () for a static mask"
+            )
+        if self.schedules:
+            values_grow = {each.grow_from for each in self.schedules}
+            vars(self)["grow_from"] = "last" if "last" in values_grow else "outside"
+            if "weighting" not in {f.name for f in fields(self)}:
+                vars(self)["weighting"] = self.schedules[0].weighting
 
     def __repr__(self) -> str:
-        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != default_of(f)]
         return f"{type(self).__name__}({', '.join(told)})"
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The schedules in their order."""
+        return self.schedule if isinstance(self.schedule, tuple) else (self.schedule,)
+
+    def plan(self, sparsity: float, rounds: int) -> None:
+        """Tell the schedules; ``ValueError`` if one cannot work with them."""
+        for each in self.schedules:
+            each.plan(sparsity, rounds)
+
+    def exploring(self) -> object:
+        """Return the settings."""
+        return type(self), [getattr(self, f.name) for f in fields(self)]
+
+    def request(self, round_: int) -> tuple[Request, ...]:
+        """Request what the schedules need in a round >= 1."""
+        asked = (request for each in self.schedules for request in each.request(round_)) if round_ else ()
+        return tuple(dict.fromkeys(asked))
 
     def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
         """Return a finite score for each prunable entry; low = unimportant."""
         raise NotImplementedError
 
     def first(self, sparsity: float, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mask:
-        """Keep the entries with the highest scores, as many as the scope's budget says."""
-        return select(layout, self.score(layout, initial, seen), BUDGETS[self.scope](layout, sparsity))
+        """Keep the entries with the highest scores, as many as the scope's budget and the schedules say."""
+        score = self.score(layout, initial, seen)
+        target = chosen = self.choose(layout, score, sparsity)  # raises now what the last step would raise
+        start = min((each.first_sparsity(sparsity) for each in self.schedules), default=sparsity)
+        if start != sparsity:
+            chosen = self.choose(layout, score, start)
+        for each in self.schedules:
+            each.begin(layout, score, target)
+        return chosen
+
+    def choose(self, layout: Layout, score: Mapping[str, Floats], sparsity: float) -> Mask:
+        """Return the mask of the highest scores, as many as the scope's budget says."""
+        return select(layout, score, BUDGETS[self.scope](layout, sparsity))
+
+    def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
+        """Let the schedules change the mask, one after another."""
+        new = mask
+        for each in self.schedules:
+            new = each.refine(round_, new, model, seen) or new
+        return None if new is mask else new
+
+    def state(self) -> object:
+        """Return the schedules' states."""
+        return [each.state() for each in self.schedules]
+
+    def load(self, state: Any) -> None:
+        """Restore what :meth:`state` returned."""
+        for each, own in zip(self.schedules, state, strict=True):
+            each.load(own)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -59,7 +123,7 @@ class Random(Scored):
     ----------
     seed : int
         Seed of the random scores.
-    scope : str
+    scope, schedule
         See :class:`Scored`.
     """
 
@@ -76,7 +140,7 @@ class Magnitude(Scored):
 
     Parameters
     ----------
-    scope : str
+    scope, schedule
         See :class:`Scored`.
     """
 
@@ -113,13 +177,13 @@ class Snip(_Asks):
     ----------
     explorers, min_explorers, batches, weighting, timeout, public
         See :class:`~autoflip_flwr.core.method.Method`.
-    scope : str
+    scope, schedule
         See :class:`Scored`.
     """
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the saliency before training."""
-        return (Request("saliency", over="all"),) if round_ == 0 else ()
+        return super().request(round_) if round_ else (Request("saliency", over="all"),)
 
     def inspect(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Iterable[str]:
         """Raise ``RuntimeError`` if the saliency is zero everywhere."""
@@ -148,8 +212,15 @@ class LossExploration(_Asks):
     epochs, patience : int
         Sent to the explorers: train for at most ``epochs`` epochs, and stop after ``patience`` epochs without a better
         mean training loss; both >= 1.
-    scope : str
+    scope, schedule
         See :class:`Scored`.
+    rank_by : str
+        By what the entries of the first mask are ranked. ``"deviation"``: guidance times agreement, as above.
+        ``"magnitude"``: the magnitude of the explorers' average model. ``"random"``: at random, with as many entries
+        of each array as ``"deviation"`` would keep; that tells what coordinates are worth beyond densities (FLASH,
+        Babakniya et al. 2023).
+    seed : int
+        Seed for ``rank_by="random"``.
     normalisation : str
         Normalisation of the deviations: ``"none"``, ``"layer"`` (the authors' code) or ``"per-client"`` (FedLEx).
     gamma : float
@@ -162,16 +233,17 @@ class LossExploration(_Asks):
 
     epochs: int = 5
     patience: int = 2
+    rank_by: str = "deviation"
+    seed: int = 0
     normalisation: str = "none"
     gamma: float = 1.0
     initial: str = "scratch"
     prune_unmoved: bool = False
 
-    squares: ClassVar[Collection[str]] = (DELTA,)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "epochs", "patience")
+        check_choice(self, "rank_by", RANKS)
         check_choice(self, "normalisation", NORMALISATIONS)
         check_choice(self, "initial", INITIALS)
         if not isinstance(self.gamma, int | float | np.number):
@@ -181,7 +253,7 @@ class LossExploration(_Asks):
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the deltas of an exploration before training."""
-        return (Request(DELTA, over="all"),) if round_ == 0 else ()
+        return super().request(round_) if round_ else (Request(DELTA, over="all"),)
 
     def config(self) -> dict[str, bool | int | float | str]:
         """Return how long explorers train, and weight decay 0, since it would change all weights in the same way."""
@@ -225,30 +297,22 @@ class LossExploration(_Asks):
             )
 
     def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
-        """Return guidance times agreement to the power gamma."""
+        """Return guidance times agreement to the power gamma, or the magnitude of the explorers' average."""
         assert seen is not None
-        return scores(Exploration.of(seen), self.normalisation, self.gamma)
+        found = Exploration.of(seen)
+        if self.rank_by == "magnitude":
+            return magnitude(layout, start_arrays(initial, found.signed_mean))
+        return scores(found, self.normalisation, self.gamma)
+
+    def choose(self, layout: Layout, score: Mapping[str, Floats], sparsity: float) -> Mask:
+        """Return the mask of the highest scores, or a random one with its number of entries per array."""
+        mask = super().choose(layout, score, sparsity)
+        if self.rank_by != "random":
+            return mask
+        return select(layout, random_scores(layout, self.seed), Budget.explored(mask))
 
     def begin(self, initial: Arrays, seen: Statistics | None) -> Arrays:
         """Return W0, or the explorers' average."""
         if self.initial == "scratch" or seen is None:
             return initial
         return start_arrays(initial, Exploration.of(seen).signed_mean)
-
-
-def check_choice(method: Method, name: str, allowed: Iterable[str]) -> None:
-    """Raise ``ValueError`` unless a field of a method has one of the allowed values."""
-    if getattr(method, name) not in list(allowed):
-        raise ValueError(
-            f"{type(method).__name__}: {name} = {getattr(method, name)!r}: must be one of {', '.join(allowed)}"
-        )
-
-
-def check_counts(method: Method, *names: str) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless these fields of a method are whole numbers >= 1."""
-    for name in names:
-        value = getattr(method, name)
-        if not isinstance(value, int | np.integer):
-            raise TypeError(f"{type(method).__name__}: {name} = {value!r}: must be a whole number")
-        if value < 1:
-            raise ValueError(f"{type(method).__name__}: {name} = {value}: must be at least 1")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from autoflip_flwr.core.request import DECIMALS
 
 
-def cubic(initial: float, target: float, done: float) -> float:
-    """Return ``target + (initial - target) (1 - done)^3`` (Zhu and Gupta 2017); ``done`` in [0, 1]."""
-    return target + (initial - target) * (1 - done) ** 3
+def falling(initial: float, target: float, done: float, power: float) -> float:
+    """Return ``target + (initial - target) (1 - done)^power``; ``done`` in [0, 1]. Zhu and Gupta 2017 take power 3."""
+    left: float = (1 - done) ** power
+    return target + (initial - target) * left
 
 
 def cosine(share: float, done: float) -> float:
@@ -20,7 +21,7 @@ def cosine(share: float, done: float) -> float:
 
 @dataclass(frozen=True)
 class Fall:
-    """A density that falls along a cubic, in steps.
+    """A density that falls along a polynomial, in steps.
 
     Parameters
     ----------
@@ -30,6 +31,8 @@ class Fall:
         Share of the rounds within which it reaches the target, in (0, 1].
     every : int
         Rounds between two steps, >= 1.
+    power : float
+        Exponent of the polynomial, >= 1; 3: a cubic.
 
     Examples
     --------
@@ -41,6 +44,7 @@ class Fall:
     initial: float
     share: float
     every: int
+    power: float = 3.0
 
     def steps(self, rounds: int) -> int:
         """Return the number of steps in a run of so many rounds; the last one is before its last round.
@@ -58,6 +62,10 @@ class Fall:
             )
         return max(1, min(int(self.share * rounds) // self.every, most))
 
+    def last(self, rounds: int) -> int:
+        """Return the round after which the last step is due."""
+        return self.steps(rounds) * self.every
+
     def sparsity(self, target: float, round_: int, rounds: int) -> float | None:
         """Return the sparsity that a step before this round leads to; ``None``: no step.
 
@@ -67,7 +75,9 @@ class Fall:
         steps = self.steps(rounds)
         if rest or not 1 <= number <= steps:
             return None
-        return target if number == steps else round(1 - cubic(self.initial, 1 - target, number / steps), 9)
+        return (
+            target if number == steps else round(1 - falling(self.initial, 1 - target, number / steps, self.power), 9)
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class Exchange:
         Rounds between two exchanges, >= 1.
     until : float
         Share of the rounds after which nothing is exchanged, in (0, 1].
+    begin : float
+        Share of the rounds before which nothing is exchanged, in [0, 1), below ``until``.
 
     Examples
     --------
@@ -93,10 +105,11 @@ class Exchange:
     share: float
     every: int
     until: float
+    begin: float = 0.0
 
     def after(self, round_: int, rounds: int) -> float:
         """Return the share that is exchanged after a round, to six decimals; 0: none."""
-        end = self.until * rounds
-        if round_ % self.every or not 0 < round_ < end:
+        begin, end = self.begin * rounds, self.until * rounds
+        if round_ % self.every or not max(begin, 1) <= round_ < end:
             return 0.0
-        return round(cosine(self.share, round_ / end), DECIMALS)
+        return round(cosine(self.share, (round_ - begin) / (end - begin)), DECIMALS)

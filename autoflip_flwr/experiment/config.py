@@ -34,9 +34,10 @@ class Config(Settings):
     def applies(self, setting: "Field[Any]") -> bool:
         """Return whether a setting has an effect, given the others."""
         needed = setting.metadata["only_with"]
-        if needed is None or getattr(self, needed[0]) in needed[1]:
+        given = [name for name, values in needed if getattr(self, name) in values]
+        if not needed or any(self.applies(_by_key()[key]) for key in given):
             return True
-        return needed[1] == choices.WRAPPED and self.wrapped
+        return needed == (("method", choices.WRAPPED),) and self.wrapped
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":

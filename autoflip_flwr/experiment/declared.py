@@ -11,11 +11,12 @@ from autoflip_flwr.core import choices
 from autoflip_flwr.experiment import rules
 from autoflip_flwr.experiment.rules import Rule, Value
 
+Needs = tuple[str, tuple[Value, ...]]
+"""Another setting, and its values with which a setting has an effect."""
 
-def _setting(
-    section: str, default: Value, rule: Rule, meaning: str, *, only_with: tuple[str, tuple[Value, ...]] | None = None
-) -> Any:
-    """Return a field of `Config`. `only_with` is another setting, and its values with which this one has an effect."""
+
+def _setting(section: str, default: Value, rule: Rule, meaning: str, *, only_with: tuple[Needs, ...] = ()) -> Any:
+    """Return a field of `Config`. It has an effect only if one of `only_with` is given, or if that is empty."""
     about = {"section": section, "rule": rule, "meaning": meaning, "only_with": only_with}
     return field(default=default, metadata=about)
 
@@ -24,17 +25,25 @@ _of_run = partial(_setting, "The run")
 _of_data = partial(_setting, "Data and nodes")
 _of_clients = partial(_setting, "Model and training")
 _of_rounds = partial(_setting, "Rounds")
-_of_pruning = partial(_setting, "Pruning", only_with=("method", choices.PRUNING))
-_of_ranking = partial(_setting, "Pruning", only_with=("method", choices.RANKED))
-_of_change = partial(_setting, "Pruning", only_with=("method", choices.CHANGING))
-_of_explorers = partial(_setting, "Pruning", only_with=("method", choices.ASKING))
-_of_batches = partial(_setting, "Pruning", only_with=("method", choices.AT_ONCE))
-_of_round_0 = partial(_setting, "Pruning", only_with=("method", ("prunefl", *choices.ASKING)))
-_of_training_explorers = partial(_setting, "Pruning", only_with=("method", choices.EXPLORING))
-_of_scores = partial(_setting, "Pruning", only_with=("method", ("autoflip", "sequential-leak")))
-_of_exploration = partial(_setting, "Pruning", only_with=("method", ("autoflip",)))
+_of_pruning = partial(_setting, "Pruning", only_with=(("method", choices.PRUNING),))
+_of_ranking = partial(_setting, "Pruning", only_with=(("method", choices.RANKED),))
+_of_change = partial(
+    _setting, "Pruning", only_with=(("method", choices.EXCHANGING), ("schedule", choices.EXCHANGING_SCHEDULES))
+)
+_of_regrowth = partial(
+    _setting, "Pruning", only_with=(("method", choices.EXCHANGING), ("schedule", choices.REGROWING_SCHEDULES))
+)
+_of_end = partial(_setting, "Pruning", only_with=(("method", choices.FADING), ("schedule", choices.ENDING_SCHEDULES)))
+_of_explorers = partial(_setting, "Pruning", only_with=(("method", choices.ASKING),))
+_of_batches = partial(_setting, "Pruning", only_with=(("method", choices.AT_ONCE),))
+_of_round_0 = partial(_setting, "Pruning", only_with=(("method", ("prunefl", *choices.ASKING)),))
+_of_training_explorers = partial(_setting, "Pruning", only_with=(("method", choices.EXPLORING),))
+_of_scores = partial(_setting, "Pruning", only_with=(("method", ("autoflip", "sequential-leak")),))
+_of_exploration = partial(_setting, "Pruning", only_with=(("method", ("autoflip",)),))
+_of_schedule = partial(_setting, "Pruning", only_with=(("method", ("autoflip",)),))
+_of_fall = partial(_setting, "Pruning", only_with=(("method", ("gradual",)), ("schedule", choices.FALLING)))
 _of_values = partial(_setting, "Values")
-_of_safety = partial(_setting, "Replies and checkpoints", only_with=("method", choices.WRAPPED))
+_of_safety = partial(_setting, "Replies and checkpoints", only_with=(("method", choices.WRAPPED),))
 
 
 @dataclass(frozen=True)
@@ -70,23 +79,26 @@ class Settings:
         "or one writer, speaker or person for each node",
     )
     alpha: float = _of_data(
-        0.3, rules.POSITIVE, "Of the Dirichlet split: the smaller, the more skewed", only_with=("split", ("dirichlet",))
+        0.3,
+        rules.POSITIVE,
+        "Of the Dirichlet split: the smaller, the more skewed",
+        only_with=(("split", ("dirichlet",)),),
     )
     classes_per_client: int = _of_data(
-        2, rules.COUNT, "Of the pathological split", only_with=("split", ("pathological",))
+        2, rules.COUNT, "Of the pathological split", only_with=(("split", ("pathological",)),)
     )
-    shards_per_node: int = _of_data(2, rules.COUNT, "Of the shards split", only_with=("split", ("shards",)))
+    shards_per_node: int = _of_data(2, rules.COUNT, "Of the shards split", only_with=(("split", ("shards",)),))
     size_spread: float = _of_data(
         1.0,
         rules.NOT_NEGATIVE,
         "Of the quantity split: standard deviation of the logarithm of the nodes' sizes",
-        only_with=("split", ("quantity",)),
+        only_with=(("split", ("quantity",)),),
     )
     min_examples: int = _of_data(
         0,
         rules.NOT_BELOW_ZERO,
         "Fewest examples of a node; owners with fewer take no part. 0: what a small batch needs, or 1",
-        only_with=("split", ("dirichlet", "quantity", "natural")),
+        only_with=(("split", ("dirichlet", "quantity", "natural")),),
     )
     nodes: int = _of_data(0, rules.NOT_BELOW_ZERO, "SuperNodes to wait for. 0: as many as connect, at least 2")
     node_timeout: float = _of_data(
@@ -97,7 +109,7 @@ class Settings:
     optimizer: str = _of_clients("adam", rules.one_of(choices.OPTIMIZERS), "Of the clients")
     lr: float = _of_clients(0.003, rules.POSITIVE, "Learning rate of the clients")
     lr_decay: float = _of_clients(1.0, rules.UP_TO_ONE, "The learning rate is multiplied by it after every round")
-    momentum: float = _of_clients(0.0, rules.BELOW_ONE, "Of sgd", only_with=("optimizer", ("sgd",)))
+    momentum: float = _of_clients(0.0, rules.BELOW_ONE, "Of sgd", only_with=(("optimizer", ("sgd",)),))
     weight_decay: float = _of_clients(0.0, rules.NOT_NEGATIVE, "Of the clients' optimiser")
     batch_size: int = _of_clients(16, rules.COUNT, "Examples a step")
     local_epochs: int = _of_clients(3, rules.COUNT, "Epochs that a client trains in a round")
@@ -161,32 +173,46 @@ class Settings:
         rules.one_of(choices.OUTSIDE),
         "What stands outside the mask: zero, or the values with which training began, for fine-tuning",
     )
-    initial_density: float = _setting(
-        "Pruning", 1.0, rules.UP_TO_ONE, "Density of round 1", only_with=("method", ("gradual",))
+    rank_by: str = _of_exploration(
+        "deviation",
+        rules.one_of(choices.RANKS),
+        "What ranks entries for the first mask: the explorers' deltas, the magnitude of their average, or chance, with "
+        "as many entries of each layer as their deltas say",
     )
-    fall: float = _setting(
-        "Pruning",
-        0.6,
-        rules.UP_TO_ONE,
-        "Share of the rounds within which the density falls to the target",
-        only_with=("method", ("gradual",)),
+    schedule: str = _of_schedule(
+        "static", rules.one_of(choices.SCHEDULES), "How the mask changes during training (docs/methods.md#schedules)"
+    )
+    initial_density: float = _of_fall(1.0, rules.UP_TO_ONE, "Density of round 1")
+    fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
+    fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")
+    fall_power: float = _of_fall(3.0, rules.POWER, "Exponent of the fall: the higher, the more is pruned early")
+    drop_by: str = _of_fall("magnitude", rules.one_of(choices.DROPS), "By what entries are dropped")
+    drop_scope: str = _of_fall(
+        "global",
+        rules.one_of(choices.FALL_SCOPES),
+        "Among which entries they are dropped: as scope, or by the densities per layer that the exploration finds",
     )
     adjust_every: int = _of_change(
-        0, rules.NOT_BELOW_ZERO, "Rounds between two changes of the mask. 0: as the method's authors, 1, 10, 15 or 50"
+        0,
+        rules.NOT_BELOW_ZERO,
+        "Rounds between two exchanges of entries. 0: as the method's authors, 10, 15 or 50; 5 by agreement",
     )
-    adjust_share: float = _setting(
-        "Pruning",
+    adjust_share: float = _of_regrowth(
         0.0,
         rules.BELOW_ONE,
         "Share of the kept entries that may be exchanged. 0: as the method's authors, 0.3, or 0.01 for feddst",
-        only_with=("method", choices.EXCHANGING),
     )
-    adjust_until: float = _setting(
+    adjust_after: float = _setting(
         "Pruning",
+        0.0,
+        rules.BELOW_ONE,
+        "Share of the rounds before which nothing is exchanged",
+        only_with=(("schedule", choices.REGROWING_SCHEDULES),),
+    )
+    adjust_until: float = _of_end(
         0.0,
         rules.UNIT,
         "Share of the rounds after which nothing is exchanged. 0: as the method's authors, 0.6, or 0.5 for feddst",
-        only_with=("method", choices.FADING),
     )
     explorers: float = _of_explorers(1.0, rules.UP_TO_ONE, "Share of the nodes that explore")
     exploration_batches: int = _of_batches(1, rules.COUNT, "Batches in which they explore")

@@ -4,7 +4,8 @@ from collections.abc import Collection
 from dataclasses import fields
 
 from autoflip_flwr.experiment.config import Config, key_of
-from autoflip_flwr.experiment.rules import Value, shown
+from autoflip_flwr.experiment.declared import Needs
+from autoflip_flwr.experiment.rules import shown
 
 FEW = 5
 """So many values are listed; more would hide what the warning is about."""
@@ -13,14 +14,18 @@ FEW = 5
 def idle(config: Config, given: Collection[str]) -> list[str]:
     """Name the ``given`` settings (kebab-case keys) that have no effect: one line per reason."""
     settings = config.as_dict()
-    reasons: dict[tuple[str, tuple[Value, ...]], list[str]] = {}
+    reasons: dict[tuple[Needs, ...], list[str]] = {}
     for each in fields(Config):
         if key_of(each) in given and not config.applies(each):
             reasons.setdefault(each.metadata["only_with"], []).append(key_of(each))
     return [
-        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with {key} = {shown(settings[key])}"
-        + (f", only with {' or '.join(map(shown, values))}" if len(values) <= FEW else "")
-        for (key, values), names in reasons.items()
+        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} nothing with "
+        + " and ".join(
+            f"{key} = {shown(settings[key])}"
+            + (f", only with {' or '.join(map(shown, values))}" if len(values) <= FEW else "")
+            for key, values in needed
+        )
+        for needed, names in reasons.items()
     ]
 
 

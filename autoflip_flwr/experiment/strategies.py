@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 
 from autoflip_flwr.core.choices import ASKING, DENSE
-from autoflip_flwr.core.dynamic import FedDst, Gradual, PruneFl, Rigl
 from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Scored, Snip
+from autoflip_flwr.core.prunefl import PruneFl
+from autoflip_flwr.core.schedule import Schedule
+from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment.config import Config
@@ -24,6 +26,8 @@ from autoflip_flwr.server.settings import Values
 from autoflip_flwr.server.strategy import AutoFlip, Pruned
 from autoflip_flwr.storage.checkpoint import Checkpoints
 
+Made = TypeVar("Made")
+
 METHODS: Mapping[str, tuple[type[Scored], Mapping[str, Value]]] = {
     "autoflip": (LossExploration, {}),
     "fedavg": (Magnitude, {}),  # for quantised values: nothing is pruned
@@ -34,13 +38,23 @@ METHODS: Mapping[str, tuple[type[Scored], Mapping[str, Value]]] = {
     "snip": (Snip, {}),
     "ssfl": (Snip, {}),
     "prunefl": (PruneFl, {}),
-    "feddst": (FedDst, {}),
-    "rigl": (Rigl, {}),
-    "gradual": (Gradual, {}),
+    "feddst": (Random, {"scope": "erk"}),
+    "rigl": (Random, {"scope": "erk"}),
+    "gradual": (Magnitude, {}),
     "fedlex": (Guidance, {}),
     "sequential-leak": (LossExploration, {"initial": "explorers"}),
 }
 """The class of each method, and those of its fields that no setting decides."""
+
+SCHEDULES: Mapping[str, type[Schedule]] = {
+    "prunefl": Reconfigure,
+    "feddst": Votes,
+    "rigl": Regrow,
+    "gradual": Gradual,
+    "regrow": Regrow,
+    "agreement": Agreement,
+}
+"""The schedule of each method, and of each part of the setting ``schedule``, if it is not static."""
 
 KINDS: Mapping[str, type[Pruned]] = {"autoflip": AutoFlip, "fedlex": Guided, "sequential-leak": Relay}
 """The strategy of each method, if it is not ``Pruned``."""
@@ -103,13 +117,24 @@ def _inner(config: Config) -> FedAvg:
 def _method(config: Config) -> Method:
     """Return the method, with its fields taken from the settings of the same names that apply to it."""
     kind, fixed = METHODS[config.method]
+    parts = config.schedule.split("+") if config.method == "autoflip" else [config.method]
+    schedule = tuple(
+        _made(SCHEDULES[part], config, *(("fall", "drop") if part == "gradual" else ("adjust",)))
+        for part in parts
+        if part in SCHEDULES
+    )
+    return _made(kind, config, "exploration", **fixed, **({"schedule": schedule} if schedule else {}))
+
+
+def _made(kind: type[Made], config: Config, *prefixes: str, **fixed: Any) -> Made:
+    """Make an object of the settings that apply and have its fields' names, perhaps after one of these prefixes."""
     own = {each.name: getattr(config, each.name) for each in fields(config) if config.applies(each)}
+    own = {name: value for name, value in own.items() if value or not name.startswith("adjust_")}  # 0: as the authors
     found: dict[str, Any] = {}
-    for field in fields(kind):
-        for name in (f"exploration_{field.name}", f"adjust_{field.name}", field.name):
-            if name in own and (own[name] or not name.startswith("adjust_")):  # 0: as the method's authors
-                found[field.name] = own[name]
-                break
+    for field in fields(kind):  # type: ignore[arg-type]
+        names = [f"{prefix}_{field.name}" for prefix in prefixes] + [field.name]
+        if field.init and field.name != "schedule" and (name := next((n for n in names if n in own), "")):
+            found[field.name] = own[name]
     if "timeout" in found:
         found["timeout"] = found["timeout"] or None
     return kind(**{**found, **fixed})

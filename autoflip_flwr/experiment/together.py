@@ -39,22 +39,42 @@ def check_together(config: Settings) -> None:
         raise ConfigError("method = 'fedprox': needs server-momentum = 0 and server-learning-rate = 1")
     if config.method == "fedprox" and not config.proximal_mu:
         raise ConfigError("proximal-mu = 0.0: with method = 'fedprox' it must be above 0, such as 0.01")
-    if config.sparsity and config.method in choices.CHANGING:
-        _check_schedule(config)
+    if config.sparsity:
+        _check_fall(config)
+        _check_exchange(config)
 
 
-def _check_schedule(config: Settings) -> None:
-    """Raise `ConfigError` if the mask would never change, or could not fall to the target."""
-    rounds, every = config.num_server_rounds, config.adjust_every or choices.EVERY[config.method]
-    if config.method == "gradual" and config.initial_density < 1 - config.sparsity:
+def _check_fall(config: Settings) -> None:
+    """Raise `ConfigError` if the density could not fall to the target."""
+    if config.method != "gradual" and not (config.method == "autoflip" and config.schedule in choices.FALLING):
+        return
+    if config.initial_density < 1 - config.sparsity:
         raise ConfigError(
             f"initial-density = {config.initial_density}: must not be below {1 - config.sparsity:g}, the density of "
             f"sparsity = {config.sparsity}"
         )
-    if config.method not in choices.FADING:
+    if config.num_server_rounds <= config.fall_every > 1:
+        raise ConfigError(
+            f"fall-every = {config.fall_every}: with num-server-rounds = {config.num_server_rounds} the density would "
+            "never fall; lower it, or run more rounds"
+        )
+
+
+def _check_exchange(config: Settings) -> None:
+    """Raise `ConfigError` if entries would never be exchanged."""
+    kind = config.method
+    if kind == "autoflip":
+        kind = next((part for part in config.schedule.split("+") if part in choices.EVERY), "")
+    if kind not in choices.EVERY:
+        return
+    rounds, every = config.num_server_rounds, config.adjust_every or choices.EVERY[kind]
+    if kind not in choices.UNTIL:
         changes = rounds > every
     else:
-        exchange = Exchange(config.adjust_share or 0.5, every, config.adjust_until or choices.UNTIL[config.method])
+        until = config.adjust_until or choices.UNTIL[kind]
+        if config.adjust_after >= until:
+            raise ConfigError(f"adjust-after = {config.adjust_after}: must be below adjust-until = {until}")
+        exchange = Exchange(config.adjust_share or 0.5, every, until, config.adjust_after)
         changes = any(exchange.after(round_, rounds) for round_ in range(1, rounds))
     if not changes:
         raise ConfigError(

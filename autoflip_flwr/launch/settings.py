@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from autoflip_flwr.core.choices import METHODS
 from autoflip_flwr.experiment.config import Config, key_of
+from autoflip_flwr.experiment.declared import Needs
 from autoflip_flwr.experiment.rules import Rule, Value
 from autoflip_flwr.experiment.toml import literal
 
@@ -25,14 +26,14 @@ or after `-c`. Types are TOML's; an integer does where a number is asked for."""
 
 
 class Setting(NamedTuple):
-    """A declared setting. `only_with` is another setting, and its values with which this one has an effect."""
+    """A declared setting. It has an effect only if one of `only_with` is given, or if that is empty."""
 
     key: str
     default: Value
     section: str
     rule: Rule
     meaning: str
-    only_with: tuple[str, tuple[Value, ...]] | None
+    only_with: tuple[Needs, ...]
 
     @property
     def told(self) -> str:
@@ -73,12 +74,16 @@ def sections() -> Iterator[tuple[str, list[Setting]]]:
 
 
 def _only(setting: Setting) -> str:
-    if setting.only_with is None:
+    if not setting.only_with:
         return ""
-    key, values = setting.only_with
-    others = [each for each in METHODS if each not in values] if key == "method" else []
-    word, told = ("not", others) if 0 < len(others) < len(values) else ("only", list(values))
-    return f" ({word} with {key} = {' or '.join(map(literal, told))})"
+    parts = []
+    word = "only"
+    for key, values in setting.only_with:
+        others = [each for each in METHODS if each not in values] if key == "method" else []
+        inverse = len(setting.only_with) == 1 and 0 < len(others) < len(values)
+        word, told = ("not", others) if inverse else ("only", list(values))
+        parts.append(f"{key} = {' or '.join(map(literal, told))}")
+    return f" ({word} with {', or '.join(parts)})"
 
 
 def _rows(its: list[Setting]) -> Iterator[str]:

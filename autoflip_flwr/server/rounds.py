@@ -176,7 +176,7 @@ class Rounds(Configured):
         """Return the model under this round's mask: apply one set by the user, the method's, then the schedule's."""
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
-        if server_round > 1 and translator.mask.layout.prunable:
+        if server_round > 1 and translator.mask.layout.prunable and self._brought["mask"] is None:
             explored = statistics_of(self.exploration)
             new = refined(self.method, server_round, translator.mask, full, translator.seen, explored)
             full = full if new is None else self._change(new, full, translator)

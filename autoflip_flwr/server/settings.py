@@ -263,7 +263,8 @@ def _method_key(method: Method) -> dict[str, object]:
     """Return what a method's results depend on, by name."""
     names: list[str] = [f.name for f in dataclasses.fields(method)] if dataclasses.is_dataclass(method) else []
     own = {name: getattr(method, name) for name in names if name not in ("public", "timeout")}
-    return {"method": type(method).__name__, **own}
+    plain = {name: value if isinstance(value, bool | int | float | str) else repr(value) for name, value in own.items()}
+    return {"method": type(method).__name__, **plain}
 
 
 def check(settings: Mapping[str, Any]) -> None:

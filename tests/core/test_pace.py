@@ -2,11 +2,11 @@
 
 import pytest
 
-from autoflip_flwr.core.pace import Exchange, Fall, cosine, cubic
+from autoflip_flwr.core.pace import Exchange, Fall, cosine, falling
 
 
 def test_a_cubic_begins_and_ends_where_it_should():
-    assert [cubic(1.0, 0.1, done) for done in (0, 0.5, 1)] == [1.0, pytest.approx(0.1 + 0.9 / 8), 0.1]
+    assert [falling(1.0, 0.1, done, 3) for done in (0, 0.5, 1)] == [1.0, pytest.approx(0.1 + 0.9 / 8), 0.1]
 
 
 def test_a_cosine_begins_with_half_of_twice_the_share_and_ends_at_0():

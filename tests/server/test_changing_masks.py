@@ -19,10 +19,12 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import Checkpoints, Mask, Pruned, autoflip_mod, current_mask, current_request, report
-from autoflip_flwr.core.dynamic import FedDst, Gradual, PruneFl, Rigl
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.method import Method
-from autoflip_flwr.core.methods import Magnitude
+from autoflip_flwr.core.methods import Magnitude, Random
+from autoflip_flwr.core.prunefl import PruneFl
+from autoflip_flwr.core.schedule import Schedule
+from autoflip_flwr.core.schedules import Gradual, Reconfigure, Regrow, Votes
 from autoflip_flwr.costs.message_size import record_bytes
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import HEADER, MASK_RECORD, STATISTICS
@@ -100,14 +102,26 @@ def _scattered(keep: np.ndarray, values: np.ndarray) -> np.ndarray:
     return full
 
 
-def rigl(**settings: Any) -> Rigl:
-    return Rigl(**{"share": 0.6, "every": 2, "until": 1.0, "scope": "layer", **settings})
-
-
-class FromLast(Rigl):
+class FromLast(Regrow):
     """RigL whose entries resume."""
 
     grow_from = "last"
+
+
+def rigl(kind: type[Schedule] = Regrow, **settings: Any) -> Random:
+    return Random(scope="layer", schedule=kind(**{"share": 0.6, "every": 2, "until": 1.0, **settings}))
+
+
+def gradual(fall: float = 0.8) -> Magnitude:
+    return Magnitude(schedule=Gradual(fall=fall))
+
+
+def feddst() -> Random:
+    return Random(scope="erk", schedule=Votes(share=0.6, every=2, until=1.0))
+
+
+def prunefl() -> PruneFl:
+    return PruneFl(schedule=Reconfigure(every=2))
 
 
 def grown(ran: Watched, round_: int) -> dict[str, np.ndarray]:
@@ -129,7 +143,7 @@ def test_entries_grow_from_what_stands_outside_the_mask(outside: str):
 
 
 def test_or_from_their_last_value_where_the_method_says_so():
-    ran = Watched(FromLast(share=0.6, every=1, until=1.0, scope="layer"), rounds=6)
+    ran = Watched(rigl(FromLast, every=1), rounds=6)
     last: dict[str, np.ndarray] = {name: model()[name].copy() for name in ran.masks[1].keep}
     resumed = 0
     for round_ in range(1, 6):
@@ -151,7 +165,7 @@ def test_or_from_their_last_value_where_the_method_says_so():
         FedAdam,
     ],
 )
-@pytest.mark.parametrize("method", [rigl(), Gradual(fall=0.8), FedDst(share=0.6, every=2, until=1.0), PruneFl(every=2)])
+@pytest.mark.parametrize("method", [rigl(), gradual(0.8), feddst(), prunefl()])
 def test_it_goes_on_after_a_crash_and_ends_in_the_same_bytes(method: Method, inner: Any, tmp_path: Path):
     whole = Watched(method, inner(fraction_evaluate=0.0))
     assert len({mask.digest for mask in whole.masks.values()}) >= 2
@@ -167,19 +181,19 @@ def test_it_goes_on_after_a_crash_and_ends_in_the_same_bytes(method: Method, inn
 
 
 def test_a_run_with_more_rounds_keeps_the_plan_that_it_began_with(tmp_path: Path):
-    whole = Watched(Gradual(fall=0.5), rounds=6)
+    whole = Watched(gradual(0.5), rounds=6)
     with pytest.raises(Killed):
-        Watched(Gradual(fall=0.5), rounds=6, dies_in=3, checkpoints=Checkpoints(tmp_path))
-    longer = Watched(Gradual(fall=0.5), rounds=12, checkpoints=Checkpoints(tmp_path, resume=True))
+        Watched(gradual(0.5), rounds=6, dies_in=3, checkpoints=Checkpoints(tmp_path))
+    longer = Watched(gradual(0.5), rounds=12, checkpoints=Checkpoints(tmp_path, resume=True))
     kept = [longer.masks[round_].kept for round_ in range(3, 13)]
     assert kept[:4] == [whole.masks[round_].kept for round_ in range(3, 7)]
     assert set(kept[3:]) == {whole.strategy.mask.kept}
 
 
 def test_a_mask_that_only_shrinks_keeps_no_last_values_and_tells_differences(tmp_path: Path):
-    ran = Watched(Gradual(fall=0.8), checkpoints=Checkpoints(tmp_path / "gradual"))
+    ran = Watched(gradual(0.8), checkpoints=Checkpoints(tmp_path / "gradual"))
     assert not [file.name for file in (tmp_path / "gradual").iterdir() if "shadow" in file.name]
-    Watched(FromLast(share=0.6, every=2, until=1.0), checkpoints=Checkpoints(tmp_path / "last"))
+    Watched(rigl(FromLast), checkpoints=Checkpoints(tmp_path / "last"))
     assert [file.name for file in (tmp_path / "last").iterdir() if "shadow" in file.name]
     masks = [m.content[MASK_RECORD] for m in ran.grid.sent if MASK_RECORD in m.content]
     assert {str(each["encoding"]) for each in masks[NODES:]} == {"difference"}
@@ -195,7 +209,7 @@ def test_tied_weights_stay_one_weight():
     arrays = {"in.weight": weight, "mid.weight": draw.normal(size=(8, 8)).astype(np.float32), "out.weight": weight}
     seen: list[Layout] = []
 
-    class Noted(Gradual):
+    class Noted(Magnitude):
         def refine(self, round_, mask, model, seen_):
             seen.append(mask.layout)
             return super().refine(round_, mask, model, seen_)
@@ -211,7 +225,7 @@ def test_tied_weights_stay_one_weight():
         content = {"arrays": record(new), "metrics": MetricRecord({"num-examples": 1})}
         return Message(RecordDict(content), reply_to=message)
 
-    strategy = Pruned(FedAvg(fraction_evaluate=0.0), 0.5, method=Noted(fall=0.8), seed=1)
+    strategy = Pruned(FedAvg(fraction_evaluate=0.0), 0.5, method=Noted(schedule=Gradual(fall=0.8)), seed=1)
     strategy.start(LocalGrid(made, 2), record(arrays), num_rounds=4)
     assert {tuple(layout.prunable_names) for layout in seen} == {("in.weight", "mid.weight")}
     keep = strategy.mask.keep
@@ -225,7 +239,7 @@ def test_what_asks_clients_needs_leave_under_differential_privacy_and_what_does_
 
     with pytest.raises(ValueError, match="outside the noise and the budget"):
         Watched(rigl(), private())
-    ran = Watched(Gradual(fall=0.8), private())
+    ran = Watched(gradual(0.8), private())
     assert ran.strategy.privacy.releases == ROUNDS
     assert ran.strategy.mask.kept == LAYOUT.prunable_size // 2
 

@@ -180,18 +180,22 @@ def _title(settings: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -
     named = ("dataset", "split", "model")
     parts = [str(settings.get("dataset", "unknown data"))]
     if "split" in settings:
-        of_split = {key: value for key, value in settings.items() if (_ONLY_WITH[key] or ("",))[0] == "split"}
+        of_split = {key: value for key, value in settings.items() if _of_split(key)}
         own = [told(key, value) for key, value in of_split.items() if value]  # 0 leaves it to the app
         parts.append(" ".join([str(settings["split"]), *(f"({each})" for each in own)]))
     if "model" in settings:
         parts.append(str(settings["model"]))
     for key, value in settings.items():
-        rest = key not in named and (_ONLY_WITH[key] or ("",))[0] != "split"
+        rest = key not in named and not _of_split(key)
         if rest and len({repr(other.get(key)) for other in sections}) > 1:
             parts.append(told(key, value))
     return ", ".join(parts)
 
 
+def _of_split(key: str) -> bool:
+    return any(name == "split" for name, _ in _ONLY_WITH[key])
+
+
 def _has_effect(key: str, settings: Mapping[str, Any]) -> bool:
     needed = _ONLY_WITH.get(key)
-    return not needed or needed[0] not in settings or settings[needed[0]] in needed[1]
+    return not needed or any(name not in settings or settings[name] in values for name, values in needed)

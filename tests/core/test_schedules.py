@@ -7,15 +7,26 @@ import copy
 import numpy as np
 import pytest
 
-from autoflip_flwr.core.dynamic import FedDst, Gradual, PruneFl, Rigl
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method, check_requests
+from autoflip_flwr.core.methods import Magnitude, Random
+from autoflip_flwr.core.prunefl import PruneFl
 from autoflip_flwr.core.request import Request
+from autoflip_flwr.core.schedule import Schedule
+from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
 from autoflip_flwr.core.statistics import Statistics
 
 W0 = {"a": np.array([[1.0, -5.0], [2.0, 0.5]], np.float32), "b": np.array([[-3.0, 4.0, 0.1]], np.float32)}
 LAYOUT = Layout.of(W0, output=None)
+
+
+def rigl(**settings) -> Random:
+    return Random(scope="erk", schedule=Regrow(**settings))
+
+
+def feddst(**settings) -> Random:
+    return Random(scope="erk", schedule=Votes(**settings))
 
 
 def planned(method: Method, sparsity: float = 0.5, rounds: int = 20) -> Method:
@@ -32,7 +43,7 @@ def seen(**statistics: dict[str, np.ndarray]) -> Statistics:
 
 
 def test_gradual_begins_dense_and_drops_the_smallest_step_by_step():
-    method = planned(Gradual(every=2, fall=0.5), 0.5, 10)
+    method = planned(Magnitude(schedule=Gradual(every=2, fall=0.5)), 0.5, 10)
     mask = method.first(0.5, LAYOUT, W0, None)
     assert mask.is_full
     counts = []
@@ -47,7 +58,7 @@ def test_gradual_begins_dense_and_drops_the_smallest_step_by_step():
 
 
 def test_gradual_may_begin_with_the_largest_weights():
-    method = planned(Gradual(initial_density=0.6))
+    method = planned(Magnitude(schedule=Gradual(initial_density=0.6)))
     assert kept(method.first(0.5, LAYOUT, W0, None)) == {"a": [0, 1, 2], "b": [0, 1]}
 
 
@@ -59,11 +70,11 @@ def test_gradual_says_before_the_run_what_cannot_work():
     Gradual(every=10).plan(0.0, 10)  # nothing is pruned
     few = Layout.of({"w": np.ones((5, 2))}, output={"w": 0})
     with pytest.raises(ValueError, match="would be pruned, but 5 must stay"):
-        planned(Gradual(), 0.9).first(0.9, few, {"w": np.ones((5, 2))}, None)
+        planned(Magnitude(schedule=Gradual()), 0.9).first(0.9, few, {"w": np.ones((5, 2))}, None)
 
 
 def test_rigl_asks_for_the_top_gradients_of_pruned_entries_while_it_exchanges():
-    method = planned(Rigl(share=0.4, every=2, until=0.5), rounds=16)
+    method = planned(rigl(share=0.4, every=2, until=0.5), rounds=16)
     asked = {round_: method.request(round_) for round_ in range(17)}
     assert {round_: request for round_, request in asked.items() if request} == {
         2: (Request("gradient", "pruned", "log8", 0.341421),),
@@ -75,9 +86,9 @@ def test_rigl_asks_for_the_top_gradients_of_pruned_entries_while_it_exchanges():
 
 
 def test_rigl_begins_at_random_and_exchanges_after_the_round_that_asked():
-    method = planned(Rigl(share=0.6, every=2, until=1.0, seed=3), rounds=20)
+    method = planned(Random(scope="erk", seed=3, schedule=Regrow(share=0.6, every=2, until=1.0)), rounds=20)
     assert method.first(0.5, LAYOUT, W0, None).kept == 4
-    assert kept(method.first(0.5, LAYOUT, W0, None)) == kept(Rigl(seed=3).first(0.5, LAYOUT, W0, None))
+    assert kept(method.first(0.5, LAYOUT, W0, None)) == kept(Random(scope="erk", seed=3).first(0.5, LAYOUT, W0, None))
     mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [False, False]]), "b": np.ones((1, 3), bool)})
     found = seen(gradient={"a": np.array([[0.0, 0], [0.5, -2]]), "b": np.zeros((1, 3))})
     assert method.refine(2, mask, W0, found) is None  # round 1 asked nothing
@@ -87,8 +98,8 @@ def test_rigl_begins_at_random_and_exchanges_after_the_round_that_asked():
 
 
 def test_feddst_asks_for_votes_and_counts_them():
-    method = planned(FedDst(share=0.6, every=2, until=1.0), rounds=20)
-    share = method.exchanged(2)
+    method = planned(feddst(share=0.6, every=2, until=1.0), rounds=20)
+    share = method.schedules[0].exchanged(2)
     assert method.request(2) == (
         Request("smallness", "kept", "places", share),
         Request("gradient", "pruned", "places", share),
@@ -104,7 +115,7 @@ def test_feddst_asks_for_votes_and_counts_them():
 
 
 def test_prunefl_asks_one_client_first_and_begins_with_its_model():
-    method = planned(PruneFl(every=5, share=0.5), rounds=20)
+    method = planned(PruneFl(schedule=Reconfigure(every=5, share=0.5)), rounds=20)
     assert method.request(0) == (Request("delta", "all"), Request("gradient-square", "all"))
     assert (method.min_explorers, round(method.explorers * 1000)) == (1, 0)
     assert method.config() == {"epochs": 5, "patience": 2}
@@ -125,20 +136,24 @@ def test_prunefl_asks_one_client_first_and_begins_with_its_model():
         method.inspect(LAYOUT, W0, seen(gradient_square={name: 0 * array for name, array in W0.items()}))
 
 
-@pytest.mark.parametrize("method", [Gradual(), Rigl(), FedDst(), PruneFl()])
-def test_a_plan_is_kept_with_the_state_and_is_no_setting(method: Method):
+@pytest.mark.parametrize("schedule", [Gradual(), Regrow(), Votes(), Reconfigure(), Agreement()])
+def test_a_plan_is_kept_with_the_state_and_is_no_setting(schedule: Schedule):
+    method = Magnitude(schedule=schedule)
     check_method(method)
     other = copy.deepcopy(method)
     method.plan(0.9, 50)
     assert method == other
     assert method.exploring() == other.exploring()
-    assert repr(method) == f"{type(method).__name__}()"
+    assert repr(method) == f"Magnitude(schedule={type(schedule).__name__}())"
     other.load(method.state())
-    assert (other.sparsity, other.rounds) == (0.9, 50)
+    assert (other.schedule.sparsity, other.schedule.rounds) == (0.9, 50)
 
 
-@pytest.mark.parametrize("method", [Rigl(every=1), FedDst(every=1), PruneFl(every=1), Gradual()])
-def test_with_nothing_to_prune_nothing_is_asked_or_changed(method: Method):
+@pytest.mark.parametrize(
+    "schedule", [Regrow(every=1), Votes(every=1), Reconfigure(every=1), Gradual(drop_by="movement"), Agreement()]
+)
+def test_with_nothing_to_prune_nothing_is_asked_or_changed(schedule: Schedule):
+    method = Magnitude(schedule=schedule)
     method.plan(0.0, 20)
     assert not any(method.request(round_) for round_ in range(1, 21))
     assert all(method.refine(round_, Mask.full(LAYOUT), W0, None) is None for round_ in range(2, 21))
@@ -151,9 +166,14 @@ def test_with_nothing_to_prune_nothing_is_asked_or_changed(method: Method):
         (lambda: Gradual(initial_density=1.5), ValueError, "Gradual: initial_density = 1.5"),
         (lambda: Gradual(every=0), ValueError, "Gradual: every = 0: must be at least 1"),
         (lambda: Gradual(scope="x"), ValueError, "Gradual: scope = 'x'"),
-        (lambda: Rigl(share=1), ValueError, r"Rigl: share = 1: must be a share in \(0, 1\)"),
-        (lambda: Rigl(until="all"), TypeError, "Rigl: until = 'all': must be a number"),
-        (lambda: FedDst(every=1.5), TypeError, "FedDst: every = 1.5: must be a whole number"),
+        (lambda: Gradual(drop_by="x"), ValueError, "Gradual: drop_by = 'x'"),
+        (lambda: Gradual(power=0.5), ValueError, "Gradual: power = 0.5: must be a number >= 1"),
+        (lambda: Regrow(after=0.6), ValueError, "Regrow: after = 0.6: must be below until = 0.6"),
+        (lambda: Agreement(decay=1.0), ValueError, r"Agreement: decay = 1.0: must be a share in \[0, 1\)"),
+        (lambda: Magnitude(schedule=[Gradual()]), TypeError, "Magnitude: schedule = .* must be a Schedule"),
+        (lambda: Regrow(share=1), ValueError, r"Regrow: share = 1: must be a share in \(0, 1\)"),
+        (lambda: Regrow(until="all"), TypeError, "Regrow: until = 'all': must be a number"),
+        (lambda: Votes(every=1.5), TypeError, "Votes: every = 1.5: must be a whole number"),
         (lambda: PruneFl(epochs=0), ValueError, "PruneFl: epochs = 0: must be at least 1"),
     ],
 )
