@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from autoflip_flwr import Ledger, Pruned
-from autoflip_flwr.core.choices import CHANGING, METHODS
+from autoflip_flwr.core.choices import EXCHANGING, METHODS
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.experiment import client, server, training
@@ -42,7 +42,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "rigl": {"adjust-every": 2, "adjust-until": 1.0},
     "feddst": {"adjust-every": 2, "adjust-until": 1.0, "adjust-share": 0.3, "prune-biases": True},
     "prunefl": {"adjust-every": 2},
-    "gradual": {"fall": 0.8, "adjust-every": 2},
+    "gradual": {"fall": 0.8, "fall-every": 2},
     "fedprox": {"proximal-mu": 0.01},
 }
 
@@ -106,7 +106,7 @@ def test_each_method_runs_and_its_densities_are_exact(method: str, tmp_path: Pat
         assert list(ran.kept.values()) == [size, size, size, middle, middle, kept]
     else:
         assert list(ran.kept.values()) == [kept] * (ROUNDS + 1)
-    assert mask.version == (2 if method in CHANGING else 0)  # new masks in rounds 3 and 5
+    assert mask.version == (2 if method in (*EXCHANGING, "gradual") else 0)  # new masks in rounds 3 and 5
     for name, keep in mask.keep.items():
         assert not ran.models[ROUNDS][name][~keep].any()
     requests = {round_: message.content[HEADER].get("ask") for (_, round_), message in ran.asked("train").items()}
@@ -225,7 +225,7 @@ def test_guidance_scales_gradients_and_stays_with_the_node():
         ({"method": "fedprox", "server-momentum": 0.9}, "method = 'fedprox': needs server-momentum = 0"),
         ({"method": "fedprox"}, "proximal-mu = 0.0: with method = 'fedprox' it must be above 0"),
         ({"method": "gradual", "initial-density": 0.2}, "initial-density = 0.2: must not be below 0.3, the density of"),
-        ({"method": "gradual", "adjust-every": 20}, "adjust-every = 20: with num-server-rounds = 20 the mask would"),
+        ({"method": "gradual", "fall-every": 20}, "fall-every = 20: with num-server-rounds = 20 the density would never"),
         ({"method": "prunefl"}, "adjust-every = 50: with num-server-rounds = 20 the mask would never change"),
         ({"method": "rigl", "num-server-rounds": 10}, "adjust-every = 10: with num-server-rounds = 10 the mask would"),
         ({"method": "feddst"}, "adjust-every = 15: with num-server-rounds = 20 the mask would never change"),
