@@ -91,7 +91,7 @@ class Gradual(Schedule):
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the deltas of the kept entries while the density falls, if they decide what is dropped."""
-        falls = self.sparsity and round_ <= self._pace.last(self.rounds)
+        falls = self.sparsity and self.rounds > 1 and round_ <= self._pace.last(self.rounds)
         return (Request(DELTA, over="kept"),) if falls and self.drop_by in NEEDS_MOVES else ()
 
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:

@@ -180,3 +180,97 @@ def test_with_nothing_to_prune_nothing_is_asked_or_changed(schedule: Schedule):
 def test_settings_out_of_range_are_refused(make, kind, text):
     with pytest.raises(kind, match=text):
         make()
+
+
+def moved(mean: float, square: float) -> Statistics:
+    """Statistics in which each entry of ``a`` and ``b`` has moved alike."""
+    whole = [{name: np.full(array.shape, value) for name, array in W0.items()} for value in (mean, square)]
+    return Statistics({"delta": whole[0]}, {"delta": whole[1]}, 3)
+
+
+def test_a_fall_may_begin_below_one_and_take_another_power():
+    method = planned(Magnitude(schedule=Gradual(initial_density=0.8, fall=1.0, every=1, power=1.0)), 0.5, 4)
+    mask = method.first(0.5, LAYOUT, W0, None)
+    counts = [mask.kept]
+    for round_ in (2, 3, 4):
+        mask = method.refine(round_, mask, W0, None)
+        counts.append(mask.kept)
+    assert counts == [6, 5, 5, 4]  # densities 0.8, 0.7, 0.6, 0.5 of 7 entries
+
+
+def test_a_run_of_one_round_has_the_target_at_once():
+    method = planned(Magnitude(schedule=Gradual()), 0.5, 1)
+    assert method.first(0.5, LAYOUT, W0, None).kept == 4
+    assert method.request(1) == ()
+
+
+def test_layers_may_fall_to_the_densities_of_the_first_scores():
+    method = planned(Magnitude(schedule=Gradual(fall=1.0, scope="explored")), 0.5, 3)
+    mask = method.first(0.5, LAYOUT, W0, None)
+    assert mask.is_full
+    other = {"a": np.ones((2, 2), np.float32), "b": np.array([[9.0, 8.0, 7.0]], np.float32)}
+    assert method.refine(2, mask, other, None).kept_by_name == {"a": 2, "b": 2}  # to 4.4 of 7; by magnitude b would win
+    assert method.refine(3, mask, other, None).kept_by_name == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("drop_by", "dropped"),
+    [
+        ("magnitude", {"a": [3], "b": [2]}),  # 0.5 and 0.1 are the smallest
+        ("layer-magnitude", {"a": [3], "b": [2]}),
+        ("magnitude-agreement", {"a": [1], "b": [1]}),  # the largest of each, but clients disagree
+        ("movement", {"a": [3], "b": [1]}),  # 4 x 0 and 0.5 x 1 move least
+        ("deviation", {"a": [0], "b": [1]}),
+    ],
+)
+def test_entries_are_dropped_by(drop_by: str, dropped: dict[str, list[int]]):
+    mean = {"a": np.array([[1.0, 0.1], [1.0, 1.0]]), "b": np.array([[1.0, 0.0, 9.0]])}
+    square = {"a": np.array([[1.0, 9.0], [9.0, 9.0]]), "b": np.array([[9.0, 0.5, 81.0]])}
+    method = planned(Magnitude(schedule=Gradual(fall=1.0, every=2, drop_by=drop_by, scope="global")), 2 / 7 + 1e-6, 3)
+    assert [len(method.request(round_)) for round_ in range(4)] == [
+        0,
+        *[1 * (drop_by not in ("magnitude", "layer-magnitude"))] * 2,
+        0,
+    ]
+    seen_ = Statistics({"delta": mean}, {"delta": square}, 2)
+    assert method.refine(2, Mask.full(LAYOUT), W0, seen_) is None
+    mask = method.refine(3, Mask.full(LAYOUT), W0, seen_)
+    assert {name: np.flatnonzero(~keep.reshape(-1)).tolist() for name, keep in mask.keep.items()} == dropped
+
+
+def test_agreement_brings_entries_back_whose_exploration_says_more_than_training():
+    score = {"a": np.array([[8.0, 8.0], [4.0, 1.0]]), "b": np.array([[8.0, 8.0, 8.0]])}
+    schedule = Agreement(every=2, until=1.0, decay=0.5)
+    schedule.plan(0.5, 10)
+    first = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [False, False]]), "b": np.ones((1, 3), bool)})
+    schedule.begin(LAYOUT, score, first)
+    assert schedule.request(3) == (Request("delta", "kept"),)
+    mean = {"a": np.array([[0.1, 1.0], [0, 0]]), "b": np.array([[1.0, 1.0, 1.0]])}
+    found = Statistics({"delta": mean}, {"delta": {name: values**2 for name, values in mean.items()}}, 2)
+    assert schedule.refine(2, first, W0, found) is None
+    new = schedule.refine(3, first, W0, found)
+    # the kept entries' scores sum to 4.01 x 1.5 where the exploration's sum to 40: 4 becomes 0.6, above 0.015
+    assert kept(new) == {"a": [1, 2], "b": [0, 1, 2]}
+    other = Agreement(every=2, until=1.0, decay=0.5)
+    other.load(schedule.state())
+    later = Statistics(
+        {"delta": {n: v + 1 for n, v in mean.items()}}, {"delta": {n: v + 1 for n, v in mean.items()}}, 2
+    )
+    for round_ in (4, 5):
+        one, two = (each.refine(round_, new, W0, later) for each in (schedule, other))
+    assert kept(one) == kept(two)
+
+
+def test_schedules_take_their_turns():
+    method = planned(Magnitude(schedule=(Gradual(fall=0.2, every=1), Regrow(share=0.9, every=1, until=1.0))), 0.5, 10)
+    assert method.grow_from == "outside"
+    assert method.weighting == "examples"
+    mask = method.first(0.5, LAYOUT, W0, None)
+    found = seen(gradient={name: np.ones(array.shape) for name, array in W0.items()})
+    counts = []
+    for round_ in range(2, 6):
+        new = method.refine(round_, mask, W0, found)
+        counts.append((new.kept, int(np.count_nonzero(~mask.keep["a"] & new.keep["a"]))))
+        mask = new
+    assert counts[1:] == [(4, 1), (4, 1), (4, 1)]
+    assert counts[0][0] == 5

@@ -21,10 +21,10 @@ from flwr.serverapp.strategy import (
 from autoflip_flwr import Checkpoints, Mask, Pruned, autoflip_mod, current_mask, current_request, report
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.method import Method
-from autoflip_flwr.core.methods import Magnitude, Random
+from autoflip_flwr.core.methods import LossExploration, Magnitude, Random
 from autoflip_flwr.core.prunefl import PruneFl
 from autoflip_flwr.core.schedule import Schedule
-from autoflip_flwr.core.schedules import Gradual, Reconfigure, Regrow, Votes
+from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
 from autoflip_flwr.costs.message_size import record_bytes
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import HEADER, MASK_RECORD, STATISTICS
@@ -124,6 +124,10 @@ def prunefl() -> PruneFl:
     return PruneFl(schedule=Reconfigure(every=2))
 
 
+def explored(*schedule: Schedule) -> LossExploration:
+    return LossExploration(epochs=1, initial="explorers", schedule=schedule)
+
+
 def grown(ran: Watched, round_: int) -> dict[str, np.ndarray]:
     return {name: keep & ~ran.masks[round_ - 1].keep[name] for name, keep in ran.masks[round_].keep.items()}
 
@@ -165,7 +169,17 @@ def test_or_from_their_last_value_where_the_method_says_so():
         FedAdam,
     ],
 )
-@pytest.mark.parametrize("method", [rigl(), gradual(0.8), feddst(), prunefl()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        rigl(),
+        gradual(0.8),
+        feddst(),
+        prunefl(),
+        explored(Gradual(fall=0.5, drop_by="movement", initial_density=0.8), Regrow(share=0.5, every=1, until=1.0)),
+        explored(Agreement(every=2, until=1.0)),
+    ],
+)
 def test_it_goes_on_after_a_crash_and_ends_in_the_same_bytes(method: Method, inner: Any, tmp_path: Path):
     whole = Watched(method, inner(fraction_evaluate=0.0))
     assert len({mask.digest for mask in whole.masks.values()}) >= 2
