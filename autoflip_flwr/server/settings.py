@@ -17,6 +17,7 @@ from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import ReplyRules
@@ -108,7 +109,12 @@ class Nodes:
         return cls(None if nodes is None else int(nodes))
 
 
-_MADE: dict[str, Callable[[], object]] = {"strategy": FedAvg, "ledger": Ledger, "rules": ReplyRules}
+_MADE: dict[str, Callable[[], object]] = {
+    "strategy": FedAvg,
+    "method": LossExploration,
+    "ledger": Ledger,
+    "rules": ReplyRules,
+}
 """Makes the value that None stands for."""
 
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {

@@ -259,8 +259,9 @@ class AutoFlip(Pruned):
     ----------
     strategy, sparsity, ..., coordinates
         See :class:`Pruned`.
-    method : LossExploration
-        Who explores, how, and what becomes of it (:class:`~autoflip_flwr.core.methods.LossExploration`).
+    method : LossExploration or None
+        Who explores, how, and what becomes of it; default: ``LossExploration()``
+        (:class:`~autoflip_flwr.core.methods.LossExploration`).
 
     Raises
     ------
@@ -282,7 +283,7 @@ class AutoFlip(Pruned):
         strategy: Strategy | None = None,
         sparsity: float = 0.7,
         *,
-        method: LossExploration = LossExploration(),  # noqa: B008 - it is frozen
+        method: LossExploration | None = None,
         prunable: Rule | None = None,
         exclude: Rule | None = None,
         biases: bool = False,
