@@ -1,5 +1,10 @@
 """Allowed values of settings with a fixed choice. Only constants, so that the command line needs no NumPy."""
 
+AUTO_SPARSITY = "auto"
+"""The sparsity is found while training."""
+MOST_SPARSITY = 0.98
+"""The most that is then pruned."""
+
 SCOPES = ("global", "layer", "erk")
 """Where scores are ranked: over the whole model, or per array with equal densities or ERK densities."""
 

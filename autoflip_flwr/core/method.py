@@ -73,6 +73,25 @@ class Method:
             If the method cannot work with them.
         """
 
+    def seek(self) -> None:
+        """Find the sparsity of the run that was planned: the planned one is then the most that may be reached.
+
+        Raises
+        ------
+        ValueError
+            If the method cannot; that is the default.
+        """
+        raise ValueError(
+            f"sparsity = 'auto': {type(self).__name__} has no schedule in which the density falls: give a number, or "
+            "schedule=Gradual()"
+        )
+
+    def watch(self, round_: int, losses: Mapping[int, float]) -> None:
+        """Learn the training losses that clients have reported in a round; default: nothing.
+
+        ``losses`` has them by the client's partition id, or by its node id where it has told none.
+        """
+
     def request(self, round_: int) -> tuple[Request, ...]:
         """Return the statistics to request from clients in a round (round 0: before training); default: none."""
         return ()

@@ -70,6 +70,17 @@ class Scored(Method):
         for each in self.schedules:
             each.plan(sparsity, rounds)
 
+    def seek(self) -> None:
+        """Let the schedules find the sparsity; ``ValueError`` if none can."""
+        able = [each.seek() for each in self.schedules]
+        if not any(able):
+            super().seek()
+
+    def watch(self, round_: int, losses: Mapping[int, float]) -> None:
+        """Tell the schedules the clients' losses."""
+        for each in self.schedules:
+            each.watch(round_, losses)
+
     def exploring(self) -> object:
         """Return the settings."""
         return type(self), [getattr(self, f.name) for f in fields(self)]

@@ -62,6 +62,13 @@ class Schedule:
         """
         vars(self)["_plan"] = (sparsity, rounds)
 
+    def seek(self) -> bool:
+        """Find the sparsity of the run that was planned. Return whether the schedule can; default: it cannot."""
+        return False
+
+    def watch(self, round_: int, losses: Mapping[int, float]) -> None:
+        """Learn the training losses of a round's clients; default: nothing."""
+
     def first_sparsity(self, sparsity: float) -> float:
         """Return the sparsity of round 1; default: the target."""
         return sparsity

@@ -14,6 +14,7 @@ import numpy as np
 from autoflip_flwr.core.budget import BUDGETS, Budget
 from autoflip_flwr.core.choices import DROPS, FALL_SCOPES
 from autoflip_flwr.core.layout import Arrays, Layout
+from autoflip_flwr.core.losses import Losses
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.moves import NEEDS_MOVES, Moves, ranking
 from autoflip_flwr.core.pace import Exchange, Fall
@@ -22,6 +23,9 @@ from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.core.schedule import Schedule, check_choice, check_counts, check_shares
 from autoflip_flwr.core.selection import select
 from autoflip_flwr.core.statistics import Floats, Statistics
+
+FEWEST_CHANGES = 8
+"""So many comparisons of a client's loss with its own before are needed to stop a fall."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -46,6 +50,13 @@ class Gradual(Schedule):
         Among which entries: ``"global"``, ``"layer"`` or ``"erk"`` as for the first mask
         (:class:`~autoflip_flwr.core.methods.Scored`); ``"explored"``: each array falls to the density that the first
         mask's scores give it at the target.
+
+    Notes
+    -----
+    Where the sparsity is to be found (``sparsity="auto"``), the density falls no further as soon as the clients'
+    training losses no longer fall: a step then costs as much as training wins (our rule). Each client is compared with
+    itself (:class:`~autoflip_flwr.core.losses.Losses`), over the last tenth of the rounds, at least
+    :data:`FEWEST_CHANGES` times.
     """
 
     initial_density: float = 1.0
@@ -56,6 +67,8 @@ class Gradual(Schedule):
     scope: str = "global"
     _moves: Moves = field(default_factory=Moves, init=False, compare=False)
     _target: dict[str, int] = field(default_factory=dict, init=False, compare=False)
+    _losses: Losses | None = field(default=None, init=False, compare=False)
+    _found: bool = field(default=False, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_shares(self, "initial_density", "fall")
@@ -68,7 +81,7 @@ class Gradual(Schedule):
     def plan(self, sparsity: float, rounds: int) -> None:
         """Note sparsity and rounds; ``ValueError`` if the density could not fall to the target in so many rounds."""
         super().plan(sparsity, rounds)
-        vars(self)["_moves"] = Moves()
+        vars(self).update(_moves=Moves(), _losses=None, _found=False)
         if sparsity and self.initial_density < 1 - sparsity:
             raise ValueError(
                 f"initial_density = {self.initial_density}: is below the density {1 - sparsity:g} that the sparsity "
@@ -76,6 +89,24 @@ class Gradual(Schedule):
             )
         if sparsity and rounds > 1:
             self._pace.steps(rounds)
+
+    def seek(self) -> bool:
+        """Stop at the density from which on pruning costs as much as training wins."""
+        vars(self)["_losses"] = Losses()
+        return True
+
+    def watch(self, round_: int, losses: Mapping[int, float]) -> None:
+        """Learn the losses, if they are to stop the fall."""
+        if self._losses is not None:
+            self._losses.add(round_, losses)
+
+    def _costs_too_much(self, round_: int) -> bool:
+        if self._losses is None or self._found:
+            return self._found
+        trend = self._losses.trend(round_ - 1 - max(self.every, self.rounds // 10), FEWEST_CHANGES)
+        if trend is not None and trend > 0:
+            vars(self)["_found"] = True
+        return self._found
 
     @property
     def _pace(self) -> Fall:
@@ -101,7 +132,7 @@ class Gradual(Schedule):
         if self.drop_by in NEEDS_MOVES:
             self._moves.add(mask, seen)
         sparsity = self._pace.sparsity(self.sparsity, round_, self.rounds)
-        if sparsity is None:
+        if sparsity is None or self._costs_too_much(round_):
             return None
         score = ranking(self.drop_by, mask, model, self._moves)
         return shrink(mask, score, self._budget(mask.layout, sparsity))
@@ -112,14 +143,18 @@ class Gradual(Schedule):
         return Budget.between(layout, self._target, sparsity)
 
     def state(self) -> Any:
-        """Return the plan, the target's counts and the clients' moves."""
-        return {"plan": super().state(), "target": self._target, "moves": self._moves.state()}
+        """Return the plan, the target's counts, and the clients' moves and losses."""
+        losses = None if self._losses is None else self._losses.state()
+        own = {"target": self._target, "moves": self._moves.state(), "losses": losses, "found": self._found}
+        return {"plan": super().state(), **own}
 
     def load(self, state: Any) -> None:
         """Restore what :meth:`state` returned."""
         super().load(state["plan"])
-        vars(self)["_target"] = state["target"]
+        vars(self).update(_target=state["target"], _found=state["found"])
         self._moves.load(state["moves"])
+        if self._losses is not None:
+            self._losses.load(state["losses"])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -186,6 +186,9 @@ class Settings:
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")
     fall_power: float = _of_fall(3.0, rules.POWER, "Exponent of the fall: the higher, the more is pruned early")
+    auto_sparsity: bool = _of_fall(
+        False, rules.FLAG, "Find the sparsity while the density falls (docs/guide.md#choosing-a-sparsity)"
+    )
     drop_by: str = _of_fall("magnitude", rules.one_of(choices.DROPS), "By what entries are dropped")
     drop_scope: str = _of_fall(
         "global",
@@ -257,6 +260,11 @@ class Settings:
         "Existing folder of an interrupted run's record: go on after its last finished round. All else must be as it "
         "was, but for num-server-rounds, which may grow, and what changes no result",
     )
+
+    @property
+    def falls(self) -> bool:
+        """Whether the density falls while the run trains."""
+        return self.method == "gradual" or (self.method == "autoflip" and self.schedule in choices.FALLING)
 
     @property
     def wrapped(self) -> bool:

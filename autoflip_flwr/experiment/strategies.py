@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 
-from autoflip_flwr.core.choices import ASKING, DENSE
+from autoflip_flwr.core.choices import ASKING, AUTO_SPARSITY, DENSE
 from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Scored, Snip
 from autoflip_flwr.core.prunefl import PruneFl
@@ -76,9 +76,10 @@ def strategy_of(
         deltas=config.exploration_values,
     )
     rules = ReplyRules(norm_factor=config.norm_factor, max_examples=config.max_examples, min_replies=config.min_replies)
+    seeks = config.auto_sparsity and config.falls
     return KINDS.get(config.method, Pruned)(
         inner,
-        0.0 if config.method in DENSE else config.sparsity,
+        0.0 if config.method in DENSE else AUTO_SPARSITY if seeks else config.sparsity,
         method=_method(config),
         biases=config.prune_biases,
         outside=config.outside,

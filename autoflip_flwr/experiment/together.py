@@ -46,7 +46,7 @@ def check_together(config: Settings) -> None:
 
 def _check_fall(config: Settings) -> None:
     """Raise `ConfigError` if the density could not fall to the target."""
-    if config.method != "gradual" and not (config.method == "autoflip" and config.schedule in choices.FALLING):
+    if not config.falls:
         return
     if config.initial_density < 1 - config.sparsity:
         raise ConfigError(

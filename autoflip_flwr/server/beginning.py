@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from autoflip_flwr.core.choices import AUTO_SPARSITY, MOST_SPARSITY
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_requests
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 class Beginning(Rounds):
     """What :meth:`Pruned.start <autoflip_flwr.server.strategy.Pruned.start>` does before Flower's loop begins."""
 
-    sparsity: float
+    sparsity: float | str
     coordinates: str
     outside: str
     seed: int | None
@@ -58,8 +59,10 @@ class Beginning(Rounds):
         self._integers = not self._packed and traits.shows_integers(self.strategy)
         layout = self._layout(initial)
         self._let_go(layout)
-        self.method.plan(self.sparsity, given["num_rounds"])
-        rehearse(self.method, self.sparsity, layout, initial, self.mask, statistics_of(self.exploration))
+        self.method.plan(self._most, given["num_rounds"])
+        if self.sparsity == AUTO_SPARSITY:
+            self.method.seek()
+        rehearse(self.method, self._most, layout, initial, self.mask, statistics_of(self.exploration))
         self._quarantine = Quarantine(self.rules, self.ledger)
         asked = [bool(check_requests(self.method, round_)) for round_ in range(1, given["num_rounds"] + 1)]
         if (self._explores or any(asked)) and not self.method.public:
@@ -84,8 +87,8 @@ class Beginning(Rounds):
             progress.explored(seen, self.ledger)
         if resumed:
             own["mask"] = progress.mask(layout)
-        elif self.mask is None and self.sparsity > 0:
-            own["mask"] = choose_first(self.method, self.sparsity, layout, initial, statistics_of(self.exploration))
+        elif self.mask is None and self._most > 0:
+            own["mask"] = choose_first(self.method, self._most, layout, initial, statistics_of(self.exploration))
         own["mask"] = mask = everything if self.mask is None else self.mask
         self._made_from = (self._choosing(), self.method.exploring(), self.exploration)
         log(INFO, "mask: %d of %d prunable parameters kept", mask.kept, layout.prunable_size)
@@ -207,8 +210,13 @@ class Beginning(Rounds):
         )
 
     @property
+    def _most(self) -> float:
+        """The largest sparsity that the run may reach."""
+        return MOST_SPARSITY if isinstance(self.sparsity, str) else self.sparsity
+
+    @property
     def _explores(self) -> bool:
-        chooses = self.mask is None and self.exploration is None and (self.sparsity > 0 or self.method.dense)
+        chooses = self.mask is None and self.exploration is None and (self._most > 0 or self.method.dense)
         return chooses and bool(self.method.request(0))
 
     def _translate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -13,6 +13,7 @@ from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.statistics import statistics_of
 from autoflip_flwr.core.subspace import Subspace
+from autoflip_flwr.replies.losses import losses_of
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
 from autoflip_flwr.server.first_mask import warn_of_problems
 from autoflip_flwr.server.progress import Progress
@@ -42,6 +43,8 @@ class Rounds(Configured):
     _changed: Arrays | None
     """The model of this round, if the round has a new mask."""
     _round: int
+    _partitions: Mapping[int, int]
+    """Partition ids by node, as far as they are known."""
     _asked: int
     """Number of nodes that this round's messages went to."""
     _noted: int
@@ -57,6 +60,7 @@ class Rounds(Configured):
         """Let the wrapped strategy configure the round, in its coordinates, and pack its messages."""
         translator = self._started
         self._round = server_round = server_round + self._progress.before
+        self._partitions = getattr(grid, "partitions", {})
         full = self._in_force(server_round, to_arrays(arrays), translator)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
@@ -114,6 +118,7 @@ class Rounds(Configured):
                 undo()
         if metrics is not None:
             self._progress.train[server_round] = metrics
+        self.method.watch(server_round, losses_of(counted, self._partitions))
         return None if mean is None else to_record(mean), metrics
 
     def configure_evaluate(

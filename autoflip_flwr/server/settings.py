@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from autoflip_flwr.core.choices import DELTAS, OUTSIDE, VALUES
+from autoflip_flwr.core.choices import AUTO_SPARSITY, DELTAS, OUTSIDE, VALUES
 from autoflip_flwr.core.digest import digest_of
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
@@ -288,11 +288,17 @@ def check(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if not isinstance(value, kind) and (value is not None or name in _NEVER_NONE):
             raise TypeError(f"{name} = {_short(value)}: must be {what}{'' if name in _NEVER_NONE else ', or None'}")
-    for name, number, what in (("sparsity", numbers.Real, "a number"), ("seed", numbers.Integral, "a whole number")):
+    sparsity = settings["sparsity"]
+    for name, number, what in (
+        ("sparsity", numbers.Real, f"a number, or {AUTO_SPARSITY!r}"),
+        ("seed", numbers.Integral, "a whole number"),
+    ):
+        if settings[name] == AUTO_SPARSITY and name == "sparsity":
+            continue
         if not isinstance(settings[name], number) and (settings[name] is not None or name != "seed"):
             raise TypeError(f"{name} = {_short(settings[name])}: must be {what}")
-    if not 0 <= settings["sparsity"] < 1:
-        raise ValueError(f"sparsity = {settings['sparsity']}: must be a number in [0, 1)")
+    if sparsity != AUTO_SPARSITY and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity = {sparsity}: must be a number in [0, 1), or {AUTO_SPARSITY!r}")
     check_method(settings["method"])
     if settings["outside"] not in OUTSIDE:
         raise ValueError(f"outside = {settings['outside']!r}: must be one of {', '.join(OUTSIDE)}")

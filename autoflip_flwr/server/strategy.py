@@ -39,8 +39,10 @@ class Pruned(Beginning):
     ----------
     strategy : Strategy (default: FedAvg())
         Any Message-API strategy. AutoFlip is always outermost: ``AutoFlip(DP(strategy))``.
-    sparsity : float (default: 0.7)
-        Share of the prunable parameters to prune, in [0, 1); with 0 the method has nothing to do.
+    sparsity : float or str (default: 0.7)
+        Share of the prunable parameters to prune, in [0, 1); with 0 the method has nothing to do. ``"auto"``: the
+        density falls until a step costs the clients as much training loss as training wins, to 0.02 at most
+        (:class:`~autoflip_flwr.core.schedules.Gradual`). It needs clients that report a metric with "loss" in its name.
     method : Method
         What chooses the masks: :class:`~autoflip_flwr.core.methods.LossExploration` (AutoFLIP),
         :class:`~autoflip_flwr.core.methods.Snip`, :class:`~autoflip_flwr.core.methods.Magnitude`,
@@ -126,7 +128,7 @@ class Pruned(Beginning):
     def __init__(
         self,
         strategy: Strategy | None = None,
-        sparsity: float = 0.7,
+        sparsity: float | str = 0.7,
         *,
         method: Method,
         prunable: Rule | None = None,
@@ -281,7 +283,7 @@ class AutoFlip(Pruned):
     def __init__(
         self,
         strategy: Strategy | None = None,
-        sparsity: float = 0.7,
+        sparsity: float | str = 0.7,
         *,
         method: LossExploration | None = None,
         prunable: Rule | None = None,

@@ -273,3 +273,28 @@ def test_schedules_take_their_turns():
         counts.append((new.kept, int(np.count_nonzero(~mask.keep["a"] & new.keep["a"]))))
         mask = new
     assert counts == [(4, 0), (4, 1), (4, 1), (4, 1)]
+
+
+def test_a_fall_that_seeks_its_end_stops_when_the_clients_lose_as_much_as_they_win():
+    size = Layout.of({"w": np.zeros((10, 20))}, output=None)
+    model = {"w": np.arange(200.0).reshape(10, 20)}
+    method = planned(Magnitude(schedule=Gradual(fall=1.0)), 0.98, 20)
+    method.seek()
+    mask, kept_ = Mask.full(size), []
+    for round_ in range(1, 21):
+        if round_ > 1:
+            mask = method.refine(round_, mask, model, None) or mask
+            kept_.append(mask.kept)
+        worth = 2.0 ** (-round_ if round_ < 10 else round_ - 20)  # it falls, then rises
+        method.watch(round_, {client: worth * (1 + client) for client in range(10)})
+        if round_ == 12:
+            state = method.state()
+            method.plan(0.98, 20)
+            method.seek()
+            method.load(state)
+    # two rounds are looked at, from the one in which the loss rises first
+    assert len(set(kept_[:9])) == 9
+    assert set(kept_[10:]) == {kept_[10]}
+    assert kept_[10] > 20
+    with pytest.raises(ValueError, match="Magnitude has no schedule in which the density falls"):
+        Magnitude().seek()

@@ -25,6 +25,7 @@ _AFTER_EXPLORING = (
     "fall",
     "fall-every",
     "fall-power",
+    "auto-sparsity",
     "drop-by",
     "drop-scope",
     "adjust-every",
