@@ -164,7 +164,10 @@ def _note(lines: Sequence[Line]) -> list[str]:
         "in [`results/`][results]. `python -m benchmarks.results` shows all that is there, and `--readme` makes this "
         "table and the picture. [Benchmarks][benchmarks] has more.</sub>"
     )
-    return textwrap.wrap(note, 120, break_long_words=False, break_on_hyphens=False)
+    whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), note)  # a command stays on one line
+    return [
+        line.replace("\0", " ") for line in textwrap.wrap(whole, 120, break_long_words=False, break_on_hyphens=False)
+    ]
 
 
 def _range(values: Iterable[int]) -> str:

@@ -90,7 +90,7 @@ class Row:
 
 
 def rows_of(results: Iterable[Result]) -> list[Row]:
-    """Group results into rows: by data, model and rounds, then by method, from high density to low."""
+    """Group results into rows: by data, model and rounds, then from high density to low, then by method."""
     grouped: dict[str, list[Result]] = {}
     for each in results:
         grouped.setdefault(json.dumps(each.settings, sort_keys=True), []).append(each)
@@ -167,8 +167,8 @@ def _place(row: Row) -> tuple[Any, ...]:
     fields = row.fields
     return (
         *(fields[key] for key in ("data", "model", "rounds")),
-        METHODS.index(fields["method"]) if fields["method"] in METHODS else len(METHODS),
         -fields["density"],
+        METHODS.index(fields["method"]),
         fields["schedule"] or "",
         fields["values"],
         json.dumps(row.settings, sort_keys=True),
