@@ -14,7 +14,6 @@ from autoflip_flwr.experiment.config import RESULTLESS, Config
 from autoflip_flwr.experiment.idle import with_effect
 from autoflip_flwr.experiment.record.suites import Entry, Suite
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, points
-from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.toml import parse_pairs
 
 FOLDER = Path(__file__).parents[1] / "results"
@@ -120,13 +119,12 @@ def _result(command: str, told: Mapping[str, Any]) -> Result:
 
 
 def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the settings that the app has got since, with the values that mean what it did before."""
-    defaults: dict[str, Value] = Config().as_dict()
-    before = {"schedule": "static", **settings} if settings["method"] == "autoflip" else settings
-    known = {key: value for key, value in before.items() if key in defaults}
+    """Add the settings that the app has got since, with their defaults, which mean what it did before."""
+    defaults = Config().as_dict()
+    known = {key: value for key, value in settings.items() if key in defaults}
     added = with_effect(Config.from_run_config(known, check_paths=False))
     del added["seed"]
-    return {**added, **before}
+    return {**added, **settings}
 
 
 def _command(told: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from autoflip_flwr.core.choices import CHANGING, DENSE, METHODS
+from autoflip_flwr.core.choices import DENSE, EXCHANGING, METHODS
 from autoflip_flwr.experiment.config import Config, setting
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, mean_curve, spread
 from benchmarks.results_file import Result
@@ -134,7 +134,7 @@ def _schedule(settings: Mapping[str, Any]) -> str | None:
     method = str(settings["method"])
     if method in DENSE:
         return None
-    return method if method in CHANGING else str(settings.get("schedule", "static"))
+    return method if method in ("gradual", *EXCHANGING) else str(settings.get("schedule", "static"))
 
 
 def _training(row: Row) -> dict[str, Any]:
