@@ -3,7 +3,7 @@
 The shipped app runs on one data set, in this process, one client after another. The densities of a seed share one
 exploration, whose cost is added to each. Runs that are already in ``--output`` are not repeated. The last line is JSON.
 
-    python -m benchmarks.accuracy --config configs/cifar10.toml --nodes 20 --seeds 3 --plot docs/accuracy-by-mb.png
+    python -m benchmarks.accuracy --config configs/cifar10.toml --nodes 20 --seeds 3 --plot accuracy-by-mb.png
 """
 
 from __future__ import annotations

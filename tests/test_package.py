@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 STEM = f"autoflip_flwr-{PROJECT['version']}"
 
-SDIST_FOLDERS = {"autoflip_flwr", "benchmarks", "configs", "docker", "docs", "examples", "tests"}
+SDIST_FOLDERS = {"autoflip_flwr", "benchmarks", "configs", "docker", "docs", "examples", "results", "tests"}
 SDIST_FILES = {
     ".gitignore",
     "CHANGELOG.md",

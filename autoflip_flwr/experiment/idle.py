@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from dataclasses import fields
 
-from autoflip_flwr.experiment.config import Config, key_of
+from autoflip_flwr.experiment.config import RESULTLESS, Config, key_of
 from autoflip_flwr.experiment.declared import Needs
-from autoflip_flwr.experiment.rules import shown
+from autoflip_flwr.experiment.rules import Value, shown
 
 FEW = 5
 """So many values are listed; more would hide what the warning is about."""
@@ -29,6 +29,7 @@ def idle(config: Config, given: Collection[str]) -> list[str]:
     ]
 
 
-def without_effect(config: Config) -> list[str]:
-    """Return the kebab-case keys of all settings that have no effect."""
-    return [key_of(each) for each in fields(Config) if not config.applies(each)]
+def with_effect(config: Config) -> dict[str, Value]:
+    """Return the settings that decide what a run computes, by their kebab-case keys, in the order of declaration."""
+    active = {key_of(each) for each in fields(Config) if config.applies(each)} - {*RESULTLESS}
+    return {key: value for key, value in config.as_dict().items() if key in active}

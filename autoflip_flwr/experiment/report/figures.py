@@ -82,7 +82,7 @@ def plots(series: Sequence[Series], target: float | None, name: str) -> list[tup
         with on_page(f"{name} {axis.field}"):
             figure = Figure(figsize=_SIZE)
             axes = figure.add_axes((0.085, 0.155, 0.895, 0.81))
-            _draw(axes, series, axis, target, [f"#fe01{one.number % len(COLOURS):02x}" for one in series], _SLOT_INK)
+            draw(axes, series, axis, target, [f"#fe01{one.number % len(COLOURS):02x}" for one in series], _SLOT_INK)
             found.append((title, for_page(figure, title)))
     return found
 
@@ -93,15 +93,14 @@ def save(sections: Sequence[Section], kind: str) -> bytes:
     ``kind`` is one of ``FORMATS``.
     """
     drawn = [section for section in sections if series_of(section)]
-    with _style({**_FILE_STYLE, "svg.hashsalt": "file"}):
+    with in_file():
         figure = Figure(figsize=(10, 4.8 * len(drawn)), layout="constrained")
         parts = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
         for part, section in zip(parts, drawn, strict=True):
             series = series_of(section)
-            colours = [COLOURS[one.number % len(COLOURS)] for one in series]
             part.suptitle(section.title, x=0.01, ha="left", fontweight="bold", parse_math=False)
             for axes, axis in zip(part.subplots(1, 2, sharey=True), (AXES[1], AXES[0]), strict=True):
-                _draw(axes, series, axis, section.target, colours, _INK)
+                draw(axes, series, axis, section.target)
                 axes.set_ylabel("Test accuracy (%)" if axis is AXES[1] else "")
             handles = [line for line in axes.lines if not line.get_label().startswith("_")]
             # a label is not a formula, even with dollar signs
@@ -128,6 +127,11 @@ def on_page(name: str) -> AbstractContextManager[None]:
     return _style({**_PAGE_STYLE, "svg.hashsalt": name})
 
 
+def in_file() -> AbstractContextManager[None]:
+    """Return a context in which figures of files are drawn."""
+    return _style({**_FILE_STYLE, "svg.hashsalt": "file"})
+
+
 def for_page(figure: Figure, title: str) -> str:
     """Return a figure as SVG to stand in a page: its colours are the page's, and it has no ids but of its own."""
     file = BytesIO()
@@ -149,9 +153,16 @@ def _style(values: Any) -> AbstractContextManager[None]:
     return mpl.rc_context(values)
 
 
-def _draw(
-    axes: Axes, series: Sequence[Series], axis: Axis, target: float | None, colours: Sequence[str], ink: str
+def draw(
+    axes: Axes,
+    series: Sequence[Series],
+    axis: Axis,
+    target: float | None = None,
+    colours: Sequence[str] | None = None,
+    ink: str = _INK,
 ) -> None:
+    """Draw curves of accuracy along an axis, with a line at the target. ``colours`` has one for each curve."""
+    colours = colours or [COLOURS[one.number % len(COLOURS)] for one in series]
     for one, colour in zip(series, colours, strict=True):
         x = [getattr(point, axis.field) for point, _ in one.curve]
         y = [100 * point.accuracy for point, _ in one.curve]

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoflip_flwr.experiment.config import RESULTLESS, Config
-from autoflip_flwr.experiment.idle import without_effect
+from autoflip_flwr.experiment.config import Config
+from autoflip_flwr.experiment.idle import with_effect
 from autoflip_flwr.experiment.report.command import repeating
 from autoflip_flwr.experiment.rules import Value, shown
 
@@ -88,7 +88,7 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
     first: dict[str, Config] = {}
     for config in configs:
         first.setdefault(key_of_run(config), config)
-    active = {key: _active(config) for key, config in first.items()}
+    active = {key: with_effect(config) for key, config in first.items()}
     axes = _telling(_axes(list(active.values())), list(active.values()))
     return [
         Planned(
@@ -107,7 +107,7 @@ def key_of_run(config: Config) -> str:
 
     Those that have no effect do not count. So a run keeps its key when the app gets settings that do not concern it.
     """
-    return _digest(_active(config))
+    return _digest(with_effect(config))
 
 
 def exploration_key(config: Config) -> str:
@@ -118,13 +118,7 @@ def exploration_key(config: Config) -> str:
     """
     if config.method != "autoflip" or not config.sparsity or config.outside != "zero":
         return ""
-    return _digest({key: value for key, value in _active(config).items() if key not in _AFTER_EXPLORING})
-
-
-def _active(config: Config) -> dict[str, Value]:
-    """Return the settings that have an effect on the result."""
-    idle = set(without_effect(config))
-    return {key: value for key, value in config.as_dict().items() if key not in idle and key not in RESULTLESS}
+    return _digest({key: value for key, value in with_effect(config).items() if key not in _AFTER_EXPLORING})
 
 
 def _axes(settings: Sequence[Mapping[str, Value]]) -> list[str]:
