@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autoflip_flwr.core.choices import DATASETS, METHODS, MODELS
+from autoflip_flwr.core.choices import DATASETS, METHODS, MODEL_INPUTS, MODELS
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.files import KNOWN
 from autoflip_flwr.experiment.rules import ConfigError, Value
@@ -111,7 +111,7 @@ def test_is_frozen() -> None:
             "model",
             "lstm",
             "model = 'lstm': takes text (length,), not the images (C, H, W) of dataset = 'digits'; models that do: "
-            + ", ".join(name for name in MODELS if name not in ("lstm", "har-cnn")),
+            + ", ".join(name for name in MODELS if "image" in MODEL_INPUTS[name]),
         ),
         ("optimizer", "adamw", "optimizer = 'adamw': must be one of adam, sgd"),
         ("device", "gpu", "device = 'gpu': must be one of auto, cpu, cuda, mps"),

@@ -36,10 +36,12 @@ def size(model: nn.Module) -> int:
         ("resnet8-gn", CIFAR, 308_650),
         ("har-cnn", HAR, 274_822),
         ("mlp", MNIST, 199_210),
+        ("lstm-64", TEXT, 80 * 8 + 256 * (8 + 64 + 2) + 80 * (64 + 1)),
     ],
 )
 def test_parameter_counts(model: str, shape: tuple[int, ...], parameters: int) -> None:
-    assert size(build(model, shape, 6 if shape == HAR else 10, 0)) == parameters
+    classes = {HAR: 6, TEXT: 80}.get(shape, 10)
+    assert size(build(model, shape, classes, 0)) == parameters
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,15 @@ def test_models_for_images_take_every_size(model: str, shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize(
     ("model", "shape"),
-    [("lstm", TEXT), ("lstm", (1,)), ("har-cnn", HAR), ("har-cnn", (1, 1)), ("mlp", HAR), ("mlp", TEXT)],
+    [
+        ("lstm", TEXT),
+        ("lstm", (1,)),
+        ("lstm-64", (1,)),
+        ("har-cnn", HAR),
+        ("har-cnn", (1, 1)),
+        ("mlp", HAR),
+        ("mlp", TEXT),
+    ],
 )
 def test_models_for_text_and_signals(model: str, shape: tuple[int, ...]) -> None:
     works(model, shape)
@@ -111,9 +121,9 @@ def test_a_seed_means_the_same_parameters_as_ever(model: str, shape: tuple[int, 
     assert found.hexdigest().startswith(digest)
 
 
-@pytest.mark.parametrize("model", ["cnn", "twocnn", "resnet18", "resnet8-gn", "mlp", "har-cnn", "lstm"])
+@pytest.mark.parametrize("model", ["cnn", "twocnn", "resnet18", "resnet8-gn", "mlp", "har-cnn", "lstm", "lstm-64"])
 def test_seed_alone_decides_the_parameters_and_nothing_else(model: str) -> None:
-    shape = {"har-cnn": HAR, "lstm": TEXT}.get(model, MNIST)
+    shape = {"har-cnn": HAR, "lstm": TEXT, "lstm-64": TEXT}.get(model, MNIST)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = build(model, shape, 10, 3).state_dict()
@@ -190,6 +200,9 @@ def test_flops_of_an_lstm_by_hand() -> None:
     # The first step's hidden state is no parameter: its gradient is not computed.
     expected = 3 * (steps + 2 * 256 * classes) - 2 * 2 * 1024 * 256
     assert flops_per_example(build("lstm", (length,), classes, 0), (length,)) == expected
+    steps = length * 2 * 256 * (8 + 64)
+    expected = 3 * (steps + 2 * 64 * classes) - 2 * 256 * 64
+    assert flops_per_example(build("lstm-64", (length,), classes, 0), (length,)) == expected
 
 
 def test_flops_of_signals_and_flat_inputs_by_hand() -> None:
@@ -214,7 +227,7 @@ def test_features_without_an_order_are_a_signal_for_the_mlp_alone() -> None:
     [
         ("lstm", CIFAR, "takes text (length,), not image of shape (3, 32, 32); models that do: cnn, twocnn, "),
         ("twocnn", HAR, "takes images (C, H, W), not signal of shape (9, 128); models that do: har-cnn, mlp"),
-        ("har-cnn", TEXT, "takes signals (channels, length), not text of shape (80,); models that do: lstm, mlp"),
+        ("har-cnn", TEXT, "takes signals (channels, length), not text of shape (80,); models that do: lstm, lstm-"),
     ],
 )
 def test_a_model_that_does_not_take_the_data_says_what_it_takes(model: str, shape: tuple[int, ...], told: str) -> None:

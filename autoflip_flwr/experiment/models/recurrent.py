@@ -11,14 +11,15 @@ from autoflip_flwr.experiment.models.initial import xavier
 class NextCharLSTM(nn.Module):
     """NextCharLSTM of the AutoFLIP paper: the next character after the last one.
 
-    An embedding of 8 values, an LSTM of two layers with 256 hidden units, and a linear layer on its last step.
+    An embedding of 8 values, an LSTM of `layers` layers with `hidden` units each, and a linear layer on its last step.
+    The paper has two layers with 256 units.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, *, hidden: int = 256, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(classes, 8)
-        self.lstm = nn.LSTM(8, 256, num_layers=2, batch_first=True)
-        self.fc = nn.Linear(256, classes)
+        self.lstm = nn.LSTM(8, hidden, num_layers=layers, batch_first=True)
+        self.fc = nn.Linear(hidden, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 (n, classes), of text, int64 (n, length)."""
@@ -27,6 +28,6 @@ class NextCharLSTM(nn.Module):
         return logits
 
 
-def lstm(_: tuple[int, ...], classes: int) -> nn.Module:
+def lstm(_: tuple[int, ...], classes: int, *, hidden: int = 256, layers: int = 2) -> nn.Module:
     """Make NextCharLSTM with Xavier-uniform weights, zero biases, and PyTorch's own embedding."""
-    return xavier(NextCharLSTM(classes))
+    return xavier(NextCharLSTM(classes, hidden=hidden, layers=layers))
