@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoflip_flwr.client.context import apply_mask, current_mask, current_subspace
+    from autoflip_flwr.client.context import apply_mask, current_mask, current_rate, current_subspace
     from autoflip_flwr.client.mod import autoflip_mod, autoflip_mod_with
     from autoflip_flwr.client.report import current_request, report
     from autoflip_flwr.core.budget import Budget
@@ -55,6 +55,7 @@ else:  # when asked for: a client starts for every message and needs none of the
         "autoflip_mod": "client.mod",
         "autoflip_mod_with": "client.mod",
         "current_mask": "client.context",
+        "current_rate": "client.context",
         "current_subspace": "client.context",
         "follow": "server.following",
         "current_request": "client.report",
@@ -100,6 +101,7 @@ __all__ = [
     "autoflip_mod",
     "autoflip_mod_with",
     "current_mask",
+    "current_rate",
     "current_request",
     "current_subspace",
     "follow",

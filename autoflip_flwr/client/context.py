@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import cast
 
 import numpy as np
 from flwr.app import ConfigRecord, Context
@@ -47,6 +48,19 @@ def current_subspace(context: Context) -> Subspace | None:
     """
     mask = current_mask(context)
     return None if mask is None else Subspace(mask, base_in_force(context, mask.layout))
+
+
+def current_rate(context: Context) -> float:
+    """Return the factor for the client's learning rate in the current message; 1.0 if there is none.
+
+    A sparse model changes less in a step than a dense one at the same learning rate. So the server asks for a larger
+    one where it prunes much (``lr_power`` of :class:`~autoflip_flwr.server.strategy.Pruned`).
+    :func:`autoflip_flwr.torch.masked_training` applies it when it is given the context; other clients multiply.
+    """
+    state = context.state.get(HEADER)
+    if state is None or MASK_RECORD not in context.state or state.get("phase") != TRAIN:
+        return 1.0
+    return float(cast(float, state.get("rate", 1.0)))
 
 
 def subspace_and_layout(mask: Mask | Subspace | Context | None) -> tuple[Subspace | None, Layout | None]:

@@ -135,7 +135,11 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     """Return the mask under which the message is packed: its own, or the node's if the digests are equal."""
     record = message.content.get(MASK_RECORD)
     exploring = head["phase"] == EXPLORE
-    state = {"phase": EXPLORE if exploring else TRAIN, "message": message.metadata.message_id}
+    state = {
+        "phase": EXPLORE if exploring else TRAIN,
+        "message": message.metadata.message_id,
+        "rate": head.get("rate", 1.0),
+    }
     notes = held.no_base(context.state.config_records.get(HEADER, {}))
     context.state[HEADER] = ConfigRecord({**notes, **state})
     base = mask_record.base_of(record)

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
-from autoflip_flwr import autoflip_mod, current_subspace
+from autoflip_flwr import autoflip_mod, current_rate, current_subspace
 from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
@@ -98,7 +98,7 @@ class LocalClient(NumPyClient):
                         epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
                         patience=int(config[PATIENCE_KEY]) if exploring else None,
                         weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
-                        lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                        lr=self._config.lr * self._config.lr_decay ** (round_ - 1) * current_rate(self._context),
                         # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
                         proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                         mask=current_subspace(self._context),

@@ -24,6 +24,7 @@ def _setting(section: str, default: Value, rule: Rule, meaning: str, *, only_wit
 _of_run = partial(_setting, "The run")
 _of_data = partial(_setting, "Data and nodes")
 _of_clients = partial(_setting, "Model and training")
+_of_pruning_clients = partial(_setting, "Model and training", only_with=(("method", choices.PRUNING),))
 _of_rounds = partial(_setting, "Rounds")
 _of_pruning = partial(_setting, "Pruning", only_with=(("method", choices.PRUNING),))
 _of_ranking = partial(_setting, "Pruning", only_with=(("method", choices.RANKED),))
@@ -117,6 +118,9 @@ class Settings:
         0.0,
         rules.NOT_NEGATIVE,
         "Longer gradients of a step are scaled to this length, over kept parameters. 0: none",
+    )
+    lr_power: float = _of_pruning_clients(
+        0.0, rules.UNIT, "The learning rate is divided by the density to this power. Explorers' is not"
     )
     proximal_mu: float = _of_clients(
         0.0,

@@ -83,6 +83,7 @@ def strategy_of(
         method=_method(config),
         biases=config.prune_biases,
         outside=config.outside,
+        lr_power=config.lr_power,
         exploration=exploration,
         values=values,
         rules=rules,

@@ -42,6 +42,7 @@ class Beginning(Rounds):
     sparsity: float | str
     coordinates: str
     outside: str
+    lr_power: float
     seed: int | None
     checkpoints: Checkpoints | None
     _integers: bool
@@ -233,6 +234,7 @@ class Beginning(Rounds):
             nudges=traits.divides_by_norm(self.strategy),
             down=self._values.down,
             up=self._values.up,
+            lr_power=self.lr_power,
             base=base,
             told=told,
         )

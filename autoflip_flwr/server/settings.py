@@ -140,6 +140,8 @@ class Configured(Strategy):
     rules: ReplyRules
     mask: Mask | None
     exploration: Exploration | Statistics | None
+    outside: str
+    lr_power: float
     _brought: dict[str, Any]
     """The mask and the exploration that the user has given, by these names."""
     _defaults: ClassVar[dict[str, object]]
@@ -237,6 +239,7 @@ class Configured(Strategy):
             "initial": digest_of(initial),
             "mask": {**self._choosing(), "method": _method_key(self.method), "ready": ready and ready.digest},
             "outside": self.outside,
+            "lr_power": self.lr_power,
             "values": dataclasses.asdict(self._values),
             "autoflip": [packed, self.seed],
             "rules": dataclasses.asdict(self.rules),
@@ -300,6 +303,11 @@ def check(settings: Mapping[str, Any]) -> None:
     if sparsity != AUTO_SPARSITY and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity = {sparsity}: must be a number in [0, 1), or {AUTO_SPARSITY!r}")
     check_method(settings["method"])
+    power: Any = settings["lr_power"]
+    if isinstance(power, bool) or not isinstance(power, int | float):
+        raise TypeError(f"lr_power = {_short(power)}: must be a number")
+    if not 0 <= power <= 1:
+        raise ValueError(f"lr_power = {power}: must be a number in [0, 1]; 0 leaves the clients' learning rate alone")
     if settings["outside"] not in OUTSIDE:
         raise ValueError(f"outside = {settings['outside']!r}: must be one of {', '.join(OUTSIDE)}")
     kept = settings["checkpoints"]

@@ -63,6 +63,11 @@ class Pruned(Beginning):
         pretrained model, which zeros would ruin, and where only bytes matter: no computation or memory is saved.
         Clients are sent these values once, unless they explored from them or have the same file
         (:func:`~autoflip_flwr.client.mod.autoflip_mod_with`).
+    lr_power : float (default: 0.0)
+        Clients multiply their learning rate by ``density ** -lr_power``, in [0, 1]; 0 leaves it alone. A sparse model
+        changes less in a step than a dense one (Dey et al. 2024, SuPar; the power is our measurement, docs/study.md).
+        :func:`~autoflip_flwr.torch.masked_training` does so; other clients read
+        :func:`~autoflip_flwr.client.context.current_rate`.
     mask : Mask or None
         A ready mask: nobody is asked and nothing is chosen.
     exploration : Exploration or None
@@ -136,6 +141,7 @@ class Pruned(Beginning):
         biases: bool = False,
         output: Output | None = AUTO,
         outside: str = "zero",
+        lr_power: float = 0.0,
         mask: Mask | None = None,
         exploration: Exploration | Statistics | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
@@ -291,6 +297,7 @@ class AutoFlip(Pruned):
         biases: bool = False,
         output: Output | None = AUTO,
         outside: str = "zero",
+        lr_power: float = 0.0,
         mask: Mask | None = None,
         exploration: Exploration | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,

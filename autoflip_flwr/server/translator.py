@@ -23,10 +23,12 @@ from autoflip_flwr.server.mask_delivery import MaskDelivery
 from autoflip_flwr.wire.base_record import base_entry
 from autoflip_flwr.wire.keys import BASE_RECORD, EVALUATE, HEADER, MASK_RECORD, TRAIN
 from autoflip_flwr.wire.messages import (
+    MAX_RATE,
     arrays_of,
     flatten,
     make_header,
     pack_values,
+    rate_entry,
     read_vectors,
     split_vectors,
     value_entries,
@@ -63,6 +65,8 @@ class Translator:
         Whether an update of exactly zero is replaced by a tiny one, for a strategy that divides by its norm.
     down, up : str
         How values are quantised on their way to the nodes and back, one of :data:`~autoflip_flwr.core.choices.VALUES`.
+    lr_power : float
+        Clients are asked to multiply their learning rate by the density to the power of minus this.
     base : dict[str, ndarray] | None
         The values outside the mask: full arrays by name. ``None``: zero.
     told : dict[int, str] | None
@@ -82,6 +86,7 @@ class Translator:
         nudges: bool = False,
         down: str = "float32",
         up: str = "float32",
+        lr_power: float = 0.0,
         base: Arrays | None = None,
         told: Told | None = None,
     ) -> None:
@@ -90,7 +95,7 @@ class Translator:
         self.shown = [spec.name for spec in mask.layout.specs if spec.floating or integers]
         self._packed, self._nudges = packed, nudges
         self._weight_key = weight_key
-        self._down, self._up = down, up
+        self._down, self._up, self._lr_power = down, up, lr_power
         self.integers = {spec.name: initial[spec.name] for spec in mask.layout.specs if not spec.floating}
         self._sent: dict[int, Sent] = {}  # by node
         self._requests: tuple[Request, ...] = ()
@@ -110,6 +115,10 @@ class Translator:
     def subspace(self) -> Subspace:
         """The mask in force, and the values outside it."""
         return Subspace(self.mask, self._base.arrays)
+
+    @property
+    def _rate(self) -> float:
+        return float(min(max(self.mask.density, 1e-9) ** -self._lr_power, MAX_RATE))
 
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
         """Convert packed arrays to the arrays that the strategy sees."""
@@ -138,7 +147,8 @@ class Translator:
         coding = value_entries(values=self._down, reply="float32" if phase == EVALUATE else self._up)
         named = weight_entry(self._weight_key) | base_entry(self._base.digest(self.mask))
         asked = ask_entry(to_report(self._requests))
-        head = make_header(phase, round_, self.mask, **named, **coding, **asked)
+        rate = rate_entry(self._rate) if phase == TRAIN else {}
+        head = make_header(phase, round_, self.mask, **named, **coding, **asked, **rate)
         values: dict[int, tuple[ArrayRecord, Sent]] = {}
         for message in batch:
             content = RecordDict(dict(message.content))

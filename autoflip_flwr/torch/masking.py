@@ -1,4 +1,4 @@
-"""Train under a mask: pruned weights stay at zero or at the base's values, and their gradients at zero."""
+"""Train under a mask: pruned weights stay at zero or at the base's values, and learning rates follow the density."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from threading import RLock
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from flwr.app import Context
@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from autoflip_flwr.client.context import subspace_and_layout
+from autoflip_flwr.client.context import current_rate, subspace_and_layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.torch.names import Names
@@ -25,8 +25,9 @@ from autoflip_flwr.torch.targets import Holder, Key, Model, Parameters, target_o
 class _Masking:
     """Keeps a target in a mask's subspace until it is ended."""
 
-    def __init__(self, target: Model | Parameters, subspace: Subspace) -> None:
-        self._target, self._subspace = target, subspace
+    def __init__(self, target: Model | Parameters, subspace: Subspace, rate: float) -> None:
+        self._target, self._subspace, self._rate = target, subspace, rate
+        self._rates: WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = WeakKeyDictionary()
         self._pruned: dict[int, tuple[Holder, Pruned]] = {}
         self._known: WeakSet[torch.optim.Optimizer] = WeakSet()
         self._handles: list[RemovableHandle] = []
@@ -99,6 +100,23 @@ class _Masking:
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     own.zero(value)
 
+    def raise_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Multiply the learning rates of all groups for the step that follows."""
+        if self._rate != 1:
+            self.restore_rates(optimizer)  # a step that failed has left them raised
+            self._rates[optimizer] = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+            for group in optimizer.param_groups:
+                if "lr" in group:
+                    group["lr"] = group["lr"] * self._rate
+
+    def restore_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rates to what they were before the step: schedulers and users see only those."""
+        rates = self._rates.pop(optimizer, None)
+        if rates is not None:
+            for group in optimizer.param_groups:
+                if "lr" in group:
+                    group["lr"] = rates.pop(0)
+
     def after_step(self) -> None:
         """Set the pruned weights to zero or to the base's values."""
         for parameter, own in self._bound():
@@ -165,11 +183,13 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         masking.follow(parameters)
         if masking.trained_by(parameters):
             masking.before_step(optimizer)
+            masking.raise_rates(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     maskings, parameters = _maskings(optimizer)
     for masking in maskings:
+        masking.restore_rates(optimizer)
         if masking.trained_by(parameters):
             masking.after_step()
 
@@ -212,6 +232,9 @@ def masked_training(
     the model are not masked. Parameters that are replaced later (``load_state_dict(assign=True)``) are bound at the
     next optimizer step.
 
+    With the context, each step is made with the optimizer's learning rates times
+    :func:`~autoflip_flwr.client.context.current_rate`, which the server sets (``lr_power``).
+
     Call it once before the training loop. The mask then holds until the next call for the same model. In a ``with``
     statement it holds until the end of the block; then the mask from before is in force again.
 
@@ -252,7 +275,8 @@ def masked_training(
     if subspace is None and layout is not None:
         target.find(layout)
     with _lock:
-        masking = None if subspace is None else _Masking(target, subspace)
+        rate = current_rate(mask) if isinstance(mask, Context) else 1.0
+        masking = None if subspace is None else _Masking(target, subspace, rate)
         outer = _in_force.pop(target.key, None)
         if outer is not None:
             outer.release()

@@ -39,7 +39,13 @@ from autoflip_flwr.wire.values import Coded, Vector, coded_size, encode, is_code
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def make_header(phase: str, round_: int, mask: Mask | None = None, **extra: int | str | list[str]) -> ConfigRecord:
+MAX_RATE = 1e4
+"""Largest factor for a client's learning rate."""
+
+
+def make_header(
+    phase: str, round_: int, mask: Mask | None = None, **extra: int | float | str | list[str]
+) -> ConfigRecord:
     """Make the header record of a message or reply."""
     values: dict[str, Any] = {"format": FORMAT, "phase": phase, "round": round_, **extra}
     if mask is not None:
@@ -50,6 +56,11 @@ def make_header(phase: str, round_: int, mask: Mask | None = None, **extra: int 
 def weight_entry(name: str) -> dict[str, str]:
     """Return the header entry that names the metric by which replies are weighted; empty if there is none."""
     return {"weight-key": name} if name else {}
+
+
+def rate_entry(rate: float) -> dict[str, float]:
+    """Return the header entry of the factor for the clients' learning rate; empty if it is 1."""
+    return {"rate": rate} if rate != 1 else {}
 
 
 def value_entries(**chosen: str) -> dict[str, str]:
@@ -76,6 +87,9 @@ def read_header(content: RecordDict) -> ConfigRecord | None:
     for key in ("values", "reply"):
         if record.get(key, "float32") not in (*VALUES, LOG8, NOTHING):
             raise WireError(f"{key} {record.get(key)!r}: must be one of {', '.join(VALUES)}, {LOG8}, {NOTHING}")
+    rate = record.get("rate", 1.0)
+    if not isinstance(rate, float) or not 0 < rate <= MAX_RATE:
+        raise WireError(f"rate {rate!r}: must be a number in (0, {MAX_RATE:g}]")
     if "base" in record:
         base = record["base"]
         known = isinstance(base, str) and (_DIGEST.fullmatch(base) or (base, record["phase"]) == (GIVEN, HELLO))

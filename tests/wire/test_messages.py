@@ -1,4 +1,5 @@
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -514,6 +515,10 @@ def test_a_message_without_a_header_is_not_one_of_ours():
         ({"values": ["int8"]}, "values"),
         ({"reply": 8}, "reply 8"),
         ({"reply": ""}, "reply ''"),
+        *(
+            ({"rate": rate}, r"rate .*must be a number in \(0, 10000\]")
+            for rate in (math.inf, math.nan, 0.0, -2.0, 2, "2")
+        ),
     ],
 )
 def test_a_header_that_is_wrong_gives_a_wire_error(change: dict[str, Any], message: str):

@@ -37,6 +37,7 @@ _AFTER_EXPLORING = (
     "num-server-rounds",
     "local-epochs",
     "lr-decay",
+    "lr-power",
     "server-momentum",
     "server-learning-rate",
     "values-up",
