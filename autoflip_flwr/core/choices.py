@@ -139,7 +139,7 @@ MODEL_INPUTS: dict[str, tuple[str, ...]] = {
     "mobilenetv2": ("image",),
     "efficientnet-b3": ("image",),
     "lstm": ("text",),
-    "lstm-64": ("text",),
+    "lstm-128": ("text",),
     "har-cnn": ("signal",),
     "mlp": ("image", "signal", "text"),
 }

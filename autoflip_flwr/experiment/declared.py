@@ -69,6 +69,9 @@ class Settings:
     max_examples_per_class: int = _of_data(
         0, rules.NOT_BELOW_ZERO, "Most training examples of a class, drawn by the seed, for quick runs. 0: all"
     )
+    max_examples_per_node: int = _of_data(
+        0, rules.NOT_BELOW_ZERO, "Most training examples of a node, drawn by the seed, for quick runs. 0: all"
+    )
     input_size: int = _of_data(0, rules.NOT_BELOW_ZERO, "Height and width to which images are cropped. 0: as they are")
     augment: str = _of_data(
         "none", rules.one_of(choices.AUGMENTS), "Random changes of images in training; evaluation takes their middle"

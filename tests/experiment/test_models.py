@@ -36,7 +36,7 @@ def size(model: nn.Module) -> int:
         ("resnet8-gn", CIFAR, 308_650),
         ("har-cnn", HAR, 274_822),
         ("mlp", MNIST, 199_210),
-        ("lstm-64", TEXT, 80 * 8 + 256 * (8 + 64 + 2) + 80 * (64 + 1)),
+        ("lstm-128", TEXT, 80 * 8 + 512 * (8 + 128 + 2) + 80 * (128 + 1)),
     ],
 )
 def test_parameter_counts(model: str, shape: tuple[int, ...], parameters: int) -> None:
@@ -70,7 +70,7 @@ def test_models_for_images_take_every_size(model: str, shape: tuple[int, ...]) -
     [
         ("lstm", TEXT),
         ("lstm", (1,)),
-        ("lstm-64", (1,)),
+        ("lstm-128", (1,)),
         ("har-cnn", HAR),
         ("har-cnn", (1, 1)),
         ("mlp", HAR),
@@ -121,9 +121,9 @@ def test_a_seed_means_the_same_parameters_as_ever(model: str, shape: tuple[int, 
     assert found.hexdigest().startswith(digest)
 
 
-@pytest.mark.parametrize("model", ["cnn", "twocnn", "resnet18", "resnet8-gn", "mlp", "har-cnn", "lstm", "lstm-64"])
+@pytest.mark.parametrize("model", ["cnn", "twocnn", "resnet18", "resnet8-gn", "mlp", "har-cnn", "lstm", "lstm-128"])
 def test_seed_alone_decides_the_parameters_and_nothing_else(model: str) -> None:
-    shape = {"har-cnn": HAR, "lstm": TEXT, "lstm-64": TEXT}.get(model, MNIST)
+    shape = {"har-cnn": HAR, "lstm": TEXT, "lstm-128": TEXT}.get(model, MNIST)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = build(model, shape, 10, 3).state_dict()
@@ -200,9 +200,9 @@ def test_flops_of_an_lstm_by_hand() -> None:
     # The first step's hidden state is no parameter: its gradient is not computed.
     expected = 3 * (steps + 2 * 256 * classes) - 2 * 2 * 1024 * 256
     assert flops_per_example(build("lstm", (length,), classes, 0), (length,)) == expected
-    steps = length * 2 * 256 * (8 + 64)
-    expected = 3 * (steps + 2 * 64 * classes) - 2 * 256 * 64
-    assert flops_per_example(build("lstm-64", (length,), classes, 0), (length,)) == expected
+    steps = length * 2 * 512 * (8 + 128)
+    expected = 3 * (steps + 2 * 128 * classes) - 2 * 512 * 128
+    assert flops_per_example(build("lstm-128", (length,), classes, 0), (length,)) == expected
 
 
 def test_flops_of_signals_and_flat_inputs_by_hand() -> None:

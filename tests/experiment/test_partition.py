@@ -286,3 +286,14 @@ def test_alpha_beyond_the_range_of_floats() -> None:
 def test_labels_must_be_a_vector() -> None:
     with pytest.raises(ConfigError, match="labels must be one-dimensional"):
         split_of(np.zeros((4, 1), np.int64))
+
+
+def test_a_node_keeps_at_most_so_many_examples_of_its_own():
+    data = load("digits")
+    whole = partition_by(Config(alpha=1.0), data, 5)
+    few = partition_by(Config(alpha=1.0, max_examples_per_node=40), data, 5)
+    for all_, some in zip(whole, few, strict=True):
+        assert len(some) == min(40, len(all_))
+        assert set(some) <= set(all_)
+        assert (np.diff(some) > 0).all()
+    assert len(set(few[0]) ^ set(whole[0][:40])) > 0

@@ -24,7 +24,7 @@ def partition_by(config: Config, data: Data, nodes: int) -> tuple[Indices, ...]:
     Parameters
     ----------
     config : Config
-        Names the split and its settings, among them the seed, and `max-examples-per-class`.
+        Names the split and its settings, among them the seed, `max-examples-per-class` and `max-examples-per-node`.
     data : Data
         The data set.
     nodes : int
@@ -43,7 +43,16 @@ def partition_by(config: Config, data: Data, nodes: int) -> tuple[Indices, ...]:
     rows = subset(data.y_train, config.max_examples_per_class, config.seed)
     owners = None if data.owners is None else data.owners[rows]
     parts = partition(data.y_train[rows], owners, config, nodes)
-    return tuple(rows[part] for part in parts)
+    return tuple(
+        rows[_some(part, config.max_examples_per_node, [config.seed, node])] for node, part in enumerate(parts)
+    )
+
+
+def _some(part: Indices, most: int, seed: list[int]) -> Indices:
+    """Return `most` random ones of a node's indices, ascending; all where `most` is 0 or more than there are."""
+    if not 0 < most < len(part):
+        return part
+    return np.sort(np.random.default_rng(seed).permutation(part)[:most])
 
 
 def subset(labels: Indices, most: int, seed: int) -> Indices:

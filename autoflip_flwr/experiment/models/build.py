@@ -32,7 +32,7 @@ _MAKERS: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "mobilenetv2": mobilenetv2,
     "efficientnet-b3": efficientnet_b3,
     "lstm": lstm,
-    "lstm-64": partial(lstm, hidden=64, layers=1),
+    "lstm-128": partial(lstm, hidden=128, layers=1),
     "har-cnn": har_cnn,
     "mlp": mlp,
 }

@@ -106,7 +106,8 @@ def plan(configs: Iterable[Config]) -> list[Planned]:
 def key_of_run(config: Config) -> str:
     """Return the digest of all settings that decide a run's result.
 
-    Those that have no effect do not count. So a run keeps its key when the app gets settings that do not concern it.
+    Those that have no effect do not count, nor do those that are 0, false or empty: that switches something off. So a
+    run keeps its key when the app gets settings that do not concern it.
     """
     return _digest(with_effect(config))
 
@@ -150,4 +151,5 @@ def _told(key: str, value: Value) -> str:
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    on = {key: value for key, value in settings.items() if value}
+    return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16]
