@@ -7,6 +7,7 @@ it had sent as many bytes. The last line is JSON.
     python -m benchmarks.results                        # the table
     python -m benchmarks.results --from runs/rivals     # keep the finished runs of a suite, in results/<suite>.json
     python -m benchmarks.results --readme               # make the table of README.md and docs/accuracy-by-mb.png
+    python -m benchmarks.results --study                # make the tables of docs/study.md
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from rich.table import Table
 from autoflip_flwr.experiment.record.suites import Suite
 from autoflip_flwr.experiment.report.rows import told as told_setting
 from autoflip_flwr.storage.files import write_atomic
-from benchmarks import results_readme
+from benchmarks import results_readme, results_study
 from benchmarks.results_file import FOLDER, read, text_of
 from benchmarks.results_rows import rows_of, told
 
 ROOT = FOLDER.parent
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "accuracy-by-mb.png"
+README, PICTURE, STUDY = ROOT / "README.md", ROOT / "docs" / "accuracy-by-mb.png", ROOT / "docs" / "study.md"
 TITLES = ("method", "density", "schedule", "values", "seeds", "accuracy, %", "MB", "of FedAvg's", "points to FedAvg")
 EQUAL = ("FedAvg at equal MB", "gradual at equal MB")
 
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="suites", type=Path, nargs="+", default=[], metavar="FOLDER", help="of a suite")
     parser.add_argument("--readme", action="store_true", help="make README.md's table and picture")
+    parser.add_argument("--study", action="store_true", help="make the tables of docs/study.md")
     options = parser.parse_args(arguments)
     try:
         for suite in options.suites:
@@ -73,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_atomic(PICTURE, results_readme.picture(rows))
             write_atomic(README, text.encode())
             print(f"wrote {README.name} and {PICTURE.relative_to(ROOT)}")
+        if options.study:
+            write_atomic(STUDY, results_study.study_with(STUDY.read_text("utf-8"), rows).encode())
+            print(f"wrote {STUDY.relative_to(ROOT)}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     facts = told(rows)

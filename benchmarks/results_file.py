@@ -54,6 +54,15 @@ def text_of(suite: Suite) -> str:
     return head[:-1] + ', "runs": [\n' + ",\n".join(done) + "\n]}\n"
 
 
+def read_one(path: Path) -> list[Result]:
+    """Return the runs of one summary. Raises ``ValueError`` for a file that is none."""
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        return [_result(told["command"], each) for each in told["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the summary of a suite ({type(error).__name__}: {error})") from None
+
+
 def read(folder: Path = FOLDER) -> list[Result]:
     """Return the runs of all summaries in a folder. Of runs with the same settings and seed the latest counts.
 
@@ -61,12 +70,7 @@ def read(folder: Path = FOLDER) -> list[Result]:
     """
     found: dict[str, Result] = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            told = json.loads(path.read_text("utf-8"))
-            results = [_result(told["command"], each) for each in told["runs"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the summary of a suite ({type(error).__name__}: {error})") from None
-        for result in results:
+        for result in read_one(path):
             key = json.dumps([result.settings, result.seed], sort_keys=True)
             if key not in found or found[key].started < result.started:
                 found[key] = result

@@ -111,10 +111,11 @@ def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _told(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     fields = row.fields
-    alike = [each for each in rows if _is_plain(each) and _training(each) == _training(row)]
-    fedavg = next((each for each in alike if each.fields["method"] == "fedavg"), None)
-    same = ("gradual", fields["density"])
-    gradual = next((each for each in alike if (each.fields["method"], each.fields["density"]) == same), None)
+    plain = [each for each in rows if _is_plain(each)]
+    dense = {key: value for key, value in _training(row).items() if key != "lr-power"}  # it does nothing without a mask
+    fedavg = next((each for each in plain if each.fields["method"] == "fedavg" and _training(each) == dense), None)
+    same = ("gradual", fields["density"], _training(row))
+    gradual = next((e for e in plain if (e.fields["method"], e.fields["density"], _training(e)) == same), None)
     return {
         **fields,
         "seeds": len(row.results),

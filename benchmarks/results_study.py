@@ -1,0 +1,78 @@
+"""Make the tables of docs/study.md: a suite's rows, with a column for each data set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autoflip_flwr.experiment.report.rows import told as told_setting
+from benchmarks.results_file import FOLDER, read_one
+from benchmarks.results_rows import Row, rows_of, told
+
+_BLOCK = re.compile(r"(<!-- suite: ([\w.-]+) -->\n).*?(\n<!-- end of suite -->)", re.DOTALL)
+_OF_DATA = ("dataset", "model", "num-server-rounds")
+
+
+def study_with(text: str, rows: Sequence[Row]) -> str:
+    """Return the text of docs/study.md with the table of each ``<!-- suite: NAME -->`` made anew.
+
+    ``rows`` are all that there are: a suite's rows are compared with the FedAvg of any suite.
+
+    Raises ``ValueError`` if there is no block, or a suite has no summary.
+    """
+    if not _BLOCK.search(text):
+        raise ValueError("docs/study.md: must have blocks <!-- suite: NAME -->, each with <!-- end of suite -->")
+    return _BLOCK.sub(lambda found: f"{found[1]}{table(found[2], rows)}{found[3]}", text)
+
+
+def table(suite: str, rows: Sequence[Row]) -> str:
+    """Return the table of one suite as Markdown, best mean first.
+
+    A cell has the accuracy in percent with its standard error, and the share of FedAvg's bytes.
+    """
+    own = rows_of(read_one(FOLDER / f"{suite}.json"))
+    facts = told([*own, *rows])[: len(own)]
+    columns = list(dict.fromkeys(_data_of(row) for row in own))
+    names = [_name(row, own) for row in own]
+    cells: dict[str, dict[tuple[Any, ...], str]] = {}
+    means: dict[str, list[float]] = {}
+    for row, name, fact in zip(own, names, facts, strict=True):
+        cells.setdefault(name, {})[_data_of(row)] = _cell(fact)
+        means.setdefault(name, []).append(fact["accuracy_mean"])
+    order = sorted(cells, key=lambda name: -sum(means[name]) / len(means[name]))
+    lines = [
+        f"| | {' | '.join(f'{data}, {model}' for data, model, _ in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {name} | {' | '.join(cells[name].get(column, '') for column in columns)} |" for name in order),
+    ]
+    seeds = sorted({len(row.results) for row in own})
+    commits = sorted({f"{str(each.commit)[:7]}{'*' if each.changed else ''}" for row in own for each in row.results})
+    note = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}; `{own[0].results[0].command}` at "
+    return "\n".join([*lines, "", f"<sub>{note}{', '.join(commits)}</sub>"])
+
+
+def _data_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row.settings[key] for key in _OF_DATA)
+
+
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """Name a row by the settings in which it differs from others of its data; FedAvg by its method."""
+    alike = [each for each in rows if _data_of(each) == _data_of(row)]
+    values: Mapping[str, set[str]] = {
+        key: {repr(each.settings[key]) for each in alike if key in each.settings} for key in row.settings
+    }
+    parts = [
+        told_setting(key, value)
+        for key, value in row.settings.items()
+        if len(values[key]) > 1 and key not in (*_OF_DATA, "method")
+    ]
+    several = len({each.settings["method"] for each in alike}) > 1
+    return ", ".join([*([str(row.settings["method"])] if several else []), *parts])
+
+
+def _cell(fact: Mapping[str, Any]) -> str:
+    error, share = fact["accuracy_se"], fact["share_of_fedavg_mb"]
+    told_error = "" if error is None else f" ± {100 * error:.1f}"
+    told_share = "" if share is None else f" ({100 * share:.0f} %)"
+    return f"{100 * fact['accuracy_mean']:.1f}{told_error}{told_share}"
