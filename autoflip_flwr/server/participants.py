@@ -52,7 +52,6 @@ class Explorers:
 
         ``None`` where that is none or all of them, or where the strategy cannot be copied, which is logged once.
         """
-        self._drawn = None
         if not self._copies:
             return None
         try:
@@ -84,8 +83,9 @@ class Explorers:
         return statistics.result()
 
     def compare(self, round_: int, messages: Iterable[Message]) -> None:
-        """Log a warning if the strategy's messages go to other nodes than those of its copy."""
-        if self._drawn is not None and self._drawn != {message.metadata.dst_node_id for message in messages}:
+        """Log a warning if the strategy's messages go to other nodes than those of its copy in this round."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and drawn != {message.metadata.dst_node_id for message in messages}:
             log(
                 WARNING,
                 "round %d: the strategy has sampled other nodes than its copy did, and the mask comes from the "
