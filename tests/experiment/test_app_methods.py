@@ -186,15 +186,13 @@ def test_explorers_of_the_leak_pass_one_model_on_and_leave_no_exploration_to_oth
     assert json.loads((path / "summary.json").read_text())["method"] == "sequential-leak"
 
 
-@pytest.mark.runs
-def test_masks_by_participants_are_those_of_the_schedule(tmp_path: Path):
-    settings = {"fraction-train": 0.5, "num-server-rounds": 4, "fall": 0.5}
-    ran = Ran("autoflip", tmp_path, schedule="gradual+participants", **settings)
-    assert ran.strategy.method.schedules == (Gradual(fall=0.5), Participants(every=1))
-    assert ran.ledger.failure_counts() == NO_FAILURES
-    size = ran.strategy.mask.layout.prunable_size
-    assert list(ran.kept.values())[3:] == [size - math.floor(SPARSITY * size)] * 2
-    assert ran.strategy.mask.version >= 2
+def test_the_schedule_of_the_settings_is_the_methods(tmp_path: Path):
+    for settings, schedules in (
+        ({"schedule": "participants"}, (Participants(every=1),)),
+        ({"schedule": "gradual+participants", "adjust-every": 3}, (Gradual(), Participants(every=3))),
+    ):
+        strategy: Any = strategy_of(Config.from_run_config(settings), Ledger(), None, tmp_path)
+        assert strategy.method.schedules == schedules
 
 
 # --- the client's side ----------------------------------------------------------------------------------------------
