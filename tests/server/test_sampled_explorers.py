@@ -28,6 +28,7 @@ from autoflip_flwr.storage.checkpoint import CheckpointError
 from autoflip_flwr.storage.sealed import read_sealed
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import EXPLORE, HEADER, MASK_RECORD, TRAIN
+from autoflip_flwr.wrapped.template import messages_of_copy
 
 NODES, ROUNDS = 6, 6
 LAYOUT = Layout.of(model())
@@ -115,6 +116,31 @@ def test_a_rounds_mask_comes_from_the_explorers_that_it_samples(inner, seed):
         assert len({mask.digest for mask in ran.masks.values()}) >= 3
         assert {0, 1} <= set(numbers)
     assert ran.strategy.ledger.failure_counts() == NO_FAILURES
+
+
+class Drawn(FedAvg):
+    """A strategy that draws one of FedAvg's nodes, with NumPy's global generator and with one of its own."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.generator = np.random.default_rng()
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid):
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        return [messages[np.random.randint(3)], messages[3 + self.generator.integers(3)]]
+
+
+@pytest.mark.parametrize("inner", [fedavg, fedavgm, lambda: Drawn(fraction_evaluate=0.0)])
+def test_a_copy_draws_what_the_strategy_then_draws(inner):
+    strategy, grid, config = inner(), LocalGrid(message_app(), NODES), ConfigRecord({"lr": 0.1})
+    before = {name: value for name, value in vars(strategy).items() if name != "generator"}
+    for round_ in range(1, 9):
+        copied = messages_of_copy(strategy, round_, record(model()), config, grid)
+        assert config == ConfigRecord({"lr": 0.1})
+        assert {name: value for name, value in vars(strategy).items() if name in before} == before
+        own = list(strategy.configure_train(round_, record(model()), ConfigRecord(), grid))
+        assert [m.metadata.dst_node_id for m in copied] == [m.metadata.dst_node_id for m in own]
+        before = {name: vars(strategy)[name] for name in before}
 
 
 def test_the_strategy_samples_as_it_does_without(caplog):
