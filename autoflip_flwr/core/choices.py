@@ -33,6 +33,8 @@ ENDING_SCHEDULES = tuple(each for each in SCHEDULES if "regrow" in each or "agre
 """Schedules that exchange entries until a share of the rounds."""
 EXCHANGING_SCHEDULES = tuple(each for each in SCHEDULES if each not in ("static", "gradual"))
 """Schedules that exchange entries at constant density."""
+SAMPLED_SCHEDULES = tuple(each for each in SCHEDULES if "participants" in each)
+"""Schedules in which the nodes that a round samples decide its mask."""
 
 DROPS = ("magnitude", "layer-magnitude", "magnitude-agreement", "movement", "deviation")
 """By what a falling density drops entries."""

@@ -141,8 +141,25 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} has no method first(sparsity, layout, initial, seen)")
 
+    def asks_who(self, round_: int) -> bool:
+        """Return whether the mask of a round >= 1 depends on which nodes the round samples; default: no.
+
+        If so for any round, the server keeps what each explorer reported in round 0.
+        """
+        return False
+
+    def sampled(self, layout: Layout, initial: Arrays, explored: Statistics) -> None:
+        """Learn what the explorers among the nodes of the round to come reported in round 0; default: nothing.
+
+        It is called before :meth:`refine` in the rounds for which :meth:`asks_who` says so. ``layout`` and ``initial``
+        are as in :meth:`first`. ``explored`` is the average over these explorers, or over all explorers where the round
+        samples none of them.
+        """
+
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
         """Return the mask for a round > 1, or ``None`` to keep the current one.
+
+        It is called for round 1 too if :meth:`asks_who` says so.
 
         ``model`` is the model after the previous round (full arrays by name, read-only). ``seen`` is what clients
         reported in the last round that asked them; ``None`` if nobody reported. The mask's layout is as in

@@ -15,6 +15,7 @@ from autoflip_flwr.core.choices import INITIALS, NORMALISATIONS, RANKS, SCOPES
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
+from autoflip_flwr.core.participants import Participants
 from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.core.schedule import Schedule, check_choice, check_counts, default_of
 from autoflip_flwr.core.scores import magnitude, random_scores, scores
@@ -109,11 +110,22 @@ class Scored(Method):
         """Return the mask of the highest scores, as many as the scope's budget says."""
         return select(layout, score, BUDGETS[self.scope](layout, sparsity))
 
+    def asks_who(self, round_: int) -> bool:
+        """Return whether a schedule asks."""
+        return any(each.asks_who(round_) for each in self.schedules)
+
+    def sampled(self, layout: Layout, initial: Arrays, explored: Statistics) -> None:
+        """Tell the schedules the scores from the explorers among the nodes of the round to come."""
+        score = self.score(layout, initial, explored)
+        for each in self.schedules:
+            each.sampled(score, self.scope)
+
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
-        """Let the schedules change the mask, one after another."""
+        """Let the schedules change the mask, one after another; in round 1 those alone that ask whom it samples."""
         new = mask
         for each in self.schedules:
-            new = each.refine(round_, new, model, seen) or new
+            if round_ > 1 or each.asks_who(round_):
+                new = each.refine(round_, new, model, seen) or new
         return None if new is mask else new
 
     def state(self) -> object:
@@ -261,6 +273,11 @@ class LossExploration(_Asks):
             raise TypeError(f"LossExploration: gamma = {self.gamma!r}: must be a number")
         if not 0 <= self.gamma < np.inf:
             raise ValueError(f"LossExploration: gamma = {self.gamma}: must be a number >= 0")
+        if self.rank_by == "random" and any(isinstance(each, Participants) for each in self.schedules):
+            raise ValueError(
+                "LossExploration: rank_by = 'random': Participants() ranks by scores from round 1 on, and chance would "
+                "decide nothing; use rank_by='deviation', or another schedule"
+            )
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the deltas of an exploration before training."""

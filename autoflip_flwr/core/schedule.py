@@ -80,6 +80,17 @@ class Schedule:
         """Return the statistics to request from clients in a round >= 1; default: none."""
         return ()
 
+    def asks_who(self, round_: int) -> bool:
+        """Return whether the mask of a round >= 1 depends on which nodes the round samples; default: no."""
+        return False
+
+    def sampled(self, score: Mapping[str, Floats], scope: str) -> None:
+        """Learn the method's scores from the explorers among the nodes of the round to come; default: nothing.
+
+        ``scope`` is the method's (:class:`~autoflip_flwr.core.methods.Scored`). It is called before :meth:`refine` in
+        the rounds for which :meth:`asks_who` says so.
+        """
+
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
         """Return the mask for a round > 1, or ``None`` to keep the current one.
 

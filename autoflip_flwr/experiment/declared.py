@@ -205,7 +205,8 @@ class Settings:
     adjust_every: int = _of_change(
         0,
         rules.NOT_BELOW_ZERO,
-        "Rounds between two exchanges of entries. 0: as the method's authors, 10, 15 or 50; 5 by agreement",
+        "Rounds between two exchanges of entries. 0: as the method's authors, 10, 15 or 50; 5 by agreement, 1 by "
+        "participants",
     )
     adjust_share: float = _of_regrowth(
         0.0,

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 from autoflip_flwr.core.choices import ASKING, AUTO_SPARSITY, DENSE
 from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Scored, Snip
+from autoflip_flwr.core.participants import Participants
 from autoflip_flwr.core.prunefl import PruneFl
 from autoflip_flwr.core.schedule import Schedule
 from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
@@ -53,6 +54,7 @@ SCHEDULES: Mapping[str, type[Schedule]] = {
     "gradual": Gradual,
     "regrow": Regrow,
     "agreement": Agreement,
+    "participants": Participants,
 }
 """The schedule of each method, and of each part of the setting ``schedule``, if it is not static."""
 

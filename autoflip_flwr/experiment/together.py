@@ -42,6 +42,7 @@ def check_together(config: Settings) -> None:
     if config.sparsity:
         _check_fall(config)
         _check_exchange(config)
+        _check_participants(config)
 
 
 def _check_fall(config: Settings) -> None:
@@ -80,4 +81,20 @@ def _check_exchange(config: Settings) -> None:
         raise ConfigError(
             f"adjust-every = {every}: with num-server-rounds = {rounds} the mask would never change; lower it, or "
             "run more rounds"
+        )
+
+
+def _check_participants(config: Settings) -> None:
+    """Raise `ConfigError` if masks by the explorers of a round could not be made, or a setting would do nothing."""
+    if config.method != "autoflip" or config.schedule not in choices.SAMPLED_SCHEDULES:
+        return
+    if config.exploration:
+        raise ConfigError(
+            f"exploration = {shown(config.exploration)}: holds averages over its explorers, and schedule = "
+            f"{shown(config.schedule)} needs what each of them reported; leave it out, so that they explore in this run"
+        )
+    if config.rank_by == "random":
+        raise ConfigError(
+            f"rank-by = 'random': does nothing with schedule = {shown(config.schedule)}, which ranks by the explorers' "
+            "reports from round 1 on; use rank-by = 'deviation'"
         )

@@ -19,9 +19,10 @@ from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.batch import Judge
 from autoflip_flwr.replies.quarantine import Quarantine
 from autoflip_flwr.server.base_delivery import Told
-from autoflip_flwr.server.exploration import explore
+from autoflip_flwr.server.exploration import Reports, explore
 from autoflip_flwr.server.first_mask import choose_first, model_of, rehearse, warn_of_problems
 from autoflip_flwr.server.grid import OrderedGrid
+from autoflip_flwr.server.participants import Explorers
 from autoflip_flwr.server.progress import Parts, Progress
 from autoflip_flwr.server.rounds import Rounds
 from autoflip_flwr.server.schedule import goes_on, last_values, same_arrays
@@ -50,6 +51,8 @@ class Beginning(Rounds):
     """What the present mask and exploration were made from."""
     _moved_by: Exploration | Statistics | None
     """The exploration whose average is the model that training began with."""
+    _reports: Reports | None
+    """What each explorer of the present exploration reported; ``None`` if that was not kept."""
 
     def _prepare(self, given: dict[str, Any]) -> tuple[Progress, ArrayRecord]:
         """Do all that comes before the rounds. Put the arguments for their loop into ``given``."""
@@ -59,10 +62,11 @@ class Beginning(Rounds):
         packed, self._packed = self._packed, traits.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = not self._packed and traits.shows_integers(self.strategy)
         layout = self._layout(initial)
-        self._let_go(layout)
         self.method.plan(self._most, given["num_rounds"])
         if self.sparsity == AUTO_SPARSITY:
             self.method.seek()
+        who = self._asks_who(given["num_rounds"])
+        self._let_go(layout, reports=who)
         rehearse(self.method, self._most, layout, initial, self.mask, statistics_of(self.exploration))
         self._quarantine = Quarantine(self.rules, self.ledger)
         asked = [bool(check_requests(self.method, round_)) for round_ in range(1, given["num_rounds"] + 1)]
@@ -71,7 +75,7 @@ class Beginning(Rounds):
         progress = self._progress = Progress(self.checkpoints)
         resumed = progress.open(self._decisive(layout, initial, packed=self._packed))
         timeout = math.inf if given["timeout"] is None else given["timeout"]
-        facade = self._connect(given["grid"], timeout)
+        facade = self._connect(given["grid"], timeout, named=who)
         everything = Mask.full(layout)
         own = vars(self)  # past the setters: what is chosen here is not the user's setting
         going_on = previous is not None and goes_on(previous.subspace, initial)
@@ -79,13 +83,15 @@ class Beginning(Rounds):
         began = self._base if going_on and self._base is not None else initial
         if self._explores:
             found = progress.exploration(self.ledger)
-            own["exploration"] = None if found is None else named(found)
+            own["exploration"], self._reports = (None, None) if found is None else (named(found[0]), found[1])
         if self._explores and not resumed:
+            self._reports = {} if who else None
             config = given["train_config"] or ConfigRecord()
             base = began if self.outside == "initial" and self.method.initial == "scratch" else None
             seen = self._explore(facade, everything, initial, config, timeout, base)
             own["exploration"] = named(seen)
-            progress.explored(seen, self.ledger)
+            progress.explored(seen, self._reports, self.ledger)
+        self._initial, self._explorers = initial, self._with_reports(facade, layout) if who else None
         if resumed:
             own["mask"] = progress.mask(layout)
         elif self.mask is None and self._most > 0:
@@ -132,25 +138,64 @@ class Beginning(Rounds):
             given["evaluate_fn"] = progress.evaluation(given["evaluate_fn"], keep)
         return progress, first
 
-    def _let_go(self, layout: Layout) -> None:
-        """Drop a mask and an exploration that were made under other settings than the present ones."""
+    def _asks_who(self, rounds: int) -> bool:
+        """Return whether the nodes that a round samples decide its mask, and so single reports are needed.
+
+        Raises
+        ------
+        ValueError
+            If there can be none.
+        """
+        asks = self._brought["mask"] is None and any(map(self.method.asks_who, range(1, rounds + 1)))
+        if asks and self._brought["exploration"] is not None:
+            raise ValueError(
+                "exploration: holds averages over its explorers, and the method asks what each explorer among a "
+                "round's nodes reported: leave it out, so that they explore in this run"
+            )
+        if asks and not self.method.request(0):
+            raise ValueError(
+                f"{self.method!r}: asks what the explorers among a round's nodes reported, and nobody explores: use "
+                "LossExploration(...), or another schedule"
+            )
+        return asks
+
+    def _with_reports(self, facade: OrderedGrid, layout: Layout) -> Explorers:
+        """Return the explorers; raise ``CheckpointError`` if their reports are lost."""
+        if self._reports is None:
+            from autoflip_flwr.storage.checkpoint import CheckpointError  # needs safetensors
+
+            raise CheckpointError(
+                "what each explorer reported is not in the checkpoints, and the masks need it: begin the run anew, in "
+                "another folder"
+            )
+        return Explorers(self._reports, facade, self.method, layout, self._values.deltas)
+
+    def _let_go(self, layout: Layout, *, reports: bool) -> None:
+        """Drop a mask and an exploration that were made under other settings than the present ones.
+
+        ``reports`` says whether an exploration without single reports is dropped, too.
+        """
         choosing, exploring, exploration = self._made_from
         seen = statistics_of(self.exploration)
         if self._brought["exploration"] is None and seen is not None:
             known = [*seen.mean_square.values(), *(seen.mean.values() if not seen.mean_square else ())]
             lacks = any(each.keys() != set(layout.prunable_names) for each in known)
-            if lacks or exploring != self.method.exploring():
+            if lacks or exploring != self.method.exploring() or (reports and self._reports is None):
                 vars(self)["exploration"] = None
         if self._brought["mask"] is None and (choosing != self._choosing() or exploration is not self.exploration):
             vars(self)["mask"] = None
 
-    def _connect(self, grid: Grid, timeout: float) -> OrderedGrid:
-        """Return the facade of the grid. Wait for the expected nodes if it matters who takes part."""
+    def _connect(self, grid: Grid, timeout: float, *, named: bool) -> OrderedGrid:
+        """Return the facade of the grid. Wait for the expected nodes if it matters who takes part.
+
+        It does if nodes explore, and also if ``named``: then masks depend on which nodes take part.
+        """
         facade = grid if isinstance(grid, OrderedGrid) else OrderedGrid(grid, seed=self.seed)
         facade.ledger = self.ledger
         needed = traits.nodes_needed(self.strategy)
         facade.choose = lambda nodes: self._quarantine.active(nodes, self._round, needed)
-        if not facade.calls.begun and (self._explores or self.seed is not None or self.checkpoints is not None):
+        matters = named or self._explores or self.seed is not None or self.checkpoints is not None
+        if not facade.calls.begun and matters:
             try:
                 facade.roll_call(
                     minimum=traits.nodes_waited_for(self.strategy),
@@ -176,7 +221,7 @@ class Beginning(Rounds):
     ) -> Statistics:
         kept = "" if base is None else base_digest(everything.layout, base)
         template = self._template(facade, everything, initial, config)
-        more = {"checkpoints": self.checkpoints, "base": kept}
+        more = {"checkpoints": self.checkpoints, "base": kept, "reports": self._reports}
         return self._ask(self.method, facade, initial, template, everything, timeout, **more)
 
     def _template(self, facade: OrderedGrid, everything: Mask, initial: Arrays, config: ConfigRecord) -> Template:

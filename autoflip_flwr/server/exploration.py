@@ -13,10 +13,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 
 from autoflip_flwr.core import evidence
+from autoflip_flwr.core.choices import LOG8
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_requests
-from autoflip_flwr.core.request import DELTA
+from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.core.statistics import Accumulator, Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger, why_absent
 from autoflip_flwr.replies.batch import Answer, Judge
@@ -41,6 +42,9 @@ from autoflip_flwr.wrapped.template import Template
 if TYPE_CHECKING:
     from autoflip_flwr.storage.checkpoint import Checkpoints  # needs safetensors, which is optional
 
+Reports = dict[int, tuple[float, ArrayRecord]]
+"""What each explorer reported, by its stable name (:func:`names_of`): its weight in averages, its record as it came."""
+
 
 def explore(
     method: Method,
@@ -57,6 +61,7 @@ def explore(
     judge: Judge,
     checkpoints: Checkpoints | None = None,
     base: str = "",
+    reports: Reports | None = None,
 ) -> Statistics:
     """Ask explorers for what the method needs in round 0.
 
@@ -88,6 +93,8 @@ def explore(
         Where answers are kept as they come. Answers that are already there are not asked for again.
     base : str
         Digest of W0 if explorers should keep it, since its values will stand outside the mask; "" if not.
+    reports : dict[int, tuple[float, ArrayRecord]] | None
+        Gets the report of each explorer that counts; ``None``: single reports are not kept.
 
     Raises
     ------
@@ -95,14 +102,13 @@ def explore(
         If fewer than ``min_explorers`` nodes are connected or answer, or if most of them returned updates instead of
         weights.
     """
-    requests = tuple(each if deltas == "log8" else each._replace(code=deltas) for each in check_requests(method, 0))
-    coding = next((each.code for each in requests if each.name == DELTA), NOTHING)
+    requests, coding = asked_of(method, deltas)
     kept = {} if checkpoints is None else checkpoints.explorers()
     if kept:
         log(INFO, "exploration: %d answers have come before the interruption", len(kept))
     for about, _ in kept.values():
         grid.ledger.charge_exploration(about["cost"])
-    names = _names(grid)
+    names = names_of(grid)
     gone = {name: name for name in kept.keys() - names.values()}
     names |= gone
     nodes = sorted(names, key=names.__getitem__) if gone else list(names)
@@ -178,8 +184,10 @@ def explore(
             good, rejected = judge.explorers(came_back)
             for node, reason in rejected.items():
                 problems.setdefault(reason, []).append(node)
-            for answer in good.values():
+            for node, answer in good.items():
                 weight = answer.update.weight if method.weighting == "examples" else 1.0
+                if reports is not None:
+                    reports[names[node]] = weight, answer.record
                 found = read_answer(answer.record, mask=mask, requests=requests, kind=coding)
                 if DELTA in found:
                     updates.add(found[DELTA])
@@ -210,6 +218,15 @@ def explore(
     return seen
 
 
+def asked_of(method: Method, deltas: str) -> tuple[tuple[Request, ...], str]:
+    """Return a method's requests of round 0, and how the deltas among them are quantised (``"none"``: there are none).
+
+    ``deltas`` is as in :func:`explore`.
+    """
+    requests = tuple(each if deltas == LOG8 else each._replace(code=deltas) for each in check_requests(method, 0))
+    return requests, next((each.code for each in requests if each.name == DELTA), NOTHING)
+
+
 def _content(method: Method, template: RecordDict, packed: ArrayRecord, ours: RecordDict) -> RecordDict:
     content = RecordDict(dict(template))
     content[next(iter(content.array_records), "arrays")] = packed
@@ -220,7 +237,7 @@ def _content(method: Method, template: RecordDict, packed: ArrayRecord, ours: Re
     return RecordDict({**content, **ours})
 
 
-def _names(grid: OrderedGrid) -> dict[int, int]:
+def names_of(grid: OrderedGrid) -> dict[int, int]:
     """Map each node to a stable name: its partition id if unique, else its node id."""
     nodes = grid.get_node_ids()
     told = {node: grid.partitions.get(node, node) for node in nodes}

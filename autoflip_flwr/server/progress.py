@@ -21,6 +21,7 @@ from autoflip_flwr.core.statistics import Statistics
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import Quarantine
+from autoflip_flwr.server.exploration import Reports
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.storage.codec import decode, encode
@@ -87,17 +88,21 @@ class Progress:
                 setattr(self, name, self._read(name))
         return found is not None
 
-    def exploration(self, ledger: Ledger) -> Statistics | None:
-        """Return the finished exploration of the interrupted run. Charge its cost if no stored round includes it."""
+    def exploration(self, ledger: Ledger) -> tuple[Statistics, Reports | None] | None:
+        """Return the finished exploration of the interrupted run, and its reports if :meth:`explored` was given any.
+
+        Charge its cost if no stored round includes it.
+        """
         found = None if self.checkpoints is None else self.checkpoints.read_exploration()
         if found is None:
             return None
+        state = found.checkpoint["state"]
         if self._saved is None:
-            ledger.absorb(decode(found.checkpoint["state"]["ledger"], found.arrays))
-        return found.seen
+            ledger.absorb(decode(state["ledger"], found.arrays))
+        return found.seen, decode(state.get("reports"), found.arrays)
 
-    def explored(self, seen: Statistics, ledger: Ledger) -> None:
-        """Store a finished exploration and its cost."""
+    def explored(self, seen: Statistics, reports: Reports | None, ledger: Ledger) -> None:
+        """Store a finished exploration, the single reports if they are needed, and its cost."""
         if self.checkpoints is not None:
             from autoflip_flwr.storage.exploration_file import StoredExploration  # needs safetensors
 
@@ -109,7 +114,10 @@ class Progress:
                     self._start,
                     cost=cost,
                     seconds=cost["seconds"],
-                    checkpoint={"ledger": encode(vars(ledger), arrays, "ledger")},
+                    checkpoint={
+                        "ledger": encode(vars(ledger), arrays, "ledger"),
+                        "reports": encode(reports, arrays, "reports"),
+                    },
                     arrays=arrays,
                 )
             )

@@ -11,11 +11,12 @@ from flwr.serverapp import Grid
 
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.statistics import statistics_of
+from autoflip_flwr.core.statistics import Statistics, statistics_of
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.losses import losses_of
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
 from autoflip_flwr.server.first_mask import warn_of_problems
+from autoflip_flwr.server.participants import Explorers
 from autoflip_flwr.server.progress import Progress
 from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask, refined
 from autoflip_flwr.server.settings import Configured
@@ -36,6 +37,10 @@ class Rounds(Configured):
     _quarantine: Quarantine
     _packed: bool
     _translator: Translator | None
+    _initial: Arrays
+    """W0, full arrays by name."""
+    _explorers: Explorers | None
+    """The explorers with their reports, if the nodes that a round samples decide its mask."""
     _shadow: Arrays
     """The values from which pruned entries grow, as full arrays."""
     _base: Arrays | None
@@ -61,10 +66,12 @@ class Rounds(Configured):
         translator = self._started
         self._round = server_round = server_round + self._progress.before
         self._partitions = getattr(grid, "partitions", {})
-        full = self._in_force(server_round, to_arrays(arrays), translator)
+        full = self._in_force(server_round, to_arrays(arrays), config, grid)
         record = translator.to_strategy(translator.mask.gather(full))
         messages = self.strategy.configure_train(server_round, record, config, grid)
         outgoing = translator.outgoing(messages, TRAIN, server_round)
+        if self._explorers is not None:
+            self._explorers.compare(server_round, outgoing)
         self._asked, self._noted = len(outgoing), len(self.ledger.incidents)
         return outgoing
 
@@ -177,18 +184,31 @@ class Rounds(Configured):
             )
         return self._translator
 
-    def _in_force(self, server_round: int, full: Arrays, translator: Translator) -> Arrays:
+    def _in_force(self, server_round: int, full: Arrays, config: ConfigRecord, grid: Grid) -> Arrays:
         """Return the model under this round's mask: apply one set by the user, the method's, then the schedule's."""
+        translator = self._started
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
-        if server_round > 1 and translator.mask.layout.prunable and self._brought["mask"] is None:
-            explored = statistics_of(self.exploration)
-            new = refined(self.method, server_round, translator.mask, full, translator.seen, explored)
-            full = full if new is None else self._change(new, full, translator)
+        if translator.mask.layout.prunable and self._brought["mask"] is None:
+            full = self._refine(server_round, full, config, grid)
         if self.mask_schedule is not None:
             new = ask_schedule(self.mask_schedule, server_round, translator.mask, full)
             full = full if new is None else self._change(new, full, translator)
         return full
+
+    def _refine(self, server_round: int, full: Arrays, config: ConfigRecord, grid: Grid) -> Arrays:
+        """Return the model under the mask that the method names for this round."""
+        translator, explored = self._started, statistics_of(self.exploration)
+        sampled: Statistics | None = None
+        if self._explorers is not None and self.method.asks_who(server_round):
+            record = translator.to_strategy(translator.mask.gather(full))
+            sampled = self._explorers.sampled(self.strategy, server_round, record, config, grid) or explored
+        if server_round == 1 and sampled is None:
+            return full
+        new = refined(
+            self.method, server_round, translator.mask, full, translator.seen, explored, self._initial, sampled
+        )
+        return full if new is None else self._change(new, full, translator)
 
     def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
         """Put a new mask into force, and return the model under it."""

@@ -65,11 +65,19 @@ def ask_schedule(schedule: Schedule, round_: int, mask: Mask, model: Arrays) -> 
 
 
 def refined(
-    method: Method, round_: int, mask: Mask, model: Arrays, seen: Statistics | None, explored: Statistics | None
+    method: Method,
+    round_: int,
+    mask: Mask,
+    model: Arrays,
+    seen: Statistics | None,
+    explored: Statistics | None,
+    initial: Arrays,
+    sampled: Statistics | None,
 ) -> Mask | None:
     """Return the mask that a method names for a round, as :func:`ask_schedule` does for a schedule.
 
-    ``explored`` is what clients reported before training. As in the choice of the first mask, tied weights are one
+    ``explored`` is what clients reported before training, from W0 (``initial``). ``sampled`` is what those explorers
+    reported that the round samples, if the method asks for it. As in the choice of the first mask, tied weights are one
     weight, and spared arrays keep all entries.
     """
     if type(method).refine is Method.refine:
@@ -78,6 +86,8 @@ def refined(
     tied, spared = tied_weights(layout, model), method.spared(layout, explored)
     alone = not tied and not spared
     inner = layout if alone else narrowed(layout, tied, spared)
+    if sampled is not None:
+        method.sampled(inner, initial, sampled)
     new = method.refine(round_, mask if alone else Mask.from_bool(inner, mask.keep), _views(model), seen)
     if new is None:
         return None

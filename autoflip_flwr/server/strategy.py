@@ -166,6 +166,7 @@ class Pruned(Beginning):
         self._packed = traits.resolve(self.coordinates, self.strategy) == "packed"
         self._integers = False
         self._translator, self._shadow, self._base, self._changed = None, {}, None, None
+        self._initial, self._reports, self._explorers = {}, None, None
         self._fresh, self._asked, self._noted = True, 0, 0
         self._running = self._in_rounds = False
         self._ready = True

@@ -19,6 +19,8 @@ from autoflip_flwr import Ledger, Pruned
 from autoflip_flwr.core.choices import EXCHANGING, METHODS
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.participants import Participants
+from autoflip_flwr.core.schedules import Gradual
 from autoflip_flwr.experiment import client, server, training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
@@ -184,6 +186,15 @@ def test_explorers_of_the_leak_pass_one_model_on_and_leave_no_exploration_to_oth
     assert json.loads((path / "summary.json").read_text())["method"] == "sequential-leak"
 
 
+def test_the_schedule_of_the_settings_is_the_methods(tmp_path: Path):
+    for settings, schedules in (
+        ({"schedule": "participants"}, (Participants(every=1),)),
+        ({"schedule": "gradual+participants", "adjust-every": 3}, (Gradual(), Participants(every=3))),
+    ):
+        strategy: Any = strategy_of(Config.from_run_config(settings), Ledger(), None, tmp_path)
+        assert strategy.method.schedules == schedules
+
+
 # --- the client's side ----------------------------------------------------------------------------------------------
 
 
@@ -233,6 +244,14 @@ def test_guidance_scales_gradients_and_stays_with_the_node():
         ({"method": "rigl", "num-server-rounds": 10}, "adjust-every = 10: with num-server-rounds = 10 the mask would"),
         ({"method": "feddst"}, "adjust-every = 15: with num-server-rounds = 20 the mask would never change"),
         ({"method": "fedavg", "resume": "x"}, "needs checkpoints > 0, and a method that is not 'fedavg' or 'fedprox'"),
+        (
+            {"schedule": "participants", "exploration": "x"},
+            "exploration = 'x': holds averages over its explorers, and schedule = 'participants' needs what each",
+        ),
+        (
+            {"schedule": "gradual+participants", "rank-by": "random"},
+            r"rank-by = 'random': does nothing with schedule = 'gradual\+participants'",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], text: str):

@@ -69,6 +69,9 @@ def test_runs_share_an_exploration_where_nothing_changes_it():
         assert exploration_key(other) not in ("", plain)
     for alone in (Config(method="random"), Config(method="fedavg"), Config(outside="initial"), Config(sparsity=0.0)):
         assert exploration_key(alone) == ""
+    assert exploration_key(Config(schedule="gradual")) == plain
+    for schedule in ("participants", "gradual+participants"):  # a shared exploration holds averages alone
+        assert exploration_key(Config(schedule=schedule)) == ""
 
 
 def test_names_folders_and_commands_tell_runs_apart(tmp_path):

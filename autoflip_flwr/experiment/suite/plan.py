@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoflip_flwr.core import choices
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.idle import with_effect
 from autoflip_flwr.experiment.report.command import repeating
@@ -116,8 +117,11 @@ def exploration_key(config: Config) -> str:
     """Return a digest that is equal for runs that may share one exploration; "" for a run that may not.
 
     An exploration is shared only if sharing changes neither the model nor the bytes: with ``outside="initial"``
-    explorers keep W0, which other clients must be sent.
+    explorers keep W0, which other clients must be sent. A schedule by participants needs what each explorer reported,
+    which a shared exploration does not hold.
     """
+    if config.schedule in choices.SAMPLED_SCHEDULES:
+        return ""
     if config.method != "autoflip" or not config.sparsity or config.outside != "zero":
         return ""
     return _digest({key: value for key, value in with_effect(config).items() if key not in _AFTER_EXPLORING})
