@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from autoflip_flwr.core.layout import Arrays, Layout
-from autoflip_flwr.core.methods import Scored
 from autoflip_flwr.core.request import DELTA, Request
 from autoflip_flwr.core.schedule import Schedule, check_counts
 from autoflip_flwr.core.schedules import Reconfigure
+from autoflip_flwr.core.scored import Scored
 from autoflip_flwr.core.statistics import Floats, Statistics, start_arrays
 
 
@@ -27,9 +27,9 @@ class PruneFl(Scored):
         Sent to the first client: train for at most ``epochs`` epochs, and stop after ``patience`` epochs without a
         better mean training loss; both >= 1.
     schedule
-        See :class:`~autoflip_flwr.core.methods.Scored`; default: :class:`~autoflip_flwr.core.schedules.Reconfigure`.
+        See :class:`~autoflip_flwr.core.scored.Scored`; default: :class:`~autoflip_flwr.core.schedules.Reconfigure`.
     scope : str
-        Budget of the first mask, see :class:`~autoflip_flwr.core.methods.Scored`.
+        Budget of the first mask, see :class:`~autoflip_flwr.core.scored.Scored`.
     timeout, public
         See :class:`~autoflip_flwr.core.method.Method`.
     """

@@ -87,7 +87,7 @@ class Schedule:
     def sampled(self, score: Mapping[str, Floats], scope: str) -> None:
         """Learn the method's scores from the explorers among the nodes of the round to come; default: nothing.
 
-        ``scope`` is the method's (:class:`~autoflip_flwr.core.methods.Scored`). It is called before :meth:`refine` in
+        ``scope`` is the method's (:class:`~autoflip_flwr.core.scored.Scored`). It is called before :meth:`refine` in
         the rounds for which :meth:`asks_who` says so.
         """
 

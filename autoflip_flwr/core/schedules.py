@@ -48,7 +48,7 @@ class Gradual(Schedule):
         Which entries are dropped first, see :func:`~autoflip_flwr.core.moves.ranking`.
     scope : str
         Among which entries: ``"global"``, ``"layer"`` or ``"erk"`` as for the first mask
-        (:class:`~autoflip_flwr.core.methods.Scored`); ``"explored"``: each array falls to the density that the first
+        (:class:`~autoflip_flwr.core.scored.Scored`); ``"explored"``: each array falls to the density that the first
         mask's scores give it at the target.
 
     Notes

@@ -11,11 +11,12 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 
 from autoflip_flwr.core.choices import ASKING, AUTO_SPARSITY, DENSE
 from autoflip_flwr.core.method import Method
-from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Scored, Snip
+from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Snip
 from autoflip_flwr.core.participants import Participants
 from autoflip_flwr.core.prunefl import PruneFl
 from autoflip_flwr.core.schedule import Schedule
 from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
+from autoflip_flwr.core.scored import Scored
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment.config import Config

@@ -15,8 +15,8 @@ from autoflip_flwr.core.budget import BUDGETS
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_requests
-from autoflip_flwr.core.methods import Scored
 from autoflip_flwr.core.request import DELTA
+from autoflip_flwr.core.scored import Scored
 from autoflip_flwr.core.selection import narrowed, protected_outputs, tied_weights, widened
 from autoflip_flwr.core.statistics import Floats, Statistics
 from autoflip_flwr.core.subspace import Subspace

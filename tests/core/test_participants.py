@@ -7,9 +7,10 @@ import pytest
 
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.core.methods import LossExploration, Scored
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.core.participants import Participants
 from autoflip_flwr.core.schedules import Gradual
+from autoflip_flwr.core.scored import Scored
 from autoflip_flwr.core.statistics import Accumulator, Statistics
 
 W0 = {"a": np.array([[1.0, -5.0], [2.0, 0.5]], np.float32), "b": np.array([[-3.0, 4.0, 0.1]], np.float32)}
