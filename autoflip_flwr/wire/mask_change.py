@@ -72,7 +72,7 @@ def decode_change(base: Mask, encoding: str, data: bytes) -> bytes:
     if encoding == "dropped-gaps":
         dropped = decode_flags(data, count)
     else:
-        bits = inflate(data, (count + 7) // 8, "the bits of what is dropped", exact=True)
+        bits = inflate(data, (count + 7) // 8, "the mask's dropped entries", exact=True)
         check_unused(bits, count)
         dropped = unpack_bits(bits, count)
     keep[keep] = ~dropped
