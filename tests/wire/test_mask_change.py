@@ -104,7 +104,7 @@ def test_layers_that_lose_different_shares_cost_less_than_all_alike():
 # Hostile senders
 
 
-BASE = random_mask(layout_of((3, 5, 2), (4, 1), (7,)), 0.5, 0)
+BASE = random_mask(layout_of((3, 5, 2), (4, 1), (7,)), 0.5, 1)
 
 
 @quick
