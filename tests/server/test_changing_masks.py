@@ -219,8 +219,8 @@ def test_a_mask_that_only_shrinks_keeps_no_last_values_and_tells_what_is_dropped
 
 def test_a_mask_that_only_shrinks_costs_the_entropy_of_what_each_node_loses():
     draw = np.random.default_rng(0)
-    arrays = {name: draw.normal(size=(300, 500)).astype(np.float32) for name in ("in.weight", "mid.weight")}
-    arrays |= {"out.weight": draw.normal(size=(3, 300)).astype(np.float32)}
+    arrays = {name: draw.normal(size=(200, 500)).astype(np.float32) for name in ("in.weight", "mid.weight")}
+    arrays |= {"out.weight": draw.normal(size=(3, 200)).astype(np.float32)}
     ran = Watched(gradual(1.0), FedAvg(fraction_train=0.5, fraction_evaluate=0.0), arrays=arrays, rounds=12)
     bytes_, entropy, records, away = 0, 0.0, 0, 0
     had: dict[int, int] = {}

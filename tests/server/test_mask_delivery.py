@@ -16,7 +16,7 @@ DRAW = np.random.default_rng(0).random((100, 100))
 
 
 def shrunk(steps: int) -> Mask:
-    return Mask.from_bool(LAYOUT, {"w": (DRAW >= steps / 200) & (DRAW < 0.5)})
+    return Mask.from_bool(LAYOUT, {"w": (steps / 200 <= DRAW) & (DRAW < 0.5)})
 
 
 def sent(delivery: MaskDelivery, node: int) -> ConfigRecord | None:
