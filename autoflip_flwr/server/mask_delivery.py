@@ -12,8 +12,8 @@ from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.keys import MASK_RECORD
 from autoflip_flwr.wire.records import array_bytes
 
-KEPT_MASKS = 4
-"""Number of earlier masks that are kept, so that nodes that have one of them get only the difference."""
+KEPT_MASKS = 32
+"""Number of earlier masks that are kept at most, so that nodes that have one of them get only the change."""
 
 
 class MaskDelivery:
@@ -29,7 +29,7 @@ class MaskDelivery:
         self._mask = mask
         self._confirmed: dict[int, str] = {}  # node -> digest
         self._older: dict[str, Mask] = {}  # by digest
-        self._encoded: dict[str, ConfigRecord] = {}  # by the digest of the mask that it is the difference from
+        self._encoded: dict[str, ConfigRecord] = {}  # by the digest of the mask from which it tells the change
 
     @property
     def mask(self) -> Mask:
@@ -39,8 +39,9 @@ class MaskDelivery:
     @mask.setter
     def mask(self, mask: Mask) -> None:
         bare = dataclasses.replace(self._mask)  # without its cached indices
-        kept = [*self._older.items(), (bare.digest, bare)][-KEPT_MASKS:]
-        self._older = {digest: older for digest, older in kept if digest != mask.digest}
+        held = set(self._confirmed.values()) - {mask.digest}
+        older = [each for each in (self._older | {bare.digest: bare}).items() if each[0] in held]
+        self._older = dict(older[-KEPT_MASKS:])
         self._mask, self._encoded = mask, {}
 
     def confirm(self, nodes: Iterable[int]) -> None:
@@ -67,12 +68,12 @@ class MaskDelivery:
         return self._record() if had is None or mask_record.base_of(had) else None
 
     def _record(self, had: str = "") -> ConfigRecord:
-        """Return the mask's record for a node that has the mask of digest ``had``: the difference if it is smaller."""
+        """Return the mask's record for a node that has the mask of digest ``had``: the change if it is smaller."""
         # compressing a large mask takes a while, and a new mask goes to every node
         if "" not in self._encoded:
             self._encoded[""] = mask_record.encode_mask(self._mask)
         whole = self._encoded[""]
         if had in self._older and had not in self._encoded:
-            difference = mask_record.encode_mask(self._mask, self._older[had])
-            self._encoded[had] = min(difference, whole, key=ConfigRecord.count_bytes)
+            change = mask_record.encode_mask(self._mask, self._older[had])
+            self._encoded[had] = min(change, whole, key=ConfigRecord.count_bytes)
         return self._encoded.get(had, whole)

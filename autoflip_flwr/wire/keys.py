@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FORMAT = 3
+FORMAT = 4
 """Version of the wire format; both sides must use the same."""
 
 HEADER = "autoflip"

@@ -10,7 +10,7 @@ The encodings of a mask, before zlib:
   has more than one index. Both are most significant bit first, padded with 0 to whole bytes. An entry is kept if the
   bits of its two indices are 1. This fits a model whose units and channels are kept or pruned as a whole.
 
-A ``difference`` of two masks holds the entries in which they differ, as gaps.
+What has changed since another mask is encoded by :mod:`~autoflip_flwr.wire.mask_change`.
 
 The data is one zlib stream, compressed in any way that the encoder chooses. The decoders accept untrusted bytes. They
 trust only the layout's size (:mod:`~autoflip_flwr.wire.mask_record` bounds it by the size of the message), allocate few
@@ -29,6 +29,9 @@ from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask, check_unused, unpack_bits
 
 ENCODINGS = ("full", "bitmap", "gaps", "units")
+
+GAPS_AT_MOST = 1 / 8
+"""Share of True flags up to which gaps are smaller than a bitmap; zlib is too slow to try both."""
 
 _SKIP = 255
 _BATCH = 2**18
@@ -56,27 +59,14 @@ def encode(mask: Mask) -> tuple[str, bytes]:
     """
     if mask.is_full:
         return "full", b""
-    if mask.density <= 1 / 8:  # gaps are smaller below this density; zlib is too slow to try both
-        found = {"gaps": _compress(_to_gaps(unpack_bits(mask.bits, mask.layout.prunable_size)))}
+    if mask.density <= GAPS_AT_MOST:
+        found = {"gaps": compress(_to_gaps(unpack_bits(mask.bits, mask.layout.prunable_size)))}
     else:
-        found = {"bitmap": _compress(mask.bits)}
+        found = {"bitmap": compress(mask.bits)}
     if (units := _to_units(mask)) is not None:
-        found["units"] = _compress(units)
+        found["units"] = compress(units)
     encoding = min(found, key=lambda name: len(found[name]))
     return encoding, found[encoding]
-
-
-def encode_difference(mask: Mask, base: Mask) -> bytes:
-    """Encode a mask by the entries in which it differs from ``base``; small if these are few.
-
-    Raises
-    ------
-    ValueError
-        If the masks have different layouts.
-    """
-    if mask.layout.specs != base.layout.specs:
-        raise ValueError("the difference of two masks takes two masks of the same layout")
-    return encode_flags(unpack_bits(_xor(mask.bits, base.bits), mask.layout.prunable_size))
 
 
 def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
@@ -106,7 +96,7 @@ def decode(layout: Layout, encoding: str, data: bytes) -> bytes:
 
 def encode_flags(flags: Flags) -> bytes:
     """Encode flags ``(n,)`` by the places that are True; small if these are few."""
-    return _compress(_to_gaps(flags))
+    return compress(_to_gaps(flags))
 
 
 def decode_flags(data: bytes, count: int) -> Flags:
@@ -120,15 +110,15 @@ def decode_flags(data: bytes, count: int) -> Flags:
     return _from_gaps(data, count)
 
 
-def decode_difference(base: Mask, data: bytes) -> bytes:
-    """Return the bits of the mask that ``encode_difference`` encoded against ``base``.
-
-    Raises
-    ------
-    ValueError
-        If the data does not hold a difference of masks of ``base``'s layout.
-    """
-    return _xor(np.packbits(_from_gaps(data, base.layout.prunable_size)).tobytes(), base.bits)
+def compress(data: bytes) -> bytes:
+    """Compress with three zlib strategies, and return the smallest stream."""
+    # In random bits, zlib's search for repeats finds short ones that cost more than they save; Huffman codes alone come
+    # close to the entropy. Run lengths help if units are pruned, the search helps if the mask has another structure.
+    streams = []
+    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+        stream = zlib.compressobj(6, strategy=strategy)
+        streams.append(stream.compress(data) + stream.flush())
+    return min(streams, key=len)
 
 
 def inflate(data: bytes, limit: int, what: str, *, exact: bool) -> bytes:
@@ -152,17 +142,6 @@ def inflate(data: bytes, limit: int, what: str, *, exact: bool) -> bytes:
     return result
 
 
-def _compress(data: bytes) -> bytes:
-    """Compress with three zlib strategies, and return the smallest stream."""
-    # In random bits, zlib's search for repeats finds short ones that cost more than they save; Huffman codes alone come
-    # close to the entropy. Run lengths help if units are pruned, the search helps if the mask has another structure.
-    streams = []
-    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
-        stream = zlib.compressobj(6, strategy=strategy)
-        streams.append(stream.compress(data) + stream.flush())
-    return min(streams, key=len)
-
-
 def _to_gaps(keep: Flags) -> bytes:
     """Encode flags ``(n,)`` as gaps."""
     gaps = np.diff(np.flatnonzero(keep), prepend=-1) - 1
@@ -182,7 +161,7 @@ def _from_gaps(data: bytes, count: int) -> Flags:
         ends = start + np.cumsum(gaps + (gaps != _SKIP).astype(np.int64))
         start = int(ends[-1])
         if start > count:
-            raise ValueError(f"the mask's gaps lead beyond the {count} prunable entries")
+            raise ValueError(f"the mask's gaps lead beyond the {count} entries")
         keep[ends[gaps != _SKIP] - 1] = True
     return keep
 
@@ -229,7 +208,3 @@ def _unit_shape(spec: ArraySpec) -> tuple[int, int, int]:
 def _told(shape: tuple[int, int, int]) -> tuple[int, ...]:
     """Return the lengths of the axes for which keep-flags are sent."""
     return shape[:2] if shape[1] > 1 else shape[:1]
-
-
-def _xor(one: bytes, other: bytes) -> bytes:
-    return (np.frombuffer(one, np.uint8) ^ np.frombuffer(other, np.uint8)).tobytes()

@@ -1,4 +1,4 @@
-"""Record of a mask: the model's layout and the mask's bits, or the difference from a mask that the node has."""
+"""Record of a mask: the model's layout and the mask's bits, or the change from a mask that the node has."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from flwr.app import ConfigRecord
 
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.wire import mask_bits
+from autoflip_flwr.wire import mask_bits, mask_change
 from autoflip_flwr.wire.keys import MASK_RECORD
 from autoflip_flwr.wire.records import WireError
-
-DIFFERENCE = "difference"
 
 MAX_LAYOUT_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**33
@@ -31,10 +29,10 @@ _DTYPES = ("float16", "float32", "float64", *(f"{u}int{n}" for u in ("", "u") fo
 
 
 def encode_mask(mask: Mask, base: Mask | None = None) -> ConfigRecord:
-    """Make the record of a mask: its layout and bits, or its difference from ``base``, of the same layout."""
+    """Make the record of a mask: its layout and bits, or its change from ``base``, of the same layout."""
     if base is not None:
-        difference = mask_bits.encode_difference(mask, base)
-        return ConfigRecord({"encoding": DIFFERENCE, "base": base.digest, "bits": difference, "version": mask.version})
+        encoding, data = mask_change.encode_change(mask, base)
+        return ConfigRecord({"encoding": encoding, "base": base.digest, "bits": data, "version": mask.version})
     encoding, data = mask_bits.encode(mask)
     record = ConfigRecord({"layout": _encode_layout(mask.layout), "encoding": encoding, "version": mask.version})
     if data:  # Flower's message_size_mod fails on empty values
@@ -43,7 +41,7 @@ def encode_mask(mask: Mask, base: Mask | None = None) -> ConfigRecord:
 
 
 def base_of(record: object) -> str:
-    """Return the digest of the mask that a difference record refers to; "" if the record is not a difference."""
+    """Return the digest of the mask from which the record tells the change; "" if it holds a whole mask."""
     return str(record.get("base", "")) if isinstance(record, ConfigRecord) else ""
 
 
@@ -69,17 +67,18 @@ def decode_mask(record: object, base: Mask | None = None, *, carried: int | None
         raise WireError(f"record {MASK_RECORD!r} must be a ConfigRecord")
     layout, encoding, version = (record.get(key) for key in ("layout", "encoding", "version"))
     data = record.get("bits", b"")
-    if encoding == DIFFERENCE:
+    changed = encoding in mask_change.CHANGES
+    if changed:
         if base is None or base.digest != base_of(record):
-            raise WireError("the mask is the difference from one that is not here")
+            raise WireError("the mask is the change from one that is not here")
         layout = b""  # the base has the layout
     if not (
         isinstance(layout, bytes) and isinstance(data, bytes) and isinstance(encoding, str) and type(version) is int
     ):
         raise WireError("the mask record must hold layout and bits (bytes), encoding (str) and version (int)")
     try:
-        if base is not None and encoding == DIFFERENCE:
-            return Mask(base.layout, mask_bits.decode_difference(base, data), version)
+        if base is not None and changed:
+            return Mask(base.layout, mask_change.decode_change(base, encoding, data), version)
         if carried is not None:
             check_entries(_decode_layout(layout).prunable_size, carried, full=encoding == "full")
         return _decode_mask(layout, encoding, data, version)

@@ -29,7 +29,7 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import Request
 from autoflip_flwr.replies.check import MAX_DELTA, MAX_WEIGHT, judge_answer, read_answer
 from autoflip_flwr.testing import LocalGrid
-from autoflip_flwr.wire import mask_bits, mask_record
+from autoflip_flwr.wire import mask_bits, mask_change, mask_record
 from autoflip_flwr.wire.deltas import decode_deltas
 from autoflip_flwr.wire.keys import BASE_RECORD, EXPLORE, FORMAT, HEADER, MASK_RECORD, MOD_REFUSED
 from autoflip_flwr.wire.messages import pack_values, read_header, unpack_values
@@ -311,6 +311,9 @@ def test_any_bytes_are_values_or_an_error(little_memory: None, data: bytes, kind
 def test_any_bytes_are_moves_or_a_mask_or_an_error(little_memory: None, data: bytes, packed: bool, head: bytes):
     data = head + (zlib.compress(data) if packed else data)
     only_value_errors(lambda: decode_deltas([spec for spec in forge.LAYOUT.specs if spec.floating], data))
-    only_value_errors(lambda: Mask(forge.LAYOUT, mask_bits.decode_difference(forge.MASK, data)))
+    for encoding in (*mask_change.CHANGES, "pickle"):
+        only_value_errors(
+            lambda encoding=encoding: Mask(forge.LAYOUT, mask_change.decode_change(forge.MASK, encoding, data))
+        )
     for encoding in (*mask_bits.ENCODINGS, "pickle"):
         only_value_errors(lambda encoding=encoding: Mask(forge.LAYOUT, mask_bits.decode(forge.LAYOUT, encoding, data)))

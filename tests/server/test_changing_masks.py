@@ -204,17 +204,40 @@ def test_a_run_with_more_rounds_keeps_the_plan_that_it_began_with(tmp_path: Path
     assert set(kept[3:]) == {whole.strategy.mask.kept}
 
 
-def test_a_mask_that_only_shrinks_keeps_no_last_values_and_tells_differences(tmp_path: Path):
+def test_a_mask_that_only_shrinks_keeps_no_last_values_and_tells_what_is_dropped(tmp_path: Path):
     ran = Watched(gradual(0.8), checkpoints=Checkpoints(tmp_path / "gradual"))
     assert not [file.name for file in (tmp_path / "gradual").iterdir() if "shadow" in file.name]
     Watched(rigl(FromLast), checkpoints=Checkpoints(tmp_path / "last"))
     assert [file.name for file in (tmp_path / "last").iterdir() if "shadow" in file.name]
     masks = [m.content[MASK_RECORD] for m in ran.grid.sent if MASK_RECORD in m.content]
-    assert {str(each["encoding"]) for each in masks[NODES:]} == {"difference"}
+    assert {str(each["encoding"]) for each in masks[NODES:]} <= {"dropped-gaps", "dropped-bitmap"}
     assert (
         sum(record_bytes(m.content, MASK_RECORD) for m in ran.grid.sent if MASK_RECORD in m.content)
         == (ran.strategy.ledger.bytes_by_phase()["mask_down"])
     )
+
+
+def test_a_mask_that_only_shrinks_costs_the_entropy_of_what_each_node_loses():
+    draw = np.random.default_rng(0)
+    arrays = {name: draw.normal(size=(200, 500)).astype(np.float32) for name in ("in.weight", "mid.weight")}
+    arrays |= {"out.weight": draw.normal(size=(3, 200)).astype(np.float32)}
+    ran = Watched(gradual(1.0), FedAvg(fraction_train=0.5, fraction_evaluate=0.0), arrays=arrays, rounds=12)
+    bytes_, entropy, records, away = 0, 0.0, 0, 0
+    had: dict[int, int] = {}
+    for message in ran.grid.sent:
+        if MASK_RECORD not in message.content:
+            continue
+        node, round_ = message.metadata.dst_node_id, int(message.content[HEADER]["round"])
+        if node in had:
+            base, mask = ran.masks[had[node]], ran.masks[round_]
+            kept = mask.kept / base.kept
+            entropy -= base.kept * (kept * np.log2(kept) + (1 - kept) * np.log2(1 - kept)) / 8
+            bytes_ += record_bytes(message.content, MASK_RECORD)
+            records, away = records + 1, max(away, round_ - had[node])
+        had[node] = round_
+    assert records > 15
+    assert away > 1
+    assert entropy < bytes_ <= 1.03 * entropy + 200 * records
 
 
 def test_tied_weights_stay_one_weight():

@@ -25,12 +25,14 @@ from autoflip_flwr.core.request import Request
 from autoflip_flwr.wire import mask_record
 from autoflip_flwr.wire.base_record import base_digest, check_base, decode_base, encode_base
 from autoflip_flwr.wire.keys import FORMAT, HEADER
+from autoflip_flwr.wire.mask_change import CHANGES
 from autoflip_flwr.wire.messages import make_header, pack_deltas, pack_values, read_header, unpack_deltas, unpack_values
 from autoflip_flwr.wire.records import fingerprint, make_array
 from autoflip_flwr.wire.request import pack_statistics, read_ask, unpack_statistics
 
 FILE = Path(__file__).parents[1] / "golden" / f"wire-{FORMAT}.json"
-MASKS = ("full", "bitmap", "gaps", "units", "difference")
+WHOLE = ("full", "bitmap", "gaps", "units")
+MASKS = (*WHOLE, *CHANGES)  # the changes are from "bitmap"
 HEX = "hex:"
 ASK = ["gradient pruned float32", "saliency all log8", "mine kept float32"]
 
@@ -62,8 +64,9 @@ def encode(plain: dict[str, Any]) -> dict[str, Any]:
         name: np.array(array, layout[name].dtype).reshape(layout[name].shape) for name, array in plain["base"].items()
     }
     told = {request.name: moves for request in asked()}
-    records = {name: mask_record.encode_mask(mask) for name, mask in masks.items() if name != "difference"}
-    records["difference"] = mask_record.encode_mask(masks["difference"], masks["bitmap"])
+    records = {
+        name: mask_record.encode_mask(mask, None if name in WHOLE else masks["bitmap"]) for name, mask in masks.items()
+    }
     own = ("format", "phase", "round")
     headers = [
         make_header(head["phase"], head["round"], **{key: head[key] for key in head if key not in own})
@@ -196,6 +199,26 @@ def test_the_page_is_enough_for_a_mask_and_its_digest(golden):
     assert hashlib.sha256(data).hexdigest() == golden["digests"]["gaps"]
 
 
+def test_the_page_is_enough_for_what_is_dropped(golden):
+    kept = [i for i, flag in enumerate(golden["keep"]["bitmap"]) if flag == "1"]
+    for name in ("dropped-gaps", "dropped-bitmap"):
+        record, dropped = golden["masks"][name], set()
+        data = zlib.decompress(record["bits"])
+        if name == "dropped-bitmap":
+            dropped = {i for i in range(len(kept)) if data[i // 8] >> 7 - i % 8 & 1}
+        else:
+            position = 0
+            for byte in data:
+                position += byte
+                if byte < 255:
+                    dropped.add(position)
+                    position += 1
+        left = {at for i, at in enumerate(kept) if i not in dropped}
+        assert "".join("01"[i in left] for i in range(len(golden["keep"][name]))) == golden["keep"][name]
+        assert record.keys() == {"encoding", "base", "bits", "version"}
+        assert record["base"] == golden["digests"]["bitmap"]
+
+
 def test_statistics_are_the_golden_ones(golden, encoded, masks):
     mask = masks["bitmap"]
     for data in (golden["statistics"], encoded["statistics"]):
@@ -297,6 +320,8 @@ def plain() -> dict[str, Any]:
         "gaps": np.isin(entry, [0, 5, 261, 262, 377]),  # 255 pruned entries between the second and the third
         "units": np.concatenate([array.reshape(-1) for array in units]),
         "difference": bitmap ^ np.isin(entry, [3, 100, 300]),
+        "dropped-gaps": bitmap & ~np.isin(entry, [1, 302, 377]),  # 257 kept entries between the first two
+        "dropped-bitmap": bitmap & (entry % 3 > 0),
     }
     conv, fc, half = (int(bitmap[start:stop].sum()) for start, stop in ((0, 48), (48, 368), (368, 378)))
     block = [(37 * i % 255 - 127) / 64 for i in range(256)]

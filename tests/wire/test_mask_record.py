@@ -13,7 +13,8 @@ from test_messages import LAYOUT, MASK, Arrays, messages, mutations, quick, sent
 
 from autoflip_flwr.core.layout import ArraySpec, Layout
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.wire import mask_bits, mask_record
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.mask_change import encode_change
 from autoflip_flwr.wire.messages import pack_values, unpack_values
 from autoflip_flwr.wire.records import WireError
 
@@ -316,7 +317,7 @@ def test_any_difference_arrives(message: tuple[Mask, Arrays], seed: int, density
 
 def test_a_difference_without_its_base_gives_a_wire_error():
     for base in (None, NEXT, MASK, Mask.full(LARGE)):
-        with pytest.raises(WireError, match="the difference from one that is not here"):
+        with pytest.raises(WireError, match="the change from one that is not here"):
             mask_record.decode_mask(difference(), base)
 
 
@@ -337,7 +338,7 @@ def test_a_layout_in_a_difference_is_not_read():
 
 
 SIZE = LARGE.prunable_size
-GAPS = mask_bits.encode_difference(NEXT, BASE)
+_, GAPS = encode_change(NEXT, BASE)
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ def test_moves_that_are_not_what_is_expected_give_a_wire_error(record: ArrayReco
 def test_a_header_arrives_as_it_was_sent():
     content = sent(RecordDict({HEADER: make_header(TRAIN, 4, MASK, status="ok")}))
     assert dict(read_header(content) or {}) == {
-        "format": 3,
+        "format": 4,
         "phase": "train",
         "round": 4,
         "digest": MASK.digest,
@@ -495,16 +495,16 @@ def test_a_header_says_how_values_are_coded_where_they_are():
 
 
 def test_a_message_without_a_header_is_not_one_of_ours():
-    assert read_header(RecordDict({"config": ConfigRecord({"format": 3})})) is None
+    assert read_header(RecordDict({"config": ConfigRecord({"format": 4})})) is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "wire format 2, this side speaks 3: install the same"),
-        ({"format": 4}, "wire format 4, this side speaks 3"),
-        ({"format": "3"}, "wire format '3'"),
-        ({"format": [3]}, "wire format"),
+        ({"format": 3}, "wire format 3, this side speaks 4: install the same"),
+        ({"format": 5}, "wire format 5, this side speaks 4"),
+        ({"format": "4"}, "wire format '4'"),
+        ({"format": [4]}, "wire format"),
         ({"phase": "fit"}, "phase 'fit'"),
         ({"phase": ["train"]}, "phase"),
         ({"round": "1"}, "round"),
@@ -536,4 +536,4 @@ def test_a_header_that_lacks_a_key_gives_a_wire_error(key: str):
 
 def test_a_header_of_another_kind_gives_a_wire_error():
     with pytest.raises(WireError, match="must be a ConfigRecord"):
-        read_header(RecordDict({HEADER: MetricRecord({"format": 3})}))
+        read_header(RecordDict({HEADER: MetricRecord({"format": 4})}))
