@@ -47,14 +47,7 @@ def check_together(config: Settings) -> None:
 
 def _check_fall(config: Settings) -> None:
     """Raise `ConfigError` if the density could not fall to the target."""
-    if not config.falls:
-        return
-    if config.initial_density < 1 - config.sparsity:
-        raise ConfigError(
-            f"initial-density = {config.initial_density}: must not be below {1 - config.sparsity:g}, the density of "
-            f"sparsity = {config.sparsity}"
-        )
-    if config.num_server_rounds <= config.fall_every > 1:
+    if config.falls and config.num_server_rounds <= config.fall_every > 1:
         raise ConfigError(
             f"fall-every = {config.fall_every}: with num-server-rounds = {config.num_server_rounds} the density would "
             "never fall; lower it, or run more rounds"
