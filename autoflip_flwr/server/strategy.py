@@ -66,6 +66,7 @@ class Pruned(Beginning):
     lr_power : float (default: 0.0)
         Clients multiply their learning rate by ``density ** -lr_power``, in [0, 1]; 0 leaves it alone. A sparse model
         changes less in a step than a dense one (Dey et al. 2024, SuPar; the power is our measurement, docs/study.md).
+        With ``outside="initial"`` nothing is sparse, and the learning rate stays.
         :func:`~autoflip_flwr.torch.masked_training` does so; other clients read
         :func:`~autoflip_flwr.client.context.current_rate`.
     mask : Mask or None

@@ -118,6 +118,8 @@ class Translator:
 
     @property
     def _rate(self) -> float:
+        if self._base.arrays is not None:  # nothing is zero, so the model is as dense as ever
+            return 1.0
         return float(min(max(self.mask.density, 1e-9) ** -self._lr_power, MAX_RATE))
 
     def to_strategy(self, packed: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
