@@ -139,7 +139,7 @@ def choose(
 
 def explored(layout: Layout, answers: Iterable[tuple[float, Arrays]], *, per_client: bool = False) -> Exploration:
     """What these explorers found: each one's weight and deltas."""
-    method = LossExploration(normalisation="per-client" if per_client else "none")
+    method = LossExploration.static(normalisation="per-client" if per_client else "none")
     statistics = Accumulator(layout, method.squares)
     for weight, deltas in answers:
         statistics.add(weight, method.look(layout, {"delta": deltas}))

@@ -116,7 +116,7 @@ def test_integers_stay_away_from_what_fails_on_them(kind):
     else:
         strategy = Own(client_learning_rate=0.1, train_loss_key="train-loss", fraction_evaluate=0.0)
     result = start(
-        AutoFlip(strategy, sparsity=0.5, method=LossExploration(public=True)), LocalGrid(message_app(), NODES)
+        AutoFlip(strategy, sparsity=0.5, method=LossExploration.static(public=True)), LocalGrid(message_app(), NODES)
     )
     assert arrays_of(result.arrays)["steps"] == 2 * NODES
     if kind == "DP":
@@ -247,7 +247,7 @@ def test_flowers_clipping_works_behind_ours_with_either_api(strategy, mod):
     floats = {name: array for name, array in model().items() if name in FLOATS}
     results = []
     for app in (message_app(mods=[autoflip_mod, mod]), numpy_app(mods=[autoflip_mod, mod], floats=True)):
-        wrapped = AutoFlip(strategy(), sparsity=0.5, method=LossExploration(public=True))
+        wrapped = AutoFlip(strategy(), sparsity=0.5, method=LossExploration.static(public=True))
         random.seed(7)
         results.append(wrapped.start(LocalGrid(app, NODES), record(floats), num_rounds=2))
         assert wrapped.ledger.failure_counts() == NO_FAILURES
@@ -287,7 +287,7 @@ def test_mods_of_the_train_function_alone_stand_behind_ours():
     app.train(mods=[fixedclipping_mod])(lambda message, context: inner(message, context))
     app.evaluate()(lambda message, context: inner(message, context))
     private = DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.0, 0.5, NODES)
-    strategy = AutoFlip(private, sparsity=0.5, method=LossExploration(public=True))
+    strategy = AutoFlip(private, sparsity=0.5, method=LossExploration.static(public=True))
     result = start(strategy, LocalGrid(app, NODES), rounds=1)
     assert result.evaluate_metrics_clientapp[1]["loss"] == pytest.approx(0.5)
 
@@ -339,7 +339,7 @@ FIRST = r"autoflip_mod must be the first in ClientApp\(mods=\[\.\.\.\]\)"
 def test_a_privacy_mod_in_front_of_ours_ends_the_exploration_with_the_right_order(mod, strategy):
     grid = LocalGrid(message_app(mods=[mod, autoflip_mod]), NODES)
     with pytest.raises(RuntimeError, match=FIRST):
-        start(AutoFlip(strategy(), sparsity=0.5, method=LossExploration(public=True)), grid)
+        start(AutoFlip(strategy(), sparsity=0.5, method=LossExploration.static(public=True)), grid)
 
 
 @pytest.mark.parametrize("mod", [fixedclipping_mod, LocalDpMod(0.5, 0.1, 10.0, 1e-5)], ids=["fixed", "local"])

@@ -104,7 +104,7 @@ sys.meta_path.insert(0, Refuse())
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.methods import LossExploration
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideAdaptiveClipping, FedAvg
-AutoFlip(DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 100), method=LossExploration(public=True))
+AutoFlip(DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 100), method=LossExploration.static(public=True))
 try:
     import autoflip_flwr.testing
 except ModuleNotFoundError as error:

@@ -10,7 +10,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.mask import Mask
-from autoflip_flwr.wire.messages import flatten, kept_and_size, pack_values
+from autoflip_flwr.wire import mask_record
+from autoflip_flwr.wire.keys import MASK_RECORD
+from autoflip_flwr.wire.messages import flatten, kept_and_size, pack_values, split_vectors
 from autoflip_flwr.wire.records import WireError, make_array
 from autoflip_flwr.wire.values import Coded, coded_size, encode, is_coded
 
@@ -24,7 +26,7 @@ def pack_reply(
 
     If values are quantised, the reply holds the update (returned values minus sent values), since the rounding error is
     relative to what is quantised. The rounding error of int8 is kept in ``context.state``, itself in int8, and added to
-    the node's next update under the same mask. A node that loses its state loses only this remainder.
+    the node's next update. A node that loses its state loses only this remainder.
 
     Parameters
     ----------
@@ -65,6 +67,34 @@ def pack_reply(
     if kind == "int8":
         context.state[RESIDUAL] = lost
     return ArrayRecord({dtype: make_array([vector]) for dtype, vector in vectors.items()})
+
+
+def follow_mask(context: Context, new: Mask) -> None:
+    """Carry the rounding error of the last reply over to a new mask, before the node's state gets it.
+
+    What the new mask no longer keeps is lost, and what it keeps anew has no error yet. Without this, a mask that
+    changes in every round would switch error feedback off.
+    """
+    before, known = context.state.get(RESIDUAL), context.state.get(MASK_RECORD)
+    if before is None or known is None:
+        return
+    old = mask_record.decode_mask(known)
+    if old.digest == new.digest or before.get("digest") != old.digest or old.layout.specs != new.layout.specs:
+        return
+    moved = ConfigRecord({"digest": new.digest})
+    for dtype, specs in old.layout.by_dtype.items():
+        remainder = _remainder(before, old, dtype, *kept_and_size(old, specs))
+        if isinstance(remainder, float):
+            continue
+        parts = split_vectors(old, {dtype: remainder})
+        for spec in specs:
+            if spec.prunable:
+                full = np.zeros(spec.size, np.float32)
+                full[old.indices[spec.name]] = parts[spec.name]
+                parts[spec.name] = full[new.indices[spec.name]]
+        flat = np.concatenate([parts[spec.name].reshape(-1) for spec in specs])
+        moved[dtype] = encode("int8", flat, kept_and_size(new, specs)[0]).tobytes()
+    context.state[RESIDUAL] = moved
 
 
 def _remainder(before: Any, mask: Mask, dtype: str, kept: int, size: int) -> NDArray[np.float32] | float:

@@ -13,7 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from autoflip_flwr.client import held, numpy_client
 from autoflip_flwr.client.context import LAYOUT
-from autoflip_flwr.client.error_feedback import pack_reply
+from autoflip_flwr.client.error_feedback import follow_mask, pack_reply
 from autoflip_flwr.client.report import add_reported, note_asked
 from autoflip_flwr.core.choices import DELTAS, LOG8, VALUES
 from autoflip_flwr.core.layout import Arrays
@@ -153,6 +153,7 @@ def _mask_of_message(message: Message, context: Context, head: ConfigRecord) -> 
     if exploring:
         context.state[LAYOUT] = mask_record.encode_layout(mask.layout)
     else:
+        follow_mask(context, mask)
         context.state[MASK_RECORD] = mask_record.encode_mask(mask) if base else record
         context.state.pop(LAYOUT, None)
     return mask

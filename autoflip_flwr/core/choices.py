@@ -25,8 +25,8 @@ SCHEDULES = (
     "gradual+agreement",
     "gradual+participants",
 )
-FALLING = tuple(each for each in SCHEDULES if "gradual" in each)
-"""Schedules in which the density falls."""
+FALLING = ("", *(each for each in SCHEDULES if "gradual" in each))
+"""Schedules in which the density falls; empty: the default."""
 REGROWING_SCHEDULES = tuple(each for each in SCHEDULES if "regrow" in each)
 """Schedules that exchange entries by the clients' gradients."""
 ENDING_SCHEDULES = tuple(each for each in SCHEDULES if "regrow" in each or "agreement" in each)

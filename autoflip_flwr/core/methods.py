@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
 from autoflip_flwr.core.participants import Participants
 from autoflip_flwr.core.request import DELTA, Request
-from autoflip_flwr.core.schedule import check_choice, check_counts
+from autoflip_flwr.core.schedule import Schedule, check_choice, check_counts
+from autoflip_flwr.core.schedules import Gradual
 from autoflip_flwr.core.scored import Scored
 from autoflip_flwr.core.scores import magnitude, random_scores, scores
 from autoflip_flwr.core.selection import select
@@ -112,7 +113,9 @@ class LossExploration(_Asks):
     """Keep entries with large deltas that explorers agree on: AutoFLIP (arXiv 2405.10271), FedLEx (arXiv 2506.18640).
 
     Before round 1, explorers train from the same W0. The score of a parameter combines the size of its deltas and the
-    explorers' agreement on them (:func:`~autoflip_flwr.core.scores.scores`).
+    explorers' agreement on them (:func:`~autoflip_flwr.core.scores.scores`). That is :meth:`static`. The defaults are
+    those that our study found best for pruning (docs/study.md): training begins with the explorers' average, and the
+    density falls from 0.5 to its target while training goes on, by the magnitude of the weights.
 
     Parameters
     ----------
@@ -124,8 +127,8 @@ class LossExploration(_Asks):
     scope, schedule
         See :class:`Scored`.
     rank_by : str
-        By what the entries of the first mask are ranked. ``"deviation"``: guidance times agreement, as above.
-        ``"magnitude"``: the magnitude of the explorers' average model. ``"random"``: at random, with as many entries
+        By what the entries of the first mask are ranked. ``"magnitude"``: the magnitude of the explorers' average
+        model. ``"deviation"``: guidance times agreement, as above. ``"random"``: at random, with as many entries
         of each array as ``"deviation"`` would keep; that tells what coordinates are worth beyond densities (FLASH,
         Babakniya et al. 2023).
     seed : int
@@ -140,13 +143,14 @@ class LossExploration(_Asks):
         Whether arrays that no explorer changed are pruned first. Default: they are kept whole.
     """
 
-    epochs: int = 5
+    schedule: Schedule | tuple[Schedule, ...] = field(default_factory=lambda: Gradual(initial_density=0.5))
+    epochs: int = 1
     patience: int = 2
-    rank_by: str = "deviation"
+    rank_by: str = "magnitude"
     seed: int = 0
     normalisation: str = "none"
     gamma: float = 1.0
-    initial: str = "scratch"
+    initial: str = "explorers"
     prune_unmoved: bool = False
 
     def __post_init__(self) -> None:
@@ -164,6 +168,15 @@ class LossExploration(_Asks):
                 "LossExploration: rank_by = 'random': Participants() ranks by scores from round 1 on, and chance would "
                 "decide nothing; use rank_by='deviation', or another schedule"
             )
+
+    @classmethod
+    def static(cls, **settings: Any) -> LossExploration:
+        """Return the paper's method: one mask, chosen before training by the explorers' deltas, and training from W0.
+
+        ``settings`` are parameters, and win over these.
+        """
+        paper = {"schedule": (), "rank_by": "deviation", "initial": "scratch"}
+        return cls(**{**paper, **settings})
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the deltas of an exploration before training."""

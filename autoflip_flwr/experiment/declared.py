@@ -123,7 +123,9 @@ class Settings:
         "Longer gradients of a step are scaled to this length, over kept parameters. 0: none",
     )
     lr_power: float = _of_pruning_clients(
-        0.0, rules.UNIT, "The learning rate is divided by the density to this power. Explorers' is not"
+        0.5,
+        rules.UNIT,
+        "The learning rate is divided by the density to this power, while what is pruned is zero. Explorers' is not",
     )
     proximal_mu: float = _of_clients(
         0.0,
@@ -173,7 +175,10 @@ class Settings:
     )
     prune_biases: bool = _of_pruning(False, rules.FLAG, "Whether biases are prunable, too")
     initial: str = _of_exploration(
-        "scratch", rules.one_of(choices.INITIALS), "Round 1 starts from the initial weights, or the explorers' average"
+        "",
+        rules.one_of(("", *choices.INITIALS)),
+        "Round 1 starts from the initial weights, or the explorers' average. Empty: explorers, or scratch with outside "
+        "= initial",
     )
     outside: str = _of_pruning(
         "zero",
@@ -181,15 +186,20 @@ class Settings:
         "What stands outside the mask: zero, or the values with which training began, for fine-tuning",
     )
     rank_by: str = _of_exploration(
-        "deviation",
-        rules.one_of(choices.RANKS),
+        "",
+        rules.one_of(("", *choices.RANKS)),
         "What ranks entries for the first mask: the explorers' deltas, the magnitude of their average, or chance, with "
-        "as many entries of each layer as their deltas say",
+        "as many entries of each layer as their deltas say. Empty: magnitude, or deviation with outside = initial",
     )
     schedule: str = _of_schedule(
-        "static", rules.one_of(choices.SCHEDULES), "How the mask changes during training (docs/methods.md#schedules)"
+        "",
+        rules.one_of(("", *choices.SCHEDULES)),
+        "How the mask changes during training (docs/methods.md#schedules). Empty: gradual, or static with outside = "
+        "initial",
     )
-    initial_density: float = _of_fall(1.0, rules.UP_TO_ONE, "Density of round 1")
+    initial_density: float = _of_fall(
+        0.0, rules.UNIT, "Density of round 1, not below the target's. 0: 0.5, or 1 with method = gradual"
+    )
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")
     fall_power: float = _of_fall(3.0, rules.POWER, "Exponent of the fall: the higher, the more is pruned early")
@@ -227,7 +237,7 @@ class Settings:
     )
     explorers: float = _of_explorers(1.0, rules.UP_TO_ONE, "Share of the nodes that explore")
     exploration_batches: int = _of_batches(1, rules.COUNT, "Batches in which they explore")
-    exploration_epochs: int = _of_training_explorers(5, rules.COUNT, "Most epochs that an explorer trains")
+    exploration_epochs: int = _of_training_explorers(1, rules.COUNT, "Most epochs that an explorer trains")
     exploration_patience: int = _of_training_explorers(
         2, rules.COUNT, "Epochs without a better loss after which an explorer stops"
     )
@@ -270,9 +280,25 @@ class Settings:
     )
 
     @property
+    def chosen(self) -> dict[str, Value]:
+        """The settings of `autoflip` whose defaults depend on others, as they are in force."""
+        tuning = self.outside == "initial"  # nothing is sparse then, and no client has the explorers' average
+        return {
+            "rank_by": self.rank_by or ("deviation" if tuning else "magnitude"),
+            "schedule": self.schedule or ("static" if tuning else "gradual"),
+            "initial": self.initial or ("scratch" if tuning else "explorers"),
+            "initial_density": self.initial_density or (1.0 if self.method == "gradual" else 0.5),
+        }
+
+    @property
+    def schedules(self) -> list[str]:
+        """The parts of the schedule in force; of other methods than `autoflip`, the method's name."""
+        return str(self.chosen["schedule"]).split("+") if self.method == "autoflip" else [self.method]
+
+    @property
     def falls(self) -> bool:
         """Whether the density falls while the run trains."""
-        return self.method == "gradual" or (self.method == "autoflip" and self.schedule in choices.FALLING)
+        return "gradual" in self.schedules
 
     @property
     def wrapped(self) -> bool:

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from autoflip_flwr.core.methods import LossExploration
+from autoflip_flwr.core.schedule import Schedule
 from autoflip_flwr.core.scores import scores
 from autoflip_flwr.core.statistics import Exploration, Floats
 from autoflip_flwr.experiment.guidance import KEY, specs_of
@@ -34,6 +35,8 @@ class Guidance(LossExploration):
     """
 
     normalisation: str = "per-client"
+    initial: str = "scratch"
+    schedule: Schedule | tuple[Schedule, ...] = ()
 
     dense = True
 

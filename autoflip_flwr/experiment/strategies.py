@@ -44,7 +44,7 @@ METHODS: Mapping[str, tuple[type[Scored], Mapping[str, Value]]] = {
     "rigl": (Random, {"scope": "erk"}),
     "gradual": (Magnitude, {}),
     "fedlex": (Guidance, {}),
-    "sequential-leak": (LossExploration, {"initial": "explorers"}),
+    "sequential-leak": (LossExploration, {"initial": "explorers", "rank_by": "deviation"}),
 }
 """The class of each method, and those of its fields that no setting decides."""
 
@@ -122,18 +122,18 @@ def _inner(config: Config) -> FedAvg:
 def _method(config: Config) -> Method:
     """Return the method, with its fields taken from the settings of the same names that apply to it."""
     kind, fixed = METHODS[config.method]
-    parts = config.schedule.split("+") if config.method == "autoflip" else [config.method]
     schedule = tuple(
         _made(SCHEDULES[part], config, *(("fall", "drop") if part == "gradual" else ("adjust",)))
-        for part in parts
+        for part in config.schedules
         if part in SCHEDULES
     )
-    return _made(kind, config, "exploration", **fixed, **({"schedule": schedule} if schedule else {}))
+    return _made(kind, config, "exploration", schedule=schedule, **fixed)
 
 
 def _made(kind: type[Made], config: Config, *prefixes: str, **fixed: Any) -> Made:
     """Make an object of the settings that apply and have its fields' names, perhaps after one of these prefixes."""
     own = {each.name: getattr(config, each.name) for each in fields(config) if config.applies(each)}
+    own |= {name: value for name, value in config.chosen.items() if name in own}
     own = {name: value for name, value in own.items() if value or not name.startswith("adjust_")}  # 0: as the authors
     found: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]

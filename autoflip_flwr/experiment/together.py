@@ -56,10 +56,8 @@ def _check_fall(config: Settings) -> None:
 
 def _check_exchange(config: Settings) -> None:
     """Raise `ConfigError` if entries would never be exchanged."""
-    kind = config.method
-    if kind == "autoflip":
-        kind = next((part for part in config.schedule.split("+") if part in choices.EVERY), "")
-    if kind not in choices.EVERY:
+    kind = next((part for part in config.schedules if part in choices.EVERY), "")
+    if not kind:
         return
     rounds, every = config.num_server_rounds, config.adjust_every or choices.EVERY[kind]
     if kind not in choices.UNTIL:

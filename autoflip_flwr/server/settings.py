@@ -18,10 +18,11 @@ from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method
 from autoflip_flwr.core.methods import LossExploration
+from autoflip_flwr.core.schedule import default_of
 from autoflip_flwr.core.statistics import Exploration, Statistics
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import ReplyRules
-from autoflip_flwr.server.schedule import arguments_of
+from autoflip_flwr.server.schedule import Schedule, arguments_of
 from autoflip_flwr.wrapped import traits
 from autoflip_flwr.wrapped.loop import Twin
 from autoflip_flwr.wrapped.privacy import budget_of
@@ -142,6 +143,7 @@ class Configured(Strategy):
     exploration: Exploration | Statistics | None
     outside: str
     lr_power: float
+    mask_schedule: Schedule | None
     _brought: dict[str, Any]
     """The mask and the exploration that the user has given, by these names."""
     _defaults: ClassVar[dict[str, object]]
@@ -195,7 +197,10 @@ class Configured(Strategy):
         found = {}
         for name, value in {**self._arguments(), **self._brought}.items():  # a mask that was chosen is not a setting
             default = self._defaults[name]
-            default = _MADE[name]() if default is None and name in _MADE else default
+            if name == "method" and default is None:
+                default = default_method(self.outside, self.mask_schedule)
+            elif default is None and name in _MADE:
+                default = _MADE[name]()
             plain = isinstance(value, bool | int | float | str | list | tuple)
             same = value == default if plain or dataclasses.is_dataclass(value) else value is default
             if name not in ("strategy", "ledger") and not same:
@@ -254,6 +259,17 @@ class Configured(Strategy):
         )
 
 
+def default_method(outside: str, mask_schedule: object) -> LossExploration:
+    """Return AutoFLIP's method: dynamic, unless the user's own schedule changes the mask.
+
+    What keeps its initial value is not sparse: there the paper's static mask, by deltas, says which entries move most,
+    and the explorers' average would have to be sent to every node.
+    """
+    if outside == "initial":
+        return LossExploration.static()
+    return LossExploration() if mask_schedule is None else LossExploration(schedule=())
+
+
 def told(value: object) -> str:
     """Return a setting as it is written in code, or the class of an object without such a form."""
     if isinstance(value, Configured):
@@ -262,7 +278,7 @@ def told(value: object) -> str:
         inside = [told(each) for each in vars(value).values() if isinstance(each, Strategy)]
         return f"{type(value).__name__}({', '.join(inside)})"
     if dataclasses.is_dataclass(value) and not isinstance(value, Mask | Exploration | Ledger):
-        shown = [f for f in dataclasses.fields(value) if f.init and getattr(value, f.name) != f.default]
+        shown = [f for f in dataclasses.fields(value) if f.init and getattr(value, f.name) != default_of(f)]
         return f"{type(value).__name__}({', '.join(f'{f.name}={told(getattr(value, f.name))}' for f in shown)})"
     plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
     return repr(value) if plain else getattr(value, "__qualname__", f"{type(value).__qualname__}(...)")

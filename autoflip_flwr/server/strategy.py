@@ -21,7 +21,7 @@ from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.server.beginning import Beginning
 from autoflip_flwr.server.progress import Progress
-from autoflip_flwr.server.settings import Nodes, Values
+from autoflip_flwr.server.settings import Nodes, Values, default_method
 from autoflip_flwr.wrapped import loop, privacy, traits
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Pruned(Beginning):
         pretrained model, which zeros would ruin, and where only bytes matter: no computation or memory is saved.
         Clients are sent these values once, unless they explored from them or have the same file
         (:func:`~autoflip_flwr.client.mod.autoflip_mod_with`).
-    lr_power : float (default: 0.0)
+    lr_power : float (default: 0.5)
         Clients multiply their learning rate by ``density ** -lr_power``, in [0, 1]; 0 leaves it alone. A sparse model
         changes less in a step than a dense one (Dey et al. 2024, SuPar; the power is our measurement, docs/study.md).
         With ``outside="initial"`` nothing is sparse, and the learning rate stays.
@@ -142,7 +142,7 @@ class Pruned(Beginning):
         biases: bool = False,
         output: Output | None = AUTO,
         outside: str = "zero",
-        lr_power: float = 0.0,
+        lr_power: float = 0.5,
         mask: Mask | None = None,
         exploration: Exploration | Statistics | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
@@ -262,16 +262,17 @@ class AutoFlip(Pruned):
     """Prune the model before training, informed by the clients, then train in the subspace that is kept.
 
     Implements AutoFLIP (arXiv 2405.10271). Before the first round, explorers train from the same initial parameters
-    and report how far each parameter moved; the server makes one global mask of it. Without a ``mask_schedule`` the
-    mask is static.
+    and report how far each parameter moved; the server makes one global mask of it. By default this mask keeps half of
+    the weights, and the density falls to its target while training goes on.
 
     Parameters
     ----------
     strategy, sparsity, ..., coordinates
         See :class:`Pruned`.
     method : LossExploration or None
-        Who explores, how, and what becomes of it; default: ``LossExploration()``
-        (:class:`~autoflip_flwr.core.methods.LossExploration`).
+        Who explores, how, and what becomes of it (:class:`~autoflip_flwr.core.methods.LossExploration`). Default:
+        ``LossExploration()``, with ``schedule=()`` beside a ``mask_schedule``; with ``outside="initial"``
+        ``LossExploration.static()``.
 
     Raises
     ------
@@ -299,7 +300,7 @@ class AutoFlip(Pruned):
         biases: bool = False,
         output: Output | None = AUTO,
         outside: str = "zero",
-        lr_power: float = 0.0,
+        lr_power: float = 0.5,
         mask: Mask | None = None,
         exploration: Exploration | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
@@ -311,6 +312,7 @@ class AutoFlip(Pruned):
         nodes: int | Nodes | None = None,
         coordinates: str = "auto",
     ) -> None:
+        method = default_method(outside, mask_schedule) if method is None else method
         super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
 
     def _check(self, settings: Mapping[str, Any]) -> None:

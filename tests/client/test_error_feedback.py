@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import (
 )
 
 from autoflip_flwr import AutoFlip, Layout, Mask, autoflip_mod, current_mask
-from autoflip_flwr.client.error_feedback import RESIDUAL
+from autoflip_flwr.client.error_feedback import RESIDUAL, follow_mask
 from autoflip_flwr.core.choices import CODED, PACKINGS, VALUES
 from autoflip_flwr.core.layout import Arrays
 from autoflip_flwr.server.settings import Values
@@ -856,3 +856,28 @@ def test_a_mask_that_has_little_in_common_with_the_last_one_travels_whole():
     (content,) = found.sent(100, 2)
     assert mask_record.base_of(content[MASK_RECORD]) == ""
     assert respects(found.arrays, other)
+
+
+def test_what_rounding_has_lost_follows_a_mask_that_changes():
+    arrays = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.arange(2, dtype=np.float32)}
+    layout = Layout.of(arrays, output=None)
+    old = Mask.from_bool(layout, {"w": np.arange(12).reshape(3, 4) % 2 == 0})
+    new = Mask.from_bool(layout, {"w": np.arange(12).reshape(3, 4) % 3 == 0}, version=1)
+    kept, size = kept_and_size(old, layout.by_dtype["float32"])
+    assert (kept, size) == (6, 8)
+    lost = np.array([10, 20, 30, 40, 50, 60, 70, 80], np.float32)  # of w[0, 2, 4, 6, 8, 10] and b
+    context = Context(1, 1, {}, RecordDict(), {})
+    context.state[MASK_RECORD] = mask_record.encode_mask(old)
+    context.state[RESIDUAL] = ConfigRecord({"digest": old.digest, "float32": encode("int8", lost, kept).tobytes()})
+    follow_mask(context, old)
+    assert context.state[RESIDUAL]["digest"] == old.digest
+    follow_mask(context, new)
+    found = context.state[RESIDUAL]
+    assert found["digest"] == new.digest
+    data = np.frombuffer(found["float32"], np.uint8)
+    # of w[0, 3, 6, 9], of which 0 and 6 were kept, and b
+    expected = np.array([10, 0, 40, 0, 70, 80], np.float32)
+    assert Coded(data, "int8", 4, 6).read(0, 6) == pytest.approx(expected, abs=0.5)
+    other = Mask.from_bool(Layout.of({"w": arrays["w"]}, output=None), {"w": new.keep["w"]})
+    follow_mask(context, other)  # another model: nothing follows
+    assert context.state[RESIDUAL]["digest"] == new.digest

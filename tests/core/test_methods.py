@@ -51,15 +51,15 @@ def test_snip_says_so_if_nothing_depends_on_anything():
 
 
 def test_methods_are_values():
-    assert LossExploration(epochs=1) == LossExploration(epochs=1) != LossExploration(epochs=2)
-    assert repr(LossExploration(epochs=1, scope="layer")) == "LossExploration(scope='layer', epochs=1)"
+    assert LossExploration.static(epochs=1) == LossExploration.static(epochs=1) != LossExploration.static(epochs=2)
+    assert repr(LossExploration.static(epochs=1, scope="layer")) == "LossExploration.static(scope='layer', epochs=1)"
     assert repr(Random()) == "Random()"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LossExploration().epochs = 3  # type: ignore[misc]
+        LossExploration.static().epochs = 3  # type: ignore[misc]
 
 
 def test_what_decides_the_deltas_is_told_from_what_is_made_of_them():
-    method = LossExploration()
+    method = LossExploration.static()
     for same in ({"gamma": 0.5}, {"scope": "layer"}, {"initial": "explorers"}, {"timeout": 3.0}, {"public": True}):
         assert dataclasses.replace(method, **same).exploring() == method.exploring()
     for other in ({"epochs": 1}, {"explorers": 0.5}, {"weighting": "examples"}, {"normalisation": "per-client"}):

@@ -41,7 +41,7 @@ def next_mask(method: Scored, round_: int, mask: Mask, *deltas: Arrays) -> Mask 
 
 
 def test_each_round_is_ranked_by_its_own_explorers():
-    method = planned(LossExploration(schedule=Participants()))
+    method = planned(LossExploration.static(schedule=Participants()))
     mask = method.first(0.5, LAYOUT, W0, explored(method, ONE, TWO))
     # the means are 0, 1, 0, 4 and 3.5, 3, 4: 4 of 7 are kept
     assert kept(mask) == {"a": [3], "b": [0, 1, 2]}
@@ -63,13 +63,13 @@ def test_each_round_is_ranked_by_its_own_explorers():
     ],
 )
 def test_scores_are_the_methods_own(settings, expected):
-    method = planned(LossExploration(schedule=Participants(), **settings))
+    method = planned(LossExploration.static(schedule=Participants(), **settings))
     mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [False, False]]), "b": np.array([[True, True, False]])})
     assert kept(next_mask(method, 5, mask, ONE, TWO)) == expected
 
 
 def test_per_client_normalisation_is_that_of_the_chosen_explorers():
-    method = planned(LossExploration(schedule=Participants(), normalisation="per-client", gamma=0.0))
+    method = planned(LossExploration.static(schedule=Participants(), normalisation="per-client", gamma=0.0))
     mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [False, False]]), "b": np.array([[True, True, False]])})
     # 1, 0, 3/15, 8/15 and 11/24, 0, 1
     assert kept(next_mask(method, 2, mask, ONE)) == {"a": [0, 3], "b": [0, 2]}
@@ -78,7 +78,7 @@ def test_per_client_normalisation_is_that_of_the_chosen_explorers():
 
 
 def test_it_asks_in_the_rounds_of_a_change_and_takes_its_turn_after_the_fall():
-    method = planned(LossExploration(schedule=(Gradual(fall=0.3), Participants(every=2))))
+    method = planned(LossExploration.static(schedule=(Gradual(fall=0.3), Participants(every=2))))
     assert method.grow_from == "last"
     assert [round_ for round_ in range(1, 11) if method.asks_who(round_)] == [1, 3, 5, 7, 9]
     assert [method.request(round_) for round_ in range(1, 11)] == [()] * 10
@@ -94,7 +94,7 @@ def test_it_asks_in_the_rounds_of_a_change_and_takes_its_turn_after_the_fall():
     alone.plan(0.5, 10)
     assert ranked.kept == alone.refine(3, fallen, W0, None).kept == 4
     assert kept(ranked) == {"a": [0, 2, 3], "b": [2]}
-    with_none = planned(LossExploration(schedule=Participants()), sparsity=0.0)
+    with_none = planned(LossExploration.static(schedule=Participants()), sparsity=0.0)
     assert not any(with_none.asks_who(round_) for round_ in range(1, 11))
 
 
@@ -102,4 +102,4 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="Participants: every = 0: must be at least 1"):
         Participants(every=0)
     with pytest.raises(ValueError, match=r"rank_by = 'random': Participants\(\) ranks by scores from round 1 on"):
-        LossExploration(rank_by="random", schedule=(Gradual(), Participants()))
+        LossExploration.static(rank_by="random", schedule=(Gradual(), Participants()))

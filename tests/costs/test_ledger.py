@@ -360,7 +360,7 @@ def test_an_exploration_that_is_used_again_is_charged_whole_but_to_no_node():
 
 def test_what_stands_outside_the_mask_counts_on_its_own():
     grid = Tapped(message_app(), forget=lambda node, count: node == 102 and count == 5)
-    told = run(grid, outside="initial", method=LossExploration(initial="explorers"))
+    told = run(grid, outside="initial", method=LossExploration.static(initial="explorers"))
     table, beside = expected(grid)
     sent = [message for message in grid.sent if BASE_RECORD in message.content]
     assert len(sent) == NODES + 1
@@ -373,6 +373,6 @@ def test_what_stands_outside_the_mask_counts_on_its_own():
     assert told.bytes_by_phase()["total"] == grid.up + grid.down + beside
     phases = {key: value for key, value in told.bytes_by_phase().items() if key != "total"}
     assert sum(phases.values()) == grid.up + grid.down + beside
-    zero = run(LocalGrid(message_app(), NODES), method=LossExploration(initial="explorers"))
+    zero = run(LocalGrid(message_app(), NODES), method=LossExploration.static(initial="explorers"))
     assert "base_down" not in zero.bytes_by_phase()
     assert not any("base_down" in own for own in zero.bytes_by_node().values())

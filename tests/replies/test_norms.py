@@ -137,7 +137,7 @@ def federation(app, nodes, rounds=1, rules=None, wrap=True, **options):
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     if wrap:
         strategy = AutoFlip(
-            strategy, rules=rules, **{"sparsity": 0.0, "method": LossExploration(min_explorers=1), **options}
+            strategy, rules=rules, **{"sparsity": 0.0, "method": LossExploration.static(min_explorers=1), **options}
         )
     start = ArrayRecord({name: Array(array) for name, array in W0.items()})
     return strategy, to_arrays(strategy.start(LocalGrid(app, nodes), start, num_rounds=rounds).arrays)

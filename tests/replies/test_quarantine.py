@@ -219,7 +219,7 @@ def federation(mods, rules=None, rounds=ROUNDS, nodes=NODES, seed=1, inner=FedAv
     random.seed(7)
     own = {"train_loss_key": "train-loss", "client_learning_rate": 0.1} if inner is QFedAvg else {}
     least = {"min_train_nodes": 1, "min_available_nodes": 1}
-    options = {"method": LossExploration(epochs=1, min_explorers=1), **options}
+    options = {"method": LossExploration.static(epochs=1, min_explorers=1), **options}
     strategy = AutoFlip(inner(fraction_evaluate=0.0, **least, **own), seed=seed, rules=rules, **options)
     grid = LocalGrid(message_app(mods=[autoflip_mod, *mods]), nodes)
     result = strategy.start(grid, record(model()), num_rounds=rounds)
@@ -249,7 +249,7 @@ def test_the_same_holds_for_explorers(bad, values):
 
 
 def test_with_honest_clients_of_skewed_data_nothing_is_removed():
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), method=LossExploration(epochs=2))
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), method=LossExploration.static(epochs=2))
     run(strategy, [autoflip_mod])
     assert strategy.ledger.incidents == []
 
@@ -305,7 +305,7 @@ def test_a_node_whose_replies_count_in_between_does_not_rest():
 def test_no_node_rests_where_the_strategy_needs_it():
     random.seed(7)
     inner = FedAvg(fraction_evaluate=0.0, min_available_nodes=NODES)
-    strategy = AutoFlip(inner, seed=1, rules=ReplyRules(strikes=1), method=LossExploration(epochs=1))
+    strategy = AutoFlip(inner, seed=1, rules=ReplyRules(strikes=1), method=LossExploration.static(epochs=1))
     grid = LocalGrid(message_app(mods=[autoflip_mod, hostile(BAD["NaN"])]), NODES)
     strategy.start(grid, record(model()), num_rounds=3)
     assert strategy.ledger.failure_counts()["rejected"] == 3
@@ -320,7 +320,7 @@ def test_a_second_answer_and_an_old_one_do_not_count():
             return found + found[:1]
 
     random.seed(7)
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=1, method=LossExploration(epochs=1))
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=1, method=LossExploration.static(epochs=1))
     result = strategy.start(Twice(message_app(), NODES), record(model()), num_rounds=2)
     _, expected, _ = federation([], rounds=2)
     for name, array in to_arrays(result.arrays).items():

@@ -125,7 +125,7 @@ def prunefl() -> PruneFl:
 
 
 def explored(*schedule: Schedule) -> LossExploration:
-    return LossExploration(epochs=1, initial="explorers", schedule=schedule)
+    return LossExploration.static(epochs=1, initial="explorers", schedule=schedule)
 
 
 def grown(ran: Watched, round_: int) -> dict[str, np.ndarray]:

@@ -66,12 +66,14 @@ def ones(*names: str, shape: tuple[int, ...] = (4, 4)) -> Arrays:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_what_nobody_moved_is_kept_whole_and_does_not_count(scope: str):
     start = ones("backbone.0", "backbone.1", "head")
-    strategy = run(moving("head"), start, method=LossExploration(scope=scope))
+    strategy = run(moving("head"), start, method=LossExploration.static(scope=scope))
     assert strategy.mask.kept_by_name == {"backbone.0": 16, "backbone.1": 16, "head": 8}
 
 
 def test_a_switch_prunes_it_first():
-    strategy = run(moving("head"), ones("backbone.0", "head"), output=None, method=LossExploration(prune_unmoved=True))
+    strategy = run(
+        moving("head"), ones("backbone.0", "head"), output=None, method=LossExploration.static(prune_unmoved=True)
+    )
     assert strategy.mask.kept_by_name == {"backbone.0": 1, "head": 15}
 
 
@@ -305,9 +307,14 @@ def test_per_client_normalisation_needs_an_exploration_that_was_made_with_it():
     start = ones("a", "b")
     first = run(moving("a", "b"), start)
     with pytest.raises(ValueError, match="normalisation = 'per-client': the exploration was made without it"):
-        run(moving("a", "b"), start, exploration=first.exploration, method=LossExploration(normalisation="per-client"))
-    own = run(moving("a", "b"), start, method=LossExploration(normalisation="per-client"))
-    again = run(moving(), start, exploration=own.exploration, method=LossExploration(normalisation="per-client"))
+        run(
+            moving("a", "b"),
+            start,
+            exploration=first.exploration,
+            method=LossExploration.static(normalisation="per-client"),
+        )
+    own = run(moving("a", "b"), start, method=LossExploration.static(normalisation="per-client"))
+    again = run(moving(), start, exploration=own.exploration, method=LossExploration.static(normalisation="per-client"))
     assert again.mask == own.mask
 
 

@@ -47,7 +47,7 @@ STRATEGIES = {
 MASKS: dict[str, dict[str, Any]] = {
     f"{scope} {normalisation} {gamma} {sparsity} {weighting}": {
         "sparsity": sparsity,
-        "method": LossExploration(scope=scope, normalisation=normalisation, gamma=gamma, weighting=weighting),
+        "method": LossExploration.static(scope=scope, normalisation=normalisation, gamma=gamma, weighting=weighting),
     }
     for scope, normalisation, gamma, sparsity, weighting in itertools.product(
         ("global", "layer"), NORMALISATIONS, (0.0, 1.0, 0.5), (0.3, 0.9), WEIGHTINGS
@@ -58,10 +58,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "int8": {"values": "int8"},
     "bfloat16 down": {"values": Values(down="bfloat16")},
     "dense": {"coordinates": "dense"},
-    "scouts": {"method": LossExploration(initial="explorers")},
-    "unmoved, biases": {"method": LossExploration(prune_unmoved=True), "biases": True},
-    "float32 deltas": {"values": Values(deltas="float32"), "method": LossExploration(batches=2)},
-    "few explorers": {"method": LossExploration(explorers=0.5), "output": None},
+    "scouts": {"method": LossExploration.static(initial="explorers")},
+    "unmoved, biases": {"method": LossExploration.static(prune_unmoved=True), "biases": True},
+    "float32 deltas": {"values": Values(deltas="float32"), "method": LossExploration.static(batches=2)},
+    "few explorers": {"method": LossExploration.static(explorers=0.5), "output": None},
     "schedule": {"mask_schedule": lambda round_, mask, _: every_other(mask) if round_ == 2 else None},
 }
 

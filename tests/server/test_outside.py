@@ -38,7 +38,7 @@ def half(seed=0) -> Mask:
 
 def run(app=None, inner=FedAvg, *, rounds=3, grid=None, arrays=None, **options):
     """The strategy, the model before and after each round, and the grid."""
-    options = {"sparsity": 0.5, "method": LossExploration(epochs=1), "outside": "initial", "seed": 1, **options}
+    options = {"sparsity": 0.5, "method": LossExploration.static(epochs=1), "outside": "initial", "seed": 1, **options}
     strategy = AutoFlip(inner(), **options)
     grid = LocalGrid(message_app() if app is None else app, NODES) if grid is None else grid
     seen = {}
@@ -93,7 +93,7 @@ def test_the_rounds_start_from_the_model_as_it_was_given():
 
 
 def test_or_from_the_explorers_average_which_then_stands_outside():
-    strategy, seen, grid = run(method=LossExploration(initial="explorers"))
+    strategy, seen, grid = run(method=LossExploration.static(initial="explorers"))
     assert any((seen[0][name] != model()[name]).any() for name in strategy.mask.keep)
     for round_ in (1, 2, 3):
         stands_at(seen[round_], strategy.mask, seen[0])
@@ -268,7 +268,7 @@ def test_explorers_that_were_sent_rounded_values_are_sent_it_with_their_first_me
 
 
 def test_so_are_nodes_that_have_not_explored_and_those_that_come_later_once():
-    strategy, _, grid = run(method=LossExploration(explorers=0.3, min_explorers=1))
+    strategy, _, grid = run(method=LossExploration.static(explorers=0.3, min_explorers=1))
     assert bases_sent(grid) == [(node, 1) for node in grid.contexts if node not in explorers(grid)]
     assert strategy.ledger.messages["train"] == 3 * NODES
 

@@ -43,7 +43,7 @@ def fedavgm() -> FedAvg:
 
 
 def participants(*before: Gradual, every: int = 1, **settings: Any) -> LossExploration:
-    return LossExploration(schedule=(*before, Participants(every=every)), **{"explorers": 0.5, **settings})
+    return LossExploration.static(schedule=(*before, Participants(every=every)), **{"explorers": 0.5, **settings})
 
 
 class Run:
@@ -147,7 +147,7 @@ def test_the_strategy_samples_as_it_does_without(caplog):
     with caplog.at_level(logging.INFO):
         ran = Run(participants(), rounds=4, seed=None)
     assert caplog.text.count("configure_train: Sampled 2 nodes") == 4  # the copy's words are not repeated
-    static = Run(LossExploration(explorers=0.5), rounds=4, seed=None)
+    static = Run(LossExploration.static(explorers=0.5), rounds=4, seed=None)
     for round_ in range(1, 5):
         assert ran.asked(TRAIN, round_) == static.asked(TRAIN, round_)
 
@@ -184,7 +184,7 @@ def _packed(mask: Mask, message: Message) -> Arrays:
 
 def test_the_density_falls_first_and_its_entries_are_ranked_anew():
     ran = Run(participants(Gradual(fall=0.6), explorers=1.0), values=Values(deltas="float32"))
-    alone = Run(LossExploration(schedule=Gradual(fall=0.6)))
+    alone = Run(LossExploration.static(schedule=Gradual(fall=0.6)))
     for round_ in range(1, ROUNDS + 1):
         mask = ran.masks[round_]
         assert mask.kept == alone.masks[round_].kept
@@ -265,14 +265,14 @@ def test_a_second_start_uses_the_reports_again_and_one_without_explores_anew():
     for round_ in range(1, 5):
         there = set(ran.asked(TRAIN, round_)) & set(explorers)
         assert ran.masks[round_].digest == mask_of(there or explorers).digest
-    static = Run(LossExploration(), rounds=1)
+    static = Run(LossExploration.static(), rounds=1)
     static.strategy.method = participants(explorers=1.0)
     static.start(2)
     assert len(static.asked(EXPLORE, 0)) == 2 * NODES
 
 
 def test_reports_that_nobody_has_are_refused_before_anything_runs():
-    found = Run(LossExploration(), rounds=1).strategy.exploration
+    found = Run(LossExploration.static(), rounds=1).strategy.exploration
     with pytest.raises(ValueError, match=r"exploration: holds averages over its explorers, .* leave it out"):
         Run(participants(), exploration=found)
     grid = LocalGrid(message_app(), NODES)

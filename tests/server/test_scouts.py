@@ -62,7 +62,7 @@ def test_no_running_variance_is_negative_and_outputs_are_finite(seed: int):
         return MetricRecord({})
 
     strategy = AutoFlip(
-        FedAvg(fraction_evaluate=0.0), sparsity=0.5, seed=seed, method=LossExploration(initial="explorers")
+        FedAvg(fraction_evaluate=0.0), sparsity=0.5, seed=seed, method=LossExploration.static(initial="explorers")
     )
     record = ArrayRecord(Net().state_dict())
     strategy.start(LocalGrid(app_of(seed), NODES), record, num_rounds=1, evaluate_fn=evaluate)

@@ -57,7 +57,7 @@ GIVEN = {
     "seed": 4,
     "ledger": Ledger(),
     "rules": ReplyRules(strikes=2),
-    "method": LossExploration(scope="layer", explorers=0.5, epochs=7),
+    "method": LossExploration.static(scope="layer", explorers=0.5, epochs=7),
     "values": Values(up="float16", down="int8"),
 }
 
@@ -77,13 +77,13 @@ def test_the_tree_of_settings_is_shown_as_it_is_written():
         DifferentialPrivacyServerSideFixedClipping(fedavg(), 1.0, 1.0, 2),
         sparsity=0.25,
         exclude="x",
-        method=LossExploration(scope="layer", explorers=0.5),
+        method=LossExploration.static(scope="layer", explorers=0.5),
         values=Values(deltas="float32"),
         rules=ReplyRules(strikes=2),
     )
     assert repr(strategy) == (
         "AutoFlip(DifferentialPrivacyServerSideFixedClipping(FedAvg()), sparsity=0.25, "
-        "method=LossExploration(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
+        "method=LossExploration.static(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
         "rules=ReplyRules(strikes=2))"
     )
 
@@ -142,8 +142,16 @@ def test_what_is_wrong_is_refused_in_the_constructor_and_when_it_is_set(name, va
 @pytest.mark.parametrize(
     ("make", "kind", "text"),
     [
-        (lambda: LossExploration(epochs=2.5), TypeError, "LossExploration: epochs = 2.5: must be a whole number"),
-        (lambda: LossExploration(explorers="all"), TypeError, "LossExploration: explorers = 'all': must be a number"),
+        (
+            lambda: LossExploration.static(epochs=2.5),
+            TypeError,
+            "LossExploration: epochs = 2.5: must be a whole number",
+        ),
+        (
+            lambda: LossExploration.static(explorers="all"),
+            TypeError,
+            "LossExploration: explorers = 'all': must be a number",
+        ),
         (lambda: Values(up="int4"), ValueError, "values: up = 'int4': must be one of float32"),
         (lambda: Values(deltas="int8"), ValueError, "values: deltas = 'int8': must be one of log8, float32"),
         (lambda: Nodes("all"), TypeError, "nodes: expected = 'all': must be a whole number"),
@@ -164,7 +172,7 @@ def test_a_setting_that_is_misspelt_is_not_set_in_silence():
 
 def test_what_is_set_before_a_start_holds_for_it():
     strategy = AutoFlip(fedavg(), sparsity=0.5)
-    strategy.sparsity, strategy.method, strategy.ledger = 0.25, LossExploration(scope="layer"), None
+    strategy.sparsity, strategy.method, strategy.ledger = 0.25, LossExploration.static(scope="layer"), None
     start(strategy)
     assert strategy.mask.kept_by_name == {"hidden.weight": 36, "out.weight": 14}  # 48 - 12, 18 - 4
     explored = strategy.exploration
@@ -177,7 +185,7 @@ def test_what_is_set_before_a_start_holds_for_it():
     assert mask.kept == 50
     assert strategy.exploration is explored
     assert len(grid.sent) == NODES
-    strategy.method = LossExploration(scope="layer", epochs=1)
+    strategy.method = LossExploration.static(scope="layer", epochs=1)
     start(strategy)
     assert strategy.exploration is not explored
     strategy.mask = half(1)
@@ -376,10 +384,10 @@ def test_a_second_start_may_be_in_other_coordinates(kind, ways):
 def test_the_normalisation_can_change_between_two_starts():
     strategy, alone = (
         AutoFlip(fedavg(), sparsity=0.5),
-        AutoFlip(fedavg(), sparsity=0.5, method=LossExploration(normalisation="per-client")),
+        AutoFlip(fedavg(), sparsity=0.5, method=LossExploration.static(normalisation="per-client")),
     )
     start(strategy)
-    strategy.method = LossExploration(normalisation="per-client")
+    strategy.method = LossExploration.static(normalisation="per-client")
     start(strategy)
     start(alone)
     assert strategy.mask.bits == alone.mask.bits

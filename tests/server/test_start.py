@@ -84,7 +84,7 @@ def test_fewer_than_the_wrapped_strategy_needs_are_waited_for_beyond_the_nodes_o
 def test_explorers_that_must_be_there_are_waited_for_where_no_node_knows_how_many_there_are():
     assert (
         started(
-            Booting(message_app(), 4, gap=0.25, told=None), method=LossExploration(min_explorers=4)
+            Booting(message_app(), 4, gap=0.25, told=None), method=LossExploration.static(min_explorers=4)
         ).exploration.explorers
         == 4
     )
@@ -127,7 +127,7 @@ def test_a_mute_node_holds_the_start_for_seconds_is_named_and_does_not_explore(c
 
 def test_a_mute_node_explores_where_too_few_others_would():
     grid = Booting(message_app(), 3, gap=0, silent={102}, to=("hello",))
-    assert started(grid, method=LossExploration(min_explorers=3)).exploration.explorers == 3
+    assert started(grid, method=LossExploration.static(min_explorers=3)).exploration.explorers == 3
 
 
 def test_nodes_that_are_all_slow_to_start_are_given_more_time():
@@ -143,7 +143,7 @@ def test_nodes_that_are_all_slow_to_start_are_given_more_time():
 
 def test_an_exploration_has_a_time_limit_of_its_own():
     grid, began = Booting(message_app(), 4, gap=0, silent={102}, to=("explore",)), time.monotonic()
-    strategy = started(grid, method=LossExploration(timeout=0.3))
+    strategy = started(grid, method=LossExploration.static(timeout=0.3))
     assert time.monotonic() - began < SOON
     assert strategy.exploration.explorers == 3
     assert strategy.ledger.failure_counts() == {"rejected": 0, "errors": 0, "absent": 1}

@@ -177,7 +177,7 @@ def test_a_node_that_lost_its_state_gets_the_mask_in_the_same_round():
 
 def test_other_mods_work_behind_ours():
     dp = DifferentialPrivacyClientSideFixedClipping(inner(), 0.0, clipping_norm=0.5, num_sampled_clients=NODES)
-    strategy = AutoFlip(dp, sparsity=0.5, method=LossExploration(public=True))
+    strategy = AutoFlip(dp, sparsity=0.5, method=LossExploration.static(public=True))
     result = start(strategy, LocalGrid(message_app(mods=[autoflip_mod, fixedclipping_mod]), NODES))
     assert strategy.ledger.failure_counts()["errors"] == 0
     assert np.count_nonzero(result.arrays["hidden.weight"].numpy()) == strategy.mask.kept_by_name["hidden.weight"]
@@ -304,7 +304,7 @@ def test_exploration_is_all_from_w0_and_the_mask_follows_from_it(values: str, to
 def test_exploration_in_batches_finds_the_same():
     masks = []
     for rounds in (1, 3):
-        strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration(batches=rounds))
+        strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration.static(batches=rounds))
         start(strategy, LocalGrid(message_app(), NODES), rounds=1)
         masks.append(strategy.mask.digest)
     assert masks[0] == masks[1]
@@ -315,7 +315,7 @@ def test_exploration_goes_on_without_explorers_that_fail_but_not_below_the_minim
         if PHASE_KEY in message.content["config"] and context.node_id != 100:
             raise RuntimeError("no battery")
 
-    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration(min_explorers=1))
+    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration.static(min_explorers=1))
     start(strategy, LocalGrid(message_app(failing), NODES), rounds=1)
     assert strategy.exploration.explorers == 1
     with pytest.raises(RuntimeError, match=r"1 of 4 explorers answered, but min_explorers = 2; .*no battery"):
@@ -334,13 +334,13 @@ def test_the_exploration_does_not_disturb_the_sampling_of_the_wrapped_strategy()
 
 def test_a_share_of_the_nodes_explores():
     grid = LocalGrid(message_app(), 10)
-    start(AutoFlip(inner(), sparsity=0.5, seed=5, method=LossExploration(explorers=0.3)), grid, rounds=1)
+    start(AutoFlip(inner(), sparsity=0.5, seed=5, method=LossExploration.static(explorers=0.3)), grid, rounds=1)
     assert sum(m.content[HEADER]["phase"] == EXPLORE for m in grid.sent) == 3
 
 
 def test_scouts_start_from_the_explorers_average():
     seen = {}
-    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration(initial="explorers"))
+    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration.static(initial="explorers"))
     start(
         strategy, LocalGrid(message_app(), NODES), rounds=1, evaluate_fn=lambda r, a: seen.setdefault(r, arrays_of(a))
     )
@@ -420,7 +420,7 @@ def test_bad_parameters_are_named(options, text):
 )
 def test_bad_parameters_of_the_method_are_named(options, text):
     with pytest.raises(ValueError, match=f"LossExploration: {text}"):
-        LossExploration(**options)
+        LossExploration.static(**options)
 
 
 def test_autoflip_inside_another_wrapper_names_the_right_nesting():

@@ -36,7 +36,7 @@ def run(folder, *, inner=FedAvg, dies_in=None, resume=False, grid=None, **option
     random.seed(1)
     np.random.seed(1)
     checkpoints = None if folder is None else Checkpoints(folder, resume=resume)
-    options = {"sparsity": 0.5, "method": LossExploration(epochs=1), "outside": "initial", **options}
+    options = {"sparsity": 0.5, "method": LossExploration.static(epochs=1), "outside": "initial", **options}
     strategy = AutoFlip(inner(fraction_evaluate=0.0), seed=3, checkpoints=checkpoints, **options)
 
     def evaluate(round_, found):
@@ -64,7 +64,7 @@ def files(folder):
 @pytest.mark.parametrize("masks", [None, schedule], ids=["static", "changing"])
 @pytest.mark.parametrize("initial", ["scratch", "explorers"])
 def test_the_end_is_bit_identical_wherever_it_was_interrupted(initial, masks, dies_in, tmp_path):
-    options = {"mask_schedule": masks, "method": LossExploration(initial=initial)}
+    options = {"mask_schedule": masks, "method": LossExploration.static(initial=initial)}
     whole = run(None, **options)
     with pytest.raises(Killed):
         run(tmp_path, dies_in=dies_in, **options)
@@ -79,7 +79,7 @@ def test_so_with_a_servers_optimiser(inner, coordinates, tmp_path):
         "mask_schedule": schedule,
         "inner": inner,
         "coordinates": coordinates,
-        "method": LossExploration(initial="explorers"),
+        "method": LossExploration.static(initial="explorers"),
     }
     whole = run(None, **options)
     with pytest.raises(Killed):
@@ -88,7 +88,7 @@ def test_so_with_a_servers_optimiser(inner, coordinates, tmp_path):
 
 
 def test_again_and_again_on_nodes_that_stay(tmp_path):
-    whole = run(None, mask_schedule=schedule, method=LossExploration(initial="explorers"))
+    whole = run(None, mask_schedule=schedule, method=LossExploration.static(initial="explorers"))
     grid = LocalGrid(message_app(), NODES)
     for dies_in in (2, 3, 5):
         with pytest.raises(Killed):
@@ -98,16 +98,18 @@ def test_again_and_again_on_nodes_that_stay(tmp_path):
                 resume=dies_in > 2,
                 grid=grid,
                 mask_schedule=schedule,
-                method=LossExploration(initial="explorers"),
+                method=LossExploration.static(initial="explorers"),
             )
     same(
-        run(tmp_path, resume=True, grid=grid, mask_schedule=schedule, method=LossExploration(initial="explorers")),
+        run(
+            tmp_path, resume=True, grid=grid, mask_schedule=schedule, method=LossExploration.static(initial="explorers")
+        ),
         whole,
     )
 
 
 def test_rounds_hold_kept_values_and_the_base_is_written_once(tmp_path):
-    run(tmp_path, mask_schedule=schedule, method=LossExploration(initial="explorers"))
+    run(tmp_path, mask_schedule=schedule, method=LossExploration.static(initial="explorers"))
     assert files(tmp_path) == [
         "base.safetensors",
         "exploration.safetensors",
@@ -119,33 +121,33 @@ def test_rounds_hold_kept_values_and_the_base_is_written_once(tmp_path):
     sizes = sorted(array.size for array in load_file(tmp_path / "round-000005.safetensors").values() if array.ndim)
     assert not {48, 18} & set(sizes)
     static = tmp_path / "static"
-    run(static, method=LossExploration(initial="explorers"))
+    run(static, method=LossExploration.static(initial="explorers"))
     assert "shadow-000000.safetensors" not in files(static)  # the base has it
     run(tmp_path / "scratch")
     assert files(tmp_path / "scratch")[0] == "exploration.safetensors"
 
 
 def test_without_the_exploration_it_is_there_all_the_same(tmp_path):
-    whole = run(None, method=LossExploration(initial="explorers"))
+    whole = run(None, method=LossExploration.static(initial="explorers"))
     with pytest.raises(Killed):
-        run(tmp_path, dies_in=3, method=LossExploration(initial="explorers"))
+        run(tmp_path, dies_in=3, method=LossExploration.static(initial="explorers"))
     (tmp_path / "exploration.safetensors").unlink()
-    same(run(tmp_path, resume=True, method=LossExploration(initial="explorers")), whole)
+    same(run(tmp_path, resume=True, method=LossExploration.static(initial="explorers")), whole)
 
 
 def test_a_base_that_is_gone_or_damaged_is_named(tmp_path):
     with pytest.raises(Killed):
-        run(tmp_path, dies_in=3, method=LossExploration(initial="explorers"))
+        run(tmp_path, dies_in=3, method=LossExploration.static(initial="explorers"))
     path = tmp_path / "base.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-5])
     with pytest.raises(
         DamagedError, match=r"base\.safetensors is damaged .*, and round-000002\.safetensors, which nee"
     ):
-        run(tmp_path, resume=True, method=LossExploration(initial="explorers"))
+        run(tmp_path, resume=True, method=LossExploration.static(initial="explorers"))
     path.unlink()
     with pytest.raises(DamagedError, match=r"is of no use without base\.safetensors, which is not there: remove it$"):
-        run(tmp_path, resume=True, method=LossExploration(initial="explorers"))
+        run(tmp_path, resume=True, method=LossExploration.static(initial="explorers"))
 
 
 def test_a_run_does_not_go_on_with_something_else_outside(tmp_path):

@@ -58,7 +58,7 @@ def run(
         return evaluate(round_, arrays)
 
     checkpoints = None if folder is None else Checkpoints(folder, resume=resume)
-    options = {"method": LossExploration(epochs=1, public=True), **options}
+    options = {"method": LossExploration.static(epochs=1, public=True), **options}
     strategy = AutoFlip(make(), seed=3, checkpoints=checkpoints, **options)
     grid = LocalGrid(app(), nodes)
     result = strategy.start(
@@ -244,7 +244,7 @@ def test_so_do_those_whose_nodes_are_gone(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             run(tmp_path)
     strategy = AutoFlip(
-        inner(), seed=3, checkpoints=Checkpoints(tmp_path, resume=True), method=LossExploration(epochs=1)
+        inner(), seed=3, checkpoints=Checkpoints(tmp_path, resume=True), method=LossExploration.static(epochs=1)
     )
     grid = Fewer(message_app(), NODES)
     strategy.start(grid, record(model()), num_rounds=1, timeout=1.0)
@@ -257,7 +257,9 @@ def test_so_do_those_whose_nodes_are_gone(tmp_path, monkeypatch):
 def test_and_those_that_another_draw_would_not_have_asked(tmp_path, monkeypatch):
     def start(resume):
         kept = Checkpoints(tmp_path, resume=resume)
-        strategy = AutoFlip(FedAvg(), checkpoints=kept, method=LossExploration(epochs=1, explorers=0.2))  # no seed
+        strategy = AutoFlip(
+            FedAvg(), checkpoints=kept, method=LossExploration.static(epochs=1, explorers=0.2)
+        )  # no seed
         grid = LocalGrid(message_app(), 20)
         strategy.start(grid, record(model()), num_rounds=1)
         return strategy, grid
@@ -276,7 +278,7 @@ def test_and_those_that_another_draw_would_not_have_asked(tmp_path, monkeypatch)
 def test_nodes_that_claim_one_partition_keep_an_answer_each(tmp_path, monkeypatch, caplog):
     def start(resume):
         strategy = AutoFlip(
-            inner(), seed=3, checkpoints=Checkpoints(tmp_path, resume=resume), method=LossExploration(epochs=1)
+            inner(), seed=3, checkpoints=Checkpoints(tmp_path, resume=resume), method=LossExploration.static(epochs=1)
         )
         grid = LocalGrid(message_app(), NODES)
         grid.contexts[101].node_config["partition-id"] = 0
@@ -332,7 +334,7 @@ def test_nodes_that_have_not_come_back_are_told(tmp_path, caplog):
     with pytest.raises(Killed):
         run(tmp_path, dies_in=3)
     kept = Checkpoints(tmp_path, resume=True)
-    strategy = AutoFlip(inner(), seed=3, checkpoints=kept, method=LossExploration(epochs=1, public=True))
+    strategy = AutoFlip(inner(), seed=3, checkpoints=kept, method=LossExploration.static(epochs=1, public=True))
     strategy.start(LocalGrid(message_app(), NODES - 2), record(model()), num_rounds=ROUNDS, timeout=1.0)
     assert "partitions [4, 5] were there before and are not now" in caplog.text
 
@@ -343,7 +345,7 @@ def test_one_object_may_start_again(tmp_path):
     random.seed(1)
     np.random.seed(1)
     kept = Checkpoints(tmp_path, resume=True)
-    strategy = AutoFlip(inner(), seed=3, checkpoints=kept, method=LossExploration(epochs=1))
+    strategy = AutoFlip(inner(), seed=3, checkpoints=kept, method=LossExploration.static(epochs=1))
 
     def dies(round_, arrays):
         if round_ == 3:
@@ -459,7 +461,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, monkeypatch, 
             full["left"] = 0
             super().write_exploration(found)
 
-    strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), method=LossExploration(epochs=1))
+    strategy = AutoFlip(inner(), seed=3, checkpoints=Filling(tmp_path), method=LossExploration.static(epochs=1))
     random.seed(1)
     np.random.seed(1)
     result = strategy.start(LocalGrid(message_app(), NODES), record(model()), num_rounds=ROUNDS, evaluate_fn=evaluate)

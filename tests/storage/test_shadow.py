@@ -39,7 +39,7 @@ def run(folder, *, inner=FedAvg, dies_in=None, resume=False, rounds=ROUNDS, keep
     random.seed(1)
     np.random.seed(1)
     checkpoints = None if folder is None else Checkpoints(folder, resume=resume, keep=keep)
-    options = {"sparsity": 0.5, "mask_schedule": schedule, "method": LossExploration(epochs=1), **options}
+    options = {"sparsity": 0.5, "mask_schedule": schedule, "method": LossExploration.static(epochs=1), **options}
     made = {"server_momentum": 0.9} if inner is FedAvgM else {}
     strategy = AutoFlip(inner(fraction_evaluate=0.0, **made), seed=3, checkpoints=checkpoints, **options)
 
@@ -109,12 +109,12 @@ def test_a_static_mask_needs_none(tmp_path):
 
 
 def test_scouts_have_moved_what_their_mask_prunes(tmp_path):
-    whole, _ = run(None, method=LossExploration(initial="explorers"))
+    whole, _ = run(None, method=LossExploration.static(initial="explorers"))
     with pytest.raises(Killed):
-        run(tmp_path, dies_in=2, method=LossExploration(initial="explorers"))
+        run(tmp_path, dies_in=2, method=LossExploration.static(initial="explorers"))
     assert names(tmp_path, "shadow") == ["shadow-000000.safetensors"]
     (tmp_path / "exploration.safetensors").unlink()
-    same(run(tmp_path, resume=True, method=LossExploration(initial="explorers"))[0], whole)
+    same(run(tmp_path, resume=True, method=LossExploration.static(initial="explorers"))[0], whole)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone", "another"])

@@ -170,7 +170,7 @@ KINDS = {
         Tied,
         tokens,
         ["embedding.weight", "body.weight", "decoder.weight"],
-        {"method": LossExploration(scope="layer")},
+        {"method": LossExploration.static(scope="layer")},
         aliases=72,
     ),
     "equal at the start, not tied": Kind(Alike, vectors(8), ["one.weight", "two.weight"]),
@@ -188,7 +188,7 @@ KINDS = {
         Reader,
         tokens,
         LSTM,
-        {"exclude": ["embedding.*", "head.*"], "output": None, "method": LossExploration(scope="layer")},
+        {"exclude": ["embedding.*", "head.*"], "output": None, "method": LossExploration.static(scope="layer")},
     ),
     "layers excluded by name and shape": Kind(
         Reader,

@@ -223,7 +223,7 @@ def test_a_second_start_goes_on_from_the_first_ones_result():
 
 
 def test_scouts_move_the_start_once():
-    strategy = AutoFlip(fedavg(), sparsity=0.5, method=LossExploration(initial="explorers"))
+    strategy = AutoFlip(fedavg(), sparsity=0.5, method=LossExploration.static(initial="explorers"))
     first = start(strategy, LocalGrid(message_app(), NODES))
     seen = {}
     start(strategy, LocalGrid(message_app(), NODES), first.arrays, evaluate_fn=lambda r, a: seen.setdefault(r, a))
@@ -290,7 +290,9 @@ def test_a_strategy_that_asks_its_nodes_between_rounds_does_not_cost_them_the_ma
 
     grid = LocalGrid(client, NODES)
     start(
-        AutoFlip(Polling(fraction_evaluate=0.0), sparsity=0.5, method=LossExploration(min_explorers=1)), grid, rounds=3
+        AutoFlip(Polling(fraction_evaluate=0.0), sparsity=0.5, method=LossExploration.static(min_explorers=1)),
+        grid,
+        rounds=3,
     )
     rounds = [m for m in grid.sent if HEADER in m.content and m.content[HEADER]["phase"] == TRAIN]
     assert [MASK_RECORD in m.content for m in rounds] == [True] * NODES + [False] * 2 * NODES

@@ -97,7 +97,7 @@ def same(left, right):
 
 
 @each_wrapper
-@pytest.mark.parametrize("options", [{}, {"method": LossExploration(initial="explorers")}, {"seed": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"method": LossExploration.static(initial="explorers")}, {"seed": 1}], ids=str)
 def test_an_exploration_under_a_wrapper_is_refused_before_any_client_works(name, options):
     wrapper, _ = WRAPPERS[name]
     grid = grid_of(name)
@@ -108,7 +108,7 @@ def test_an_exploration_under_a_wrapper_is_refused_before_any_client_works(name,
 
 @each_wrapper
 def test_a_declared_exploration_runs_and_is_no_release(name):
-    strategy = AutoFlip(WRAPPERS[name][0](), sparsity=0.5, method=LossExploration(public=True))
+    strategy = AutoFlip(WRAPPERS[name][0](), sparsity=0.5, method=LossExploration.static(public=True))
     start(strategy, grid_of(name), rounds=2)
     assert strategy.exploration.explorers == NODES
     assert strategy.privacy.releases == 2
@@ -126,7 +126,7 @@ def test_what_does_not_explore_needs_no_declaration():
 
 
 def test_a_second_start_with_the_mask_of_the_first_does_not_explore():
-    strategy = AutoFlip(WRAPPERS["server-side fixed"][0](), sparsity=0.5, method=LossExploration(public=True))
+    strategy = AutoFlip(WRAPPERS["server-side fixed"][0](), sparsity=0.5, method=LossExploration.static(public=True))
     start(strategy, grid_of("server-side fixed"))
     strategy.exploration_public = False
     start(strategy, grid_of("server-side fixed"))

@@ -88,7 +88,7 @@ def pruned(name, coordinates, changing, noise, outside="zero") -> Run:
     inner = digits.STRATEGIES[name](NODES)
     if not noise:
         inner.noise_multiplier = inner.clipped_count_stddev = 0.0
-    options = {"sparsity": SPARSITY, "method": LossExploration(public=True), "outside": outside}
+    options = {"sparsity": SPARSITY, "method": LossExploration.static(public=True), "outside": outside}
     if changing:
         first, other = scheduled(counter)
         options = {"outside": outside, "mask": first, "mask_schedule": {3: other, 5: first}.get}
@@ -189,7 +189,7 @@ def test_packed_and_dense_coordinates_agree(name, changing, outside):
 
 @pytest.mark.parametrize("name", CLIPPED)
 def test_an_integer_counter_passes_flowers_clipping_mods_unharmed(name):
-    strategy = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=SPARSITY, method=LossExploration(public=True))
+    strategy = AutoFlip(digits.STRATEGIES[name](NODES), sparsity=SPARSITY, method=LossExploration.static(public=True))
     result, _ = start(strategy, [autoflip_mod, *digits.mods_for(name)], 3)
     arrays = to_arrays(result.arrays)
     assert arrays["steps"].dtype == np.int64
@@ -251,7 +251,7 @@ OWN = {
 @pytest.mark.parametrize("kind", OWN)
 def test_code_of_the_users_own_sees_full_arrays_by_name(kind):
     seen = []
-    strategy = AutoFlip(OWN[kind](seen), sparsity=SPARSITY, method=LossExploration(public=True))
+    strategy = AutoFlip(OWN[kind](seen), sparsity=SPARSITY, method=LossExploration.static(public=True))
     result, models = start(strategy, [autoflip_mod], 2)
     assert len(seen) >= 2 * NODES
     assert all(found == SHAPES for found in seen), seen
