@@ -123,7 +123,7 @@ class Settings:
         "Longer gradients of a step are scaled to this length, over kept parameters. 0: none",
     )
     lr_power: float = _of_pruning_clients(
-        0.5,
+        0.25,
         rules.UNIT,
         "The learning rate is divided by the density to this power, while what is pruned is zero. Explorers' is not",
     )

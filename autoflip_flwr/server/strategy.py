@@ -63,7 +63,7 @@ class Pruned(Beginning):
         pretrained model, which zeros would ruin, and where only bytes matter: no computation or memory is saved.
         Clients are sent these values once, unless they explored from them or have the same file
         (:func:`~autoflip_flwr.client.mod.autoflip_mod_with`).
-    lr_power : float (default: 0.5)
+    lr_power : float (default: 0.25)
         Clients multiply their learning rate by ``density ** -lr_power``, in [0, 1]; 0 leaves it alone. A sparse model
         changes less in a step than a dense one (Dey et al. 2024, SuPar; the power is our measurement, docs/study.md).
         With ``outside="initial"`` nothing is sparse, and the learning rate stays.
@@ -142,7 +142,7 @@ class Pruned(Beginning):
         biases: bool = False,
         output: Output | None = AUTO,
         outside: str = "zero",
-        lr_power: float = 0.5,
+        lr_power: float = 0.25,
         mask: Mask | None = None,
         exploration: Exploration | Statistics | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
@@ -300,7 +300,7 @@ class AutoFlip(Pruned):
         biases: bool = False,
         output: Output | None = AUTO,
         outside: str = "zero",
-        lr_power: float = 0.5,
+        lr_power: float = 0.25,
         mask: Mask | None = None,
         exploration: Exploration | None = None,
         mask_schedule: Callable[..., Mask | None] | None = None,
