@@ -40,7 +40,7 @@ WAYS = {
 """By name; a number is the density of AutoFLIP's mask, outside of which values stay. The two ranks of LoRA train about
 as many values of MiniLM as densities 0.02 and 0.005."""
 
-SIZES = {"vision": (600, 400), "text": (400, 300)}
+SIZES = {"vision": (600, 500), "text": (300, 300)}
 """Examples to train with in all nodes, and to test with: as many as one core can take in an hour or two."""
 
 COLUMNS = ("way", "accuracy %", "MB", "of full fine-tuning %", "of it exploring, MB")

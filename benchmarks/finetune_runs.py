@@ -26,7 +26,7 @@ from autoflip_flwr.torch import autoflip_mod_with, masked_training
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PHASE_KEY
 from benchmarks.finetune_tasks import Examples, Task
 
-NODES, ALPHA, LEAST = 10, 0.3, 8
+NODES, ALPHA, LEAST = 10, 0.3, 5
 HEAD_ROUNDS, BATCH = 20, 16
 LAST = 2
 """Rounds at the end whose accuracy counts."""
@@ -155,7 +155,7 @@ class Runs:
 
         def seen(examples: Examples) -> Examples:
             with torch.no_grad():
-                return torch.cat([self._task.features(net, some) for some in examples[0].split(100)]), examples[1]
+                return torch.cat([self._task.features(net, some) for some in batches(examples[0], 100)]), examples[1]
 
         head = nn.Sequential()
         head.add_module(self._task.head, net.get_submodule(self._task.head))
@@ -197,7 +197,7 @@ class Runs:
         ledger = Ledger()
         if way.explorers:
             if way.explorers not in self._explored:
-                asking = AutoFlip(FedAvg(fraction_evaluate=0.0), 0.5, method=way.method, **options)
+                asking = Pruned(FedAvg(fraction_evaluate=0.0), 0.5, method=way.method, **options)
                 with unchanged(start.net):
                     asking.start(self._grid(start, way), start.arrays, 0)
                 assert asking.exploration is not None
@@ -210,7 +210,6 @@ class Runs:
         # clients have the pretrained model, and the head that they have trained
         base = {name: value.clone() for name, value in start.net.state_dict().items()}
         app = ClientApp(mods=[autoflip_mod_with(base=base)])
-        rate = self._rates[way.rate]
 
         @app.train()
         def handle(message: Message, context: Context) -> Message:
@@ -218,8 +217,9 @@ class Runs:
             part = int(context.node_config["partition-id"])
             start.net.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict(), strict=False)
             masked_training(start.net, context)
-            # explorers draw as in round 1
-            draws = [self._seed, PHASE_KEY in config, max(int(config["server-round"]), 1), part]  # type: ignore[arg-type]
+            exploring = PHASE_KEY in config  # which trains all
+            rate = self._rates["dense" if exploring else way.rate]
+            draws = [self._seed, exploring, int(config["server-round"]), part]  # type: ignore[arg-type]
             epochs = int(config.get(EPOCHS_KEY, 1))  # type: ignore[arg-type]
             mine = torch.from_numpy(self._parts[part])
             inputs, labels = start.train
@@ -247,9 +247,9 @@ def train(
     net.eval()
     optimizer = torch.optim.Adam([each for each in net.parameters() if each.requires_grad], lr=rate, fused=True)
     for _ in range(epochs):
-        for batch in torch.from_numpy(random.permutation(len(labels))).split(BATCH):
+        for batch in batches(torch.from_numpy(random.permutation(len(labels))), BATCH):
             optimizer.zero_grad()
-            functional.cross_entropy(net(inputs[batch]), labels[batch]).backward()
+            functional.cross_entropy(net(inputs[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
@@ -257,5 +257,10 @@ def train(
 def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     """Return the share of examples that are classified correctly."""
     net.eval()
-    batches = zip(inputs.split(100), labels.split(100), strict=True)
-    return sum(int((net(some).argmax(1) == truth).sum()) for some, truth in batches) / len(labels)
+    pairs = zip(batches(inputs, 100), batches(labels, 100), strict=True)
+    return sum(int((net(some).argmax(1) == truth).sum()) for some, truth in pairs) / len(labels)
+
+
+def batches(examples: Tensor, size: int) -> list[Tensor]:
+    """Cut a tensor into batches."""
+    return [examples[at : at + size] for at in range(0, len(examples), size)]
