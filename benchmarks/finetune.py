@@ -1,8 +1,9 @@
 """Fine-tune pretrained models in ten nodes: accuracy and bytes of full fine-tuning, AutoFLIP, LoRA and the head alone.
 
-EfficientNet-Lite0 learns CIFAR-10, and MiniLM who of Shakespeare's ten speakers says a line. All ways begin with a head
-that the nodes have trained alone. Its bytes, and those of an exploration, are charged to each way that needs them. Rows
-that are in `--output` already are not made again. It needs the packages of the extra `finetune`. The last line is JSON.
+EfficientNet-Lite0 learns MNIST or CIFAR-10, and MiniLM who of ten speakers of Shakespeare says a line. All ways begin
+with a head that the nodes have trained alone. Its bytes, and those of an exploration, are charged to each way that
+needs them. Rows that are in `--output` already are not made again. It needs the packages of the extra `finetune`. The
+last line is JSON.
 
     python -m benchmarks.finetune --data-dir DIR --output results/finetune.json
 """
@@ -40,8 +41,8 @@ WAYS = {
 """By name; a number is the density of AutoFLIP's mask, outside of which values stay. The two ranks of LoRA train about
 as many values of MiniLM as densities 0.02 and 0.005."""
 
-SIZES = {"vision": (600, 500), "text": (300, 300)}
-"""Examples to train with in all nodes, and to test with: as many as one core can take in an hour or two."""
+SIZES = {"mnist": (400, 500, 20), "cifar10": (1000, 1000, 20), "text": (300, 300, 6)}
+"""Examples to train with in all nodes, examples to test with, and rounds after those of the head."""
 
 COLUMNS = ("way", "accuracy %", "MB", "of full fine-tuning %", "of it exploring, MB")
 
@@ -92,19 +93,22 @@ def show(table: Sequence[Mapping[str, Any]]) -> None:
         tables.row([row["way"], f"{row['accuracy']}{spread}", row["mb"], row["share"], row["exploration_mb"]])
 
 
-def kept(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what an interrupted benchmark has left, or nothing yet.
+def kept(path: Path | None, sizes: dict[str, list[int]]) -> dict[str, Any]:
+    """Return what an earlier benchmark has left, or nothing yet.
 
     Raises
     ------
     SystemExit
-        If it had other settings.
+        If one of these tasks had other sizes.
     """
-    if path is None or not path.exists():
-        return {"settings": settings, "rows": {}}
-    found: dict[str, Any] = json.loads(path.read_text())
-    if found["settings"] != settings:
-        raise SystemExit(f"{path}: made with {found['settings']}, not with {settings}: give another --output")
+    found: dict[str, Any] = {"sizes": {}, "rows": {}}
+    if path is not None and path.exists():
+        found = json.loads(path.read_text())
+    for task, size in sizes.items():
+        if found["sizes"].setdefault(task, size) != size:
+            raise SystemExit(
+                f"{path}: {task} was made with sizes {found['sizes'][task]}: give them, or another --output"
+            )
     return found
 
 
@@ -112,23 +116,24 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("AUTOFLIP_DATA", ""), help="or $AUTOFLIP_DATA")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["mnist", "text"], help="default: mnist text")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 1, 2, ... to average over (default: 1)")
     parser.add_argument("--ways", nargs="+", metavar="WAY", choices=WAYS, default=list(WAYS), help=", ".join(WAYS))
-    told = ", ".join(f"{name} {train} and {test}" for name, (train, test) in SIZES.items())
-    parser.add_argument("--examples", type=int, nargs=2, metavar=("TRAIN", "TEST"), help=f"default: {told}")
-    parser.add_argument("--rounds", type=int, default=4, help="after those of the head (default: 4)")
+    told = "; ".join(f"{name} {' '.join(map(str, sizes))}" for name, sizes in SIZES.items())
+    columns = ("TRAIN", "TEST", "ROUNDS")
+    parser.add_argument("--sizes", type=int, nargs=3, metavar=columns, help=f"examples and rounds; default: {told}")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="keeps each row; an interrupted run goes on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    sizes = {name: options.examples or list(SIZES[name]) for name in options.tasks}
-    found = kept(options.output, {"rounds": options.rounds, "examples": sizes})
+    sizes = {name: options.sizes or list(SIZES[name]) for name in options.tasks}
+    found = kept(options.output, sizes)
     for seed in range(1, options.seeds + 1):
         for name in options.tasks:
-            task = TASKS[name](options.data_dir, *sizes[name])
+            train, test, rounds = sizes[name]
+            task = TASKS[name](options.data_dir, train, test)
             ways = {way: WAYS[way] for way in options.ways if WAYS[way].rank == 0 or task.adapt is not None}
-            measure(Runs(task, options.rounds, seed), ways, found, f"{name}/{seed}", options.output)
+            measure(Runs(task, rounds, seed), ways, found, f"{name}/{seed}", options.output)
     table = [row for name in options.tasks for row in summarise(found["rows"], name)]
     for name in options.tasks:
         print(f"\n{name}\n")

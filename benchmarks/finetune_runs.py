@@ -26,9 +26,10 @@ from autoflip_flwr.torch import autoflip_mod_with, masked_training
 from autoflip_flwr.wire.keys import EPOCHS_KEY, PHASE_KEY
 from benchmarks.finetune_tasks import Examples, Task
 
-NODES, ALPHA, LEAST = 10, 0.3, 5
-HEAD_ROUNDS, BATCH = 20, 16
-LAST = 2
+NODES, SHARE, ALPHA, LEAST = 10, 0.5, 0.3, 5
+"""Half of ten nodes train in a round; their labels are split by Dirichlet(0.3), so that none has less than five."""
+HEAD_ROUNDS, BATCH = 20, 8
+LAST = 3
 """Rounds at the end whose accuracy counts."""
 FIRST_NODE = 2**62  # ids, and so messages, are as long as a deployment's
 
@@ -102,7 +103,7 @@ class Runs:
     task : Task
         The model and its data.
     rounds : int
-        With one local epoch of all nodes each, after those of the head.
+        With one local epoch each, after those of the head.
     seed : int
         Decides the new head, the split, and the order of the examples.
     rates : Mapping[str, float]
@@ -190,14 +191,14 @@ class Runs:
         return strategy, accuracies, result.arrays
 
     def _strategy(self, start: Start, way: Way) -> Pruned:
-        strategy = FedAvg(fraction_evaluate=0.0)
+        strategy = _fedavg()
         if way.density == 1:
             return AutoFlip(strategy, 0.0, seed=self._seed)
         options: dict[str, Any] = {"outside": way.outside, "exclude": f"{self._task.head}.*", "seed": self._seed}
         ledger = Ledger()
         if way.explorers:
             if way.explorers not in self._explored:
-                asking = Pruned(FedAvg(fraction_evaluate=0.0), 0.5, method=way.method, **options)
+                asking = Pruned(_fedavg(), 0.5, method=way.method, **options)
                 with unchanged(start.net):
                     asking.start(self._grid(start, way), start.arrays, 0)
                 assert asking.exploration is not None
@@ -228,6 +229,10 @@ class Runs:
             return Message(RecordDict({"arrays": start.arrays, "metrics": metrics}), reply_to=message)
 
         return LocalGrid(app, NODES, serialise=False, first=FIRST_NODE)
+
+
+def _fedavg() -> FedAvg:
+    return FedAvg(fraction_train=SHARE, fraction_evaluate=0.0)
 
 
 @contextmanager

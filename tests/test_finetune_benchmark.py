@@ -72,13 +72,13 @@ def test_adapters_travel_alone(runs):
 
 def test_a_row_that_is_there_is_not_made_again(runs, tmp_path):
     output = tmp_path / "new" / "rows.json"
-    found = finetune.kept(output, {"rounds": 2})
+    found = finetune.kept(output, {"tiny": [300, 100, 2]})
     finetune.measure(runs, {"head only": Way("head")}, found, "tiny/1", output)
-    again = finetune.kept(output, {"rounds": 2})
+    again = finetune.kept(output, {"tiny": [300, 100, 2]})
     assert again == found == json.loads(output.read_text())
     finetune.measure(None, {"head only": Way("head")}, again, "tiny/1", output)
-    with pytest.raises(SystemExit, match="rounds"):
-        finetune.kept(output, {"rounds": 3})
+    with pytest.raises(SystemExit, match=r"tiny was made with sizes \[300, 100, 2\]"):
+        finetune.kept(output, {"tiny": [300, 100, 3]})
 
 
 def test_the_table_has_means_over_seeds_and_shares_of_full_fine_tuning(capsys):
@@ -87,7 +87,7 @@ def test_the_table_has_means_over_seeds_and_shares_of_full_fine_tuning(capsys):
         "text/2/full fine-tuning": {**ROW, "mb": 40.0},
         "text/1/0.02": ROW,
         "text/2/0.02": {**ROW, "accuracy": 63.0},
-        "vision/1/0.02": ROW,
+        "mnist/1/0.02": ROW,
     }
     full, row = finetune.summarise(rows, "text")
     assert (full["share"], full["sd"]) == (100.0, 0.0)
@@ -101,6 +101,6 @@ def test_the_table_has_means_over_seeds_and_shares_of_full_fine_tuning(capsys):
         "share": 20.0,
         "exploration_mb": 2.0,
     }
-    assert [each["share"] for each in finetune.summarise(rows, "vision")] == [None]
+    assert [each["share"] for each in finetune.summarise(rows, "mnist")] == [None]
     finetune.show([row])
     assert "| 0.02 | 61.5 ± 2.12 | 8.0 | 20.0 | 2.0 |" in capsys.readouterr().out
