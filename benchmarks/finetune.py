@@ -41,7 +41,7 @@ WAYS = {
 """By name; a number is the density of AutoFLIP's mask, outside of which values stay. The two ranks of LoRA train about
 as many values of MiniLM as densities 0.02 and 0.005."""
 
-SIZES = {"mnist": (400, 500, 20), "cifar10": (1000, 1000, 20), "text": (300, 300, 6)}
+SIZES = {"mnist": (400, 500, 20), "cifar10": (1000, 1000, 20), "text": (300, 200, 4)}
 """Examples to train with in all nodes, examples to test with, and rounds after those of the head."""
 
 COLUMNS = ("way", "accuracy %", "MB", "of full fine-tuning %", "of it exploring, MB")
