@@ -5,7 +5,7 @@ with a head that the nodes have trained alone. Its bytes, and those of an explor
 needs them. Rows that are in `--output` already are not made again. It needs the packages of the extra `finetune`. The
 last line is JSON.
 
-    python -m benchmarks.finetune --data-dir DIR --output results/finetune.json
+    python -m benchmarks.finetune --data-dir DIR --output results/benchmarks/finetune.json
 """
 
 from __future__ import annotations
