@@ -182,5 +182,9 @@ def _adapted(net: nn.Module, rank: int) -> nn.Module:
     return adapted
 
 
-TASKS = {"mnist": partial(vision, "mnist", 32), "cifar10": partial(vision, "cifar10", 64), "text": text}
+TASKS: dict[str, Callable[[Path, int, int], Task]] = {
+    "mnist": partial(vision, "mnist", 32),
+    "cifar10": partial(vision, "cifar10", 64),
+    "text": text,
+}
 """Each takes the folder of the data, and the numbers of training and of test examples."""
