@@ -77,13 +77,13 @@ def test_the_tree_of_settings_is_shown_as_it_is_written():
         DifferentialPrivacyServerSideFixedClipping(fedavg(), 1.0, 1.0, 2),
         sparsity=0.25,
         exclude="x",
-        method=LossExploration.static(scope="layer", explorers=0.5),
+        method=LossExploration(scope="layer", explorers=0.5),
         values=Values(deltas="float32"),
         rules=ReplyRules(strikes=2),
     )
     assert repr(strategy) == (
         "AutoFlip(DifferentialPrivacyServerSideFixedClipping(FedAvg()), sparsity=0.25, "
-        "method=LossExploration.static(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
+        "method=LossExploration(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
         "rules=ReplyRules(strikes=2))"
     )
 
@@ -185,7 +185,7 @@ def test_what_is_set_before_a_start_holds_for_it():
     assert mask.kept == 50
     assert strategy.exploration is explored
     assert len(grid.sent) == NODES
-    strategy.method = LossExploration.static(scope="layer", epochs=1)
+    strategy.method = LossExploration.static(scope="layer", epochs=2)
     start(strategy)
     assert strategy.exploration is not explored
     strategy.mask = half(1)
