@@ -98,6 +98,16 @@ def test_copies_have_settings_of_their_own():
     assert repr(strategy) == "AutoFlip(FedAvg(), sparsity=0.5, mask=Mask(...))"
 
 
+def test_the_method_is_dynamic_where_nothing_else_says_what_the_mask_is():
+    assert AutoFlip().method == LossExploration()
+    for own in ({"mask": half(0)}, {"mask_schedule": {}.get}):
+        strategy = AutoFlip(**own)
+        assert strategy.method == LossExploration(schedule=())
+        assert "method" not in repr(strategy)
+    assert AutoFlip(outside="initial").method == LossExploration.static()
+    assert repr(AutoFlip(outside="initial")) == "AutoFlip(FedAvg(), outside='initial')"
+
+
 WRONG = [
     ("sparsity", 1.0, ValueError, r"sparsity = 1.0: must be a number in \[0, 1\)"),
     ("sparsity", "0.5", TypeError, "sparsity = '0.5': must be a number"),
