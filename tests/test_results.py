@@ -191,7 +191,7 @@ def test_what_trained_otherwise_is_compared_with_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "fields"),
     [
-        ({"method": "fedprox", "sparsity": 0.9}, {"density": 1.0, "schedule": None}),
+        ({"method": "fedprox", "proximal-mu": 0.1, "sparsity": 0.9}, {"density": 1.0, "schedule": None}),
         ({"method": "ssfl", "sparsity": 0.95}, {"density": 0.05, "schedule": "static"}),
         ({"method": "rigl"}, {"density": 0.3, "schedule": "rigl"}),
         ({"method": "autoflip"}, {"schedule": "gradual"}),
