@@ -126,7 +126,7 @@ def test_settings_that_came_later_have_the_value_that_means_what_was_before(tmp_
     for told_ in (
         '"clip-norm": 0.0, ',
         '"scope": "global", ',
-        '"lr-power": 0.5, ',
+        '"lr-power": 0.25, ',
         '"schedule": "static", ',
         '"rank-by": "magnitude", ',
         '"initial": "explorers", ',

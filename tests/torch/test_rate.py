@@ -58,10 +58,15 @@ def run(sparsity: float, kind: type[torch.optim.Optimizer] = torch.optim.SGD, **
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, Failing])
 def test_a_step_is_as_much_longer_as_the_density_says(kind: type[torch.optim.Optimizer]):
-    found, seen = run(0.75, kind)
-    assert seen == {(2.0, 0.1)}  # 0.25 ** -0.5, by default; the optimizer's own rate is as it was
+    found, seen = run(0.75, kind, lr_power=0.5)
+    assert seen == {(2.0, 0.1)}  # 0.25 ** -0.5; the optimizer's own rate is as it was
     assert found[1, 2:] == pytest.approx(W0["w"][1, 2:] - 0.2)
     assert not found[0].any()
+
+
+def test_the_power_is_a_quarter_unless_it_is_set():
+    ((rate, _),) = run(0.75)[1]
+    assert rate == pytest.approx(2**0.5)  # 0.25 ** -0.25
 
 
 def test_nothing_changes_without_a_power_or_without_pruned_entries():
