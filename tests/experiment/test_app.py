@@ -55,8 +55,8 @@ def test_the_record_tells_what_happened(tmp_path):
     assert told["bytes"]["total"] == sum(value for key, value in told["bytes"].items() if key != "total")
     assert all(value > 0 for value in told["bytes"].values())
     assert told["train_up_per_client_round"] == pytest.approx(told["bytes"]["train_up"] / 8)
-    # half of the weights in round 1, and the target's 30 % in round 2
-    assert told["bytes"]["train_up"] == pytest.approx(0.8 * told["dense_bytes"] / 4, rel=0.02)
+    # 4 nodes send half of the weights in round 1, and the target's 30 % in round 2
+    assert told["bytes"]["train_up"] == pytest.approx(4 * (0.5 + 0.3) * 4 * told["parameters"], rel=0.05)
     assert told["failures"] == NO_FAILURES
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["round"]) for line in lines] == [("exploration", 0)] + [("train", r) for r in range(3)]
