@@ -41,6 +41,7 @@ def test_explorers_do_without_weight_decay_and_rounds_do_not():
 
 def test_a_mask_that_leaves_a_layer_to_its_floor_is_told_in_the_summary(tmp_path: Path):
     values = {"output-dir": str(tmp_path), "num-server-rounds": 1, "exploration-epochs": 1, "sparsity": 0.998}
+    values |= {"rank-by": "deviation", "initial": "scratch"}
     path = server.run(LocalGrid(client.app, 2, values), Config.from_run_config(values))
     summary = json.loads((path / "summary.json").read_text())
     assert summary["mask_problems"] == ["nothing but its floor is left of fc2.weight (10 of 1280 entries)"]
