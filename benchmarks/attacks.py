@@ -1,4 +1,4 @@
-"""Attack FedAvg and two of Flower's robust strategies, all under AutoFLIP, with clients that send false updates.
+"""Attack FedAvg and two of Flower's robust strategies, under AutoFLIP's static mask, with clients that send lies.
 
     python -m benchmarks.attacks --rounds 20 --sparsity 0.7 --seeds 5
 
@@ -28,6 +28,7 @@ from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, Krum, Strategy
 from numpy.typing import NDArray
 
 from autoflip_flwr import AutoFlip, autoflip_mod
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.replies.quarantine import ReplyRules
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.records import to_arrays, to_record
@@ -79,7 +80,8 @@ def accuracy(
     random.seed(seed)
     lie = ATTACKS[attack]
     app = digits.client_app([autoflip_mod] + ([] if lie is None else [attacker(lie, seed)]), alpha=alpha, seed=seed)
-    strategy = AutoFlip(STRATEGIES[name](), sparsity=sparsity, rules=ReplyRules(norm_factor=norm_factor))
+    method, rules = LossExploration.static(epochs=5), ReplyRules(norm_factor=norm_factor)
+    strategy = AutoFlip(STRATEGIES[name](), sparsity=sparsity, method=method, rules=rules)
     result = strategy.start(
         LocalGrid(app, digits.NODES), to_record(digits.model(seed)), rounds, evaluate_fn=digits.evaluate
     )

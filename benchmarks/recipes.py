@@ -1,4 +1,4 @@
-"""Settings of the app for a benchmark: its defaults, a recipe, the benchmark's own, then the command line's."""
+"""Settings of the app for a benchmark: defaults, the static mask's, a recipe, the benchmark's own, then the user's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.toml import flatten, parse_pairs, read_toml
 
 ROOT = Path(__file__).parents[1]
+
+STATIC: Mapping[str, Value] = {
+    "schedule": "static",
+    "rank-by": "deviation",
+    "initial": "scratch",
+    "lr-power": 0.0,
+    "exploration-epochs": 5,
+}
+"""The settings of what these benchmarks measure: the paper's method, with one mask by five epochs of exploration."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +39,7 @@ def settings_of(recipe: Path | None, pairs: str, own: Mapping[str, Value] | None
     """Return all settings; ``own`` are the benchmark's, ``pairs`` those of the command line."""
     return {
         **Config().as_dict(),
+        **STATIC,
         **(flatten(read_toml(recipe)) if recipe else {}),
         **(own or {}),
         **parse_pairs(pairs),

@@ -14,18 +14,23 @@ from autoflip_flwr.experiment.config import RESULTLESS, Config
 from autoflip_flwr.experiment.idle import with_effect
 from autoflip_flwr.experiment.record.suites import Entry, Suite
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, points
+from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.experiment.toml import parse_pairs
 
 FOLDER = Path(__file__).parents[1] / "results"
+
+_BEFORE: Mapping[str, Value] = {"lr-power": 0.0, "schedule": "static", "rank-by": "deviation", "initial": "scratch"}
+"""What the app did before it had these settings, where it is not their default."""
 
 
 @dataclass(frozen=True)
 class Result:
     """A finished run as its suite's summary tells it.
 
-    ``settings`` are those with an effect, but for the seed. ``bytes`` are by phase, with their ``total``. ``density``
-    is that of the prunable parameters at the end. ``gflop`` is of all clients together. The seconds of ``curve`` are
-    not known. ``command`` made the suite. ``changed`` says whether the code had changed since ``commit``.
+    ``settings`` are those with an effect, as they were in force, but for the seed. ``bytes`` are by phase, with their
+    ``total``. ``density`` is that of the prunable parameters at the end. ``gflop`` is of all clients together. The
+    seconds of ``curve`` are not known. ``command`` made the suite. ``changed`` says whether the code had changed since
+    ``commit``.
     """
 
     command: str
@@ -38,6 +43,14 @@ class Result:
     bytes: Mapping[str, int]
     gflop: float
     curve: tuple[Point, ...]
+
+
+def in_force(config: Config) -> dict[str, Value]:
+    """Return the settings with an effect, but for the seed. None is left to be chosen by the others."""
+    settings = with_effect(config)
+    del settings["seed"]
+    chosen = {name.replace("_", "-"): value for name, value in config.chosen.items()}
+    return {key: chosen.get(key, value) for key, value in settings.items()}
 
 
 def text_of(suite: Suite) -> str:
@@ -81,13 +94,12 @@ def read(folder: Path = FOLDER) -> list[Result]:
 
 def _line(entry: Entry) -> str:
     about, summary, evaluated = entry.run.about, entry.run.summary, points(entry.run)
-    settings = with_effect(Config.from_run_config(entry.settings, check_paths=False))
-    seed = settings.pop("seed")
+    config = Config.from_run_config(entry.settings, check_paths=False)
     accuracy = final_accuracy(evaluated)
     return json.dumps(
         {
-            "settings": settings,
-            "seed": seed,
+            "settings": in_force(config),
+            "seed": config.seed,
             "accuracy": None if accuracy is None else round(accuracy, 6),
             "density": summary["density"],
             "bytes": {phase: size for phase, size in summary["bytes"].items() if size or phase == "total"},
@@ -123,12 +135,11 @@ def _result(command: str, told: Mapping[str, Any]) -> Result:
 
 
 def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the settings that the app has got since, with their defaults, which mean what it did before."""
+    """Add the settings that the app has got since, with the values that mean what it did before."""
     defaults = Config().as_dict()
     known = {key: value for key, value in settings.items() if key in defaults}
-    added = with_effect(Config.from_run_config(known, check_paths=False))
-    del added["seed"]
-    return {**added, **settings}
+    added = in_force(Config.from_run_config({**_BEFORE, **known}, check_paths=False))
+    return {**settings, **added}
 
 
 def _command(told: str) -> str:

@@ -14,9 +14,8 @@ import numpy as np
 from autoflip_flwr.core.choices import DENSE, EXCHANGING, METHODS
 from autoflip_flwr.experiment.config import Config, setting
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, mean_curve, spread
-from benchmarks.results_file import Result
+from benchmarks.results_file import Result, in_force
 
-_DEFAULTS = Config().as_dict()
 _TOLD = ("dataset", "model", "method", "sparsity", "schedule", "values", "values-up", "values-down")
 """Settings that a row tells in fields of their own, together with the rounds."""
 _ROUNDS = "num-server-rounds"
@@ -135,7 +134,9 @@ def _schedule(settings: Mapping[str, Any]) -> str | None:
     method = str(settings["method"])
     if method in DENSE:
         return None
-    return method if method in ("gradual", *EXCHANGING) else str(settings.get("schedule", "static"))
+    if method == "autoflip":
+        return str(settings["schedule"])
+    return method if method in ("gradual", *EXCHANGING) else "static"
 
 
 def _training(row: Row) -> dict[str, Any]:
@@ -146,15 +147,16 @@ def _training(row: Row) -> dict[str, Any]:
 
 def _is_plain(row: Row) -> bool:
     """Return whether everything else but the density is as the app has it by default."""
+    defaults = {**Config().as_dict(), **in_force(Config(method=row.settings["method"]))}
     return all(
-        value == _DEFAULTS[key]
+        value == defaults[key]
         for key, value in row.settings.items()
         if _section(key) in ("Pruning", "Values") and key not in ("sparsity", "schedule")
     )
 
 
 def _section(key: str) -> object:
-    return setting(key).metadata["section"] if key in _DEFAULTS else None
+    return setting(key).metadata["section"] if key in Config().as_dict() else None
 
 
 def _apart(row: Row, of_data: Sequence[Row]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ import numpy as np
 from autoflip_flwr.experiment.record.circumstances import source_commit
 from autoflip_flwr.experiment.rules import Value
 from autoflip_flwr.launch import cli
+from benchmarks import recipes
 from benchmarks.loopback import Loopback
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ RUN_LIMIT = 3600.0  # seconds per run
 Settings = dict[str, Value]
 Row = dict[str, Any]
 
-_SHORT: Settings = {"seed": SEED, "local-epochs": 1, "exploration-epochs": 1, "node-timeout": 300}
+_SHORT: Settings = {**recipes.STATIC, "seed": SEED, "local-epochs": 1, "exploration-epochs": 1, "node-timeout": 300}
 
 SIMULATION: Settings = {**_SHORT, "batch-size": 350, "explorers": 0.25}
 """Settings that override configs/mnist.toml."""

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 
 from autoflip_flwr.experiment.data.load import load
 from autoflip_flwr.experiment.rules import Value
-from benchmarks import tables
+from benchmarks import recipes, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, TEST_EXAMPLES = 60, 1_000
@@ -147,6 +147,7 @@ def settings(nodes: int, rounds: int, data: Path, runs: Path) -> dict[str, Value
     """Return the app's settings that differ from its defaults."""
     share = min(1.0, SAMPLED / nodes)
     return {
+        **recipes.STATIC,
         "dataset": "mnist",
         "data-dir": str(data),
         "output-dir": str(runs),

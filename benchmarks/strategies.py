@@ -1,4 +1,4 @@
-"""Run every strategy of Flower on handwritten digits: alone, under AutoFLIP with nothing pruned, and pruned.
+"""Run every strategy of Flower on handwritten digits: alone, under AutoFLIP with nothing pruned, and by a static mask.
 
     python -m benchmarks.strategies --rounds 20 --sparsity 0.7 --seeds 3
 
@@ -103,7 +103,7 @@ def one_seed(name: str, rounds: int, sparsity: float, seed: int) -> Row:
     make, behind = digits.STRATEGIES[name], digits.mods_for(name)
     mods = [autoflip_mod, *behind]
     full, masked, dense = (
-        AutoFlip(make(digits.NODES), sparsity=share, method=LossExploration(public=True))
+        AutoFlip(make(digits.NODES), sparsity=share, method=LossExploration.static(epochs=5, public=True))
         for share in (0.0, sparsity, sparsity)
     )
     alone = run(make(digits.NODES), behind, rounds, seed)

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import FedAvg
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.choices import CODED
 from autoflip_flwr.core.layout import Arrays
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.costs.ledger import phase_of
 from autoflip_flwr.costs.message_size import message_bytes, record_bytes
 from autoflip_flwr.testing import LocalGrid
@@ -77,7 +78,8 @@ def measure(parameters: int, density: float, kind: str = "float32") -> dict[str,
     replies: list[Message] = []
     grid = LocalGrid(client_app(), 2, tamper=lambda reply: replies.append(reply) or reply)  # type: ignore[func-returns-value]
     initial = twocnn(parameters)
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=round(1 - density, 12), values=kind)
+    method = LossExploration.static()  # the second round's density is the last one's
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=round(1 - density, 12), method=method, values=kind)
     down: dict[str, list[int]] = {}  # bytes of the last exchange of each phase
     up: dict[str, list[int]] = {}
     push = grid.push_messages

@@ -5,10 +5,13 @@ python docs/make_reference.py
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import re
 from pathlib import Path
+
+from autoflip_flwr.core.schedule import default_of
 
 PAGE = Path(__file__).with_name("reference.md")
 BLOCK = re.compile(r"(<!-- parameters of ([\w.]+), made by docs/make_reference.py -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,10 +28,15 @@ def table(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     thing = getattr(importlib.import_module(module), attribute)
     described = parameters(thing)
+    made = (
+        {field.name: default_of(field) for field in dataclasses.fields(thing)}
+        if dataclasses.is_dataclass(thing)
+        else {}
+    )
     lines = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
     for each in inspect.signature(thing).parameters.values():
         kind, meaning = described[each.name]
-        default = "" if each.default is each.empty else f"`{each.default!r}`"
+        default = "" if each.default is each.empty else f"`{made.get(each.name, each.default)!r}`"
         lines.append(f"| `{each.name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 

@@ -17,12 +17,12 @@ from autoflip_flwr.experiment.record.suites import Suite
 from autoflip_flwr.experiment.report.points import Point
 from autoflip_flwr.experiment.rules import Value
 from benchmarks import results, results_readme
-from benchmarks.results_file import FOLDER, Result, read, text_of
+from benchmarks.results_file import FOLDER, Result, in_force, read, text_of
 from benchmarks.results_rows import Row, rows_of, told
 
 DIGITS: dict[str, Value] = {"dataset": "digits", "num-server-rounds": 2, "nodes": 4}
 FEDAVG = {**DIGITS, "method": "fedavg"}
-PRUNED = {**DIGITS, "method": "autoflip", "sparsity": 0.9}
+PRUNED = {**DIGITS, "method": "autoflip", "sparsity": 0.9, "schedule": "static"}
 GRADUAL = {**DIGITS, "method": "gradual", "sparsity": 0.9}
 RUNS: tuple[tuple[str, dict[str, Value], Sequence[float | None], float], ...] = (
     ("fedavg-1", {**FEDAVG, "seed": 1}, [0.1, 0.6, 0.8], 1.0),
@@ -60,7 +60,7 @@ def rows_in(tmp_path: Path, runs: Any = RUNS) -> list[Row]:
 
 def result(settings: Mapping[str, Value], seed: int = 1, accuracy: float = 0.5) -> Result:
     curve = (Point(0, 0.1, 0, 0, 0), Point(1, accuracy, 10.0, 1, 0))
-    whole = {**Config().as_dict(), **settings}
+    whole = in_force(Config.from_run_config(settings))
     return Result("autoflip suite a.yaml", whole, seed, "", "c0ffee" * 6, False, 0.1, {"total": 10**7}, 1.0, curve)
 
 
@@ -122,10 +122,28 @@ def test_files_that_are_no_summaries_are_named(tmp_path: Path) -> None:
 def test_settings_that_came_later_have_the_value_that_means_what_was_before(tmp_path: Path) -> None:
     folder = kept(tmp_path, RUNS[2:3])
     path = folder / "made-up.json"
-    path.write_text(path.read_text().replace('"clip-norm": 0.0, ', "").replace('"scope": "global", ', ""))
+    text = path.read_text()
+    for told_ in (
+        '"clip-norm": 0.0, ',
+        '"scope": "global", ',
+        '"lr-power": 0.25, ',
+        '"schedule": "static", ',
+        '"rank-by": "magnitude", ',
+        '"initial": "explorers", ',
+    ):
+        assert told_ in text
+        text = text.replace(told_, "")
+    path.write_text(text)
     (found,) = read(folder)
     assert (found.settings["clip-norm"], found.settings["scope"]) == (0.0, "global")
-    assert found.settings["schedule"] == "static"
+    assert (found.settings["lr-power"], found.settings["schedule"]) == (0.0, "static")
+    assert (found.settings["rank-by"], found.settings["initial"]) == ("deviation", "scratch")
+
+
+def test_a_summary_tells_the_settings_that_the_others_have_chosen(tmp_path: Path) -> None:
+    (found,) = read(kept(tmp_path, [("default", {**DIGITS, "method": "autoflip"}, [0.1, 0.2, 0.3], 1.0)]))
+    chosen = ("rank-by", "schedule", "initial", "initial-density")
+    assert [found.settings[key] for key in chosen] == ["magnitude", "gradual", "explorers", 0.5]
 
 
 # --- rows
@@ -173,16 +191,17 @@ def test_what_trained_otherwise_is_compared_with_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "fields"),
     [
-        ({"method": "fedprox", "sparsity": 0.9}, {"density": 1.0, "schedule": None}),
+        ({"method": "fedprox", "proximal-mu": 0.1, "sparsity": 0.9}, {"density": 1.0, "schedule": None}),
         ({"method": "ssfl", "sparsity": 0.95}, {"density": 0.05, "schedule": "static"}),
         ({"method": "rigl"}, {"density": 0.3, "schedule": "rigl"}),
-        ({"method": "autoflip", "schedule": "gradual"}, {"schedule": "gradual"}),
+        ({"method": "autoflip"}, {"schedule": "gradual"}),
+        ({"method": "autoflip", "schedule": "static"}, {"schedule": "static"}),
         ({"method": "autoflip", "values": "int8"}, {"values": "int8"}),
         ({"method": "autoflip", "values": "int8", "values-down": "float16"}, {"values": "int8 up, float16 down"}),
     ],
 )
 def test_fields_of_a_row(settings: Mapping[str, Value], fields: Mapping[str, Any]) -> None:
-    found = Row({**Config().as_dict(), **settings}, ()).fields
+    found = Row(in_force(Config.from_run_config(settings)), ()).fields
     assert {key: found[key] for key in fields} == fields
 
 
@@ -209,7 +228,9 @@ def test_a_readme_without_a_block_is_left_alone() -> None:
 def test_the_block_shows_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     data = (results_readme.Shown("Digits", {"data": "digits"}), results_readme.Shown("MNIST", {"data": "mnist"}))
     monkeypatch.setattr(results_readme, "DATA", data)
-    pruned = [result({"method": "autoflip", "sparsity": 0.9}, seed, 0.4 + 0.1 * seed) for seed in (1, 2)]
+    pruned = [
+        result({"method": "autoflip", "schedule": "static", "sparsity": 0.9}, seed, 0.4 + 0.1 * seed) for seed in (1, 2)
+    ]
     fedavg = result({"method": "fedavg"}, accuracy=0.8)
     rows = rows_of([*pruned, replace(fedavg, bytes={"total": 4 * 10**7}, changed=True)])
     table, _, note = results_readme.block(rows).partition("\n\n")

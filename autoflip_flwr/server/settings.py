@@ -198,7 +198,7 @@ class Configured(Strategy):
         for name, value in {**self._arguments(), **self._brought}.items():  # a mask that was chosen is not a setting
             default = self._defaults[name]
             if name == "method" and default is None:
-                default = default_method(self.outside, self.mask_schedule)
+                default = default_method(self.outside, self._brought["mask"], self.mask_schedule)
             elif default is None and name in _MADE:
                 default = _MADE[name]()
             plain = isinstance(value, bool | int | float | str | list | tuple)
@@ -259,15 +259,15 @@ class Configured(Strategy):
         )
 
 
-def default_method(outside: str, mask_schedule: object) -> LossExploration:
-    """Return AutoFLIP's method: dynamic, unless the user's own schedule changes the mask.
+def default_method(outside: str, mask: object, mask_schedule: object) -> LossExploration:
+    """Return AutoFLIP's method: dynamic, unless the mask is the user's own, or a schedule of the user's changes it.
 
     What keeps its initial value is not sparse: there the paper's static mask, by deltas, says which entries move most,
     and the explorers' average would have to be sent to every node.
     """
     if outside == "initial":
         return LossExploration.static()
-    return LossExploration() if mask_schedule is None else LossExploration(schedule=())
+    return LossExploration() if mask is None and mask_schedule is None else LossExploration(schedule=())
 
 
 def told(value: object) -> str:

@@ -271,8 +271,8 @@ class AutoFlip(Pruned):
         See :class:`Pruned`.
     method : LossExploration or None
         Who explores, how, and what becomes of it (:class:`~autoflip_flwr.core.methods.LossExploration`). Default:
-        ``LossExploration()``, with ``schedule=()`` beside a ``mask_schedule``; with ``outside="initial"``
-        ``LossExploration.static()``.
+        ``LossExploration()``, with ``schedule=()`` beside a ``mask`` or a ``mask_schedule``; with
+        ``outside="initial"`` ``LossExploration.static()``.
 
     Raises
     ------
@@ -312,7 +312,7 @@ class AutoFlip(Pruned):
         nodes: int | Nodes | None = None,
         coordinates: str = "auto",
     ) -> None:
-        method = default_method(outside, mask_schedule) if method is None else method
+        method = default_method(outside, mask, mask_schedule) if method is None else method
         super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
 
     def _check(self, settings: Mapping[str, Any]) -> None:

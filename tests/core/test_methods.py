@@ -7,6 +7,7 @@ from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.method import Method, check_method, check_requests
 from autoflip_flwr.core.methods import LossExploration, Magnitude, Random, Snip
 from autoflip_flwr.core.request import Request
+from autoflip_flwr.core.schedules import Gradual
 from autoflip_flwr.core.statistics import Accumulator, Exploration, Statistics, named, statistics_of
 
 W0 = {"a": np.array([[1.0, -5.0], [2.0, 0.5]], np.float32), "b": np.array([[-3.0, 4.0, 0.1]], np.float32)}
@@ -51,18 +52,29 @@ def test_snip_says_so_if_nothing_depends_on_anything():
 
 
 def test_methods_are_values():
-    assert LossExploration.static(epochs=1) == LossExploration.static(epochs=1) != LossExploration.static(epochs=2)
-    assert repr(LossExploration.static(epochs=1, scope="layer")) == "LossExploration.static(scope='layer', epochs=1)"
+    assert LossExploration(epochs=2) == LossExploration(epochs=2) != LossExploration(epochs=3)
+    assert repr(LossExploration(epochs=2, scope="layer")) == "LossExploration(scope='layer', epochs=2)"
     assert repr(Random()) == "Random()"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LossExploration.static().epochs = 3  # type: ignore[misc]
+        LossExploration().epochs = 3  # type: ignore[misc]
+
+
+def test_autoflip_is_dynamic_unless_it_is_the_papers():
+    method, static = LossExploration(), LossExploration.static()
+    assert (method.schedule, method.rank_by, method.initial) == (Gradual(initial_density=0.5), "magnitude", "explorers")
+    assert (static.schedule, static.rank_by, static.initial) == ((), "deviation", "scratch")
+    assert (method.epochs, static.epochs) == (1, 1)
+    assert repr(static) == "LossExploration(schedule=(), rank_by='deviation', initial='scratch')"
+    assert LossExploration.static(initial="explorers", epochs=5) == dataclasses.replace(
+        static, initial="explorers", epochs=5
+    )
 
 
 def test_what_decides_the_deltas_is_told_from_what_is_made_of_them():
     method = LossExploration.static()
     for same in ({"gamma": 0.5}, {"scope": "layer"}, {"initial": "explorers"}, {"timeout": 3.0}, {"public": True}):
         assert dataclasses.replace(method, **same).exploring() == method.exploring()
-    for other in ({"epochs": 1}, {"explorers": 0.5}, {"weighting": "examples"}, {"normalisation": "per-client"}):
+    for other in ({"epochs": 2}, {"explorers": 0.5}, {"weighting": "examples"}, {"normalisation": "per-client"}):
         assert dataclasses.replace(method, **other).exploring() != method.exploring()
 
 

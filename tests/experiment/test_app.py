@@ -55,7 +55,8 @@ def test_the_record_tells_what_happened(tmp_path):
     assert told["bytes"]["total"] == sum(value for key, value in told["bytes"].items() if key != "total")
     assert all(value > 0 for value in told["bytes"].values())
     assert told["train_up_per_client_round"] == pytest.approx(told["bytes"]["train_up"] / 8)
-    assert told["bytes"]["train_up"] < 0.31 * told["dense_bytes"] / 2
+    # 4 nodes send half of the weights in round 1, and the target's 30 % in round 2
+    assert told["bytes"]["train_up"] == pytest.approx(4 * (0.5 + 0.3) * 4 * told["parameters"], rel=0.05)
     assert told["failures"] == NO_FAILURES
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["round"]) for line in lines] == [("exploration", 0)] + [("train", r) for r in range(3)]
@@ -68,9 +69,9 @@ def test_the_record_tells_what_happened(tmp_path):
 
 
 def test_a_run_that_goes_on_has_one_record(tmp_path):
-    whole = run(tmp_path, num_server_rounds=4)
-    path = run(tmp_path)
-    assert run(tmp_path, num_server_rounds=4, resume=str(path)) == path
+    whole = run(tmp_path, num_server_rounds=4, schedule="static")
+    path = run(tmp_path, schedule="static")  # a density that falls would have reached its target
+    assert run(tmp_path, num_server_rounds=4, schedule="static", resume=str(path)) == path
     assert (path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert summary(path)["resumed_after"] == [2]
     lines = [[json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (path, whole)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,10 +16,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from autoflip_flwr import Ledger, Pruned
+from autoflip_flwr import AutoFlip, Ledger, Pruned
 from autoflip_flwr.core.choices import EXCHANGING, METHODS
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.core.participants import Participants
 from autoflip_flwr.core.schedules import Gradual
 from autoflip_flwr.experiment import client, server, training
@@ -186,10 +188,36 @@ def test_explorers_of_the_leak_pass_one_model_on_and_leave_no_exploration_to_oth
     assert json.loads((path / "summary.json").read_text())["method"] == "sequential-leak"
 
 
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({}, LossExploration()),
+        ({"outside": "initial"}, LossExploration.static()),
+        ({"outside": "initial", "initial": "explorers"}, LossExploration.static(initial="explorers")),
+        (
+            {"schedule": "static", "rank-by": "deviation", "initial": "scratch", "exploration-epochs": 5},
+            LossExploration.static(epochs=5),
+        ),
+    ],
+)
+def test_the_apps_default_is_the_librarys(settings: dict[str, Any], method: LossExploration, tmp_path: Path):
+    strategy: Any = strategy_of(Config.from_run_config(settings), Ledger(), None, tmp_path)
+    assert dataclasses.replace(strategy.method, schedule=()) == dataclasses.replace(method, schedule=())
+    assert strategy.method.schedules == method.schedules
+    assert strategy.lr_power == AutoFlip().lr_power
+
+
 def test_the_schedule_of_the_settings_is_the_methods(tmp_path: Path):
     for settings, schedules in (
+        ({}, (Gradual(initial_density=0.5),)),
+        ({"outside": "initial"}, ()),
+        ({"schedule": "static"}, ()),
+        ({"method": "gradual"}, (Gradual(),)),
         ({"schedule": "participants"}, (Participants(every=1),)),
-        ({"schedule": "gradual+participants", "adjust-every": 3}, (Gradual(), Participants(every=3))),
+        (
+            {"schedule": "gradual+participants", "initial-density": 1.0, "adjust-every": 3},
+            (Gradual(), Participants(every=3)),
+        ),
     ):
         strategy: Any = strategy_of(Config.from_run_config(settings), Ledger(), None, tmp_path)
         assert strategy.method.schedules == schedules

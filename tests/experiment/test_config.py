@@ -117,7 +117,7 @@ def test_is_frozen() -> None:
         ("device", "gpu", "device = 'gpu': must be one of auto, cpu, cuda, mps"),
         ("scope", "x", "scope = 'x': must be one of global, layer, erk"),
         ("normalisation", "x", "normalisation = 'x': must be one of none, layer, per-client"),
-        ("initial", "x", "initial = 'x': must be one of scratch, explorers"),
+        ("initial", "x", "initial = 'x': must be empty or one of scratch, explorers"),
         ("exploration-weighting", "x", "exploration-weighting = 'x': must be one of uniform, examples"),
         ("prune-biases", 1, "prune-biases = 1: must be true or false"),
         ("prune-biases", "false", "prune-biases = 'false': must be true or false"),

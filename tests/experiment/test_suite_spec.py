@@ -65,11 +65,12 @@ def test_a_run_is_known_by_what_decides_it():
 def test_runs_share_an_exploration_where_nothing_changes_it():
     plain = exploration_key(Config())
     assert exploration_key(Config(sparsity=0.9, num_server_rounds=3, values_up="int8", initial="explorers")) == plain
-    for other in (Config(seed=2), Config(exploration_epochs=1), Config(values_down="int8"), Config(lr=0.1)):
+    for other in (Config(seed=2), Config(exploration_epochs=2), Config(values_down="int8"), Config(lr=0.1)):
         assert exploration_key(other) not in ("", plain)
     for alone in (Config(method="random"), Config(method="fedavg"), Config(outside="initial"), Config(sparsity=0.0)):
         assert exploration_key(alone) == ""
-    assert exploration_key(Config(schedule="gradual")) == plain
+    for schedule in ("static", "gradual"):
+        assert exploration_key(Config(schedule=schedule, rank_by="deviation", lr_power=0.0)) == plain
     for schedule in ("participants", "gradual+participants"):  # a shared exploration holds averages alone
         assert exploration_key(Config(schedule=schedule)) == ""
 

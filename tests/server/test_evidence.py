@@ -40,7 +40,9 @@ def app_of(train: Train) -> ClientApp:
 
 
 def run(train: Train, start: Arrays, nodes: int = 3, **options: object) -> AutoFlip:
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), **{"sparsity": 0.5, **options})
+    strategy = AutoFlip(
+        FedAvg(fraction_evaluate=0.0), **{"sparsity": 0.5, "method": LossExploration.static(), **options}
+    )
     record = ArrayRecord({name: Array(array) for name, array in start.items()})
     strategy.start(LocalGrid(app_of(train), nodes), record, num_rounds=1)
     return strategy

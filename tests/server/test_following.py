@@ -61,7 +61,7 @@ def test_a_hook_is_told_each_round_of_autoflip():
     assert notes.after == 0
     told = {"strategy": "FedAvg()", "sparsity": 0.5, "seed": 3, "num_rounds": 2, "timeout": 60.0, "lr": 0.1}
     assert told.items() <= notes.settings.items()
-    assert notes.settings["method"] == "LossExploration.static()"
+    assert notes.settings["method"] == "LossExploration()"
     assert notes.settings["FedAvg.fraction_train"] == 1.0
     assert notes.numbers == [0, 1, 2]
     assert notes.of("train/train-loss") == [None, 1.0, 1.0]

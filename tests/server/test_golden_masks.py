@@ -117,7 +117,7 @@ def digest(arrays: Arrays) -> str:
 
 def run(strategy: Strategy, rounds: int, **settings: Any) -> dict[str, Any]:
     """The mask's and the model's digest, and the bytes of the messages (compressed parts as zlib made them here)."""
-    settings = {"sparsity": 0.6, "seed": 3, "nodes": 4} | settings
+    settings = {"sparsity": 0.6, "method": LossExploration.static(), "seed": 3, "nodes": 4} | settings
     autoflip = AutoFlip(strategy, **settings)
     result = autoflip.start(
         LocalGrid(client(), 4), ArrayRecord(to_flower(initial())), rounds, train_config=ConfigRecord({"lr": 0.1})

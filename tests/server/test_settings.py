@@ -77,13 +77,13 @@ def test_the_tree_of_settings_is_shown_as_it_is_written():
         DifferentialPrivacyServerSideFixedClipping(fedavg(), 1.0, 1.0, 2),
         sparsity=0.25,
         exclude="x",
-        method=LossExploration.static(scope="layer", explorers=0.5),
+        method=LossExploration(scope="layer", explorers=0.5),
         values=Values(deltas="float32"),
         rules=ReplyRules(strikes=2),
     )
     assert repr(strategy) == (
         "AutoFlip(DifferentialPrivacyServerSideFixedClipping(FedAvg()), sparsity=0.25, "
-        "method=LossExploration.static(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
+        "method=LossExploration(scope='layer', explorers=0.5), exclude='x', values=Values(deltas='float32'), "
         "rules=ReplyRules(strikes=2))"
     )
 
@@ -96,6 +96,16 @@ def test_copies_have_settings_of_their_own():
         assert other.fraction_evaluate == 0.0  # the wrapped strategy's
     assert (strategy.sparsity, strategy.mask, strategy._brought["mask"]) == (0.5, half(0), half(0))
     assert repr(strategy) == "AutoFlip(FedAvg(), sparsity=0.5, mask=Mask(...))"
+
+
+def test_the_method_is_dynamic_where_nothing_else_says_what_the_mask_is():
+    assert AutoFlip().method == LossExploration()
+    for own in ({"mask": half(0)}, {"mask_schedule": {}.get}):
+        strategy = AutoFlip(**own)
+        assert strategy.method == LossExploration(schedule=())
+        assert "method" not in repr(strategy)
+    assert AutoFlip(outside="initial").method == LossExploration.static()
+    assert repr(AutoFlip(outside="initial")) == "AutoFlip(FedAvg(), outside='initial')"
 
 
 WRONG = [
@@ -185,7 +195,7 @@ def test_what_is_set_before_a_start_holds_for_it():
     assert mask.kept == 50
     assert strategy.exploration is explored
     assert len(grid.sent) == NODES
-    strategy.method = LossExploration.static(scope="layer", epochs=1)
+    strategy.method = LossExploration.static(scope="layer", epochs=2)
     start(strategy)
     assert strategy.exploration is not explored
     strategy.mask = half(1)

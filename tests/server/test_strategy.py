@@ -148,7 +148,7 @@ def test_client_code_sees_what_it_would_see_without_autoflip():
         "server-round": 0,
         "proximal-mu": 0.25,
         PHASE_KEY: "explore",
-        EPOCHS_KEY: 5,
+        EPOCHS_KEY: 1,
         PATIENCE_KEY: 2,
         WEIGHT_DECAY_KEY: 0.0,
     }
@@ -281,7 +281,7 @@ def test_a_model_that_does_not_fit_is_refused_by_the_client_in_words():
 
 @pytest.mark.parametrize(("values", "tolerance"), [("float32", 2.0**-23), ("log8", 0.05)])
 def test_exploration_is_all_from_w0_and_the_mask_follows_from_it(values: str, tolerance: float):
-    strategy = AutoFlip(inner(), sparsity=0.5, values=Values(deltas=values))
+    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration.static(), values=Values(deltas=values))
     start(strategy, LocalGrid(message_app(), NODES), rounds=1)
     start_ = model()
     moves = []

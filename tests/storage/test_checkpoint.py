@@ -104,12 +104,13 @@ def test_the_end_is_bit_identical(name, coordinates, tmp_path):
     assert not any(message.metadata.group_id == "exploration" for message in grid.sent)
 
 
+@pytest.mark.parametrize("method", [LossExploration.static(), LossExploration()], ids=["static", "dynamic"])
 @pytest.mark.parametrize("dies_in", [0, 1, 2, ROUNDS])
-def test_wherever_it_was_interrupted(dies_in, tmp_path):
-    whole, *_ = run(None)
+def test_wherever_it_was_interrupted(dies_in, method, tmp_path):
+    whole, *_ = run(None, method=method)
     with pytest.raises(Killed):
-        run(tmp_path, dies_in=dies_in)
-    same(run(tmp_path, resume=True)[0], whole)
+        run(tmp_path, method=method, dies_in=dies_in)
+    same(run(tmp_path, method=method, resume=True)[0], whole)
 
 
 def test_again_and_again(tmp_path):

@@ -64,9 +64,14 @@ def test_a_step_is_as_much_longer_as_the_density_says(kind: type[torch.optim.Opt
     assert not found[0].any()
 
 
+def test_the_power_is_a_quarter_unless_it_is_set():
+    ((rate, _),) = run(0.75)[1]
+    assert rate == pytest.approx(2**0.5)  # 0.25 ** -0.25
+
+
 def test_nothing_changes_without_a_power_or_without_pruned_entries():
-    assert run(0.75)[1] == {(1.0, 0.1)}
-    assert run(0.75, lr_power=0.5, outside="initial")[1] == {(1.0, 0.1)}
+    assert run(0.75, lr_power=0.0)[1] == {(1.0, 0.1)}
+    assert run(0.75, outside="initial")[1] == {(1.0, 0.1)}
     dense, seen = run(0.0, lr_power=1.0)
     assert seen == {(1.0, 0.1)}
     assert dense == pytest.approx(W0["w"] - 0.1)
