@@ -34,22 +34,26 @@ class Shown:
 
 
 DATA = (
-    Shown("HAR, a phone a node", {"data": "har", "model": "har-cnn", "split": "natural", "rounds": 60}),
-    Shown("MNIST, two classes a node", {"data": "mnist", "model": "twocnn", "split": "pathological", "rounds": 60}),
-    Shown("CIFAR-10, Dirichlet 0.3", {"data": "cifar10", "model": "twocnn", "alpha": 0.3, "rounds": 60}),
+    Shown("HAR, a phone a node", {"data": "har", "model": "har-cnn", "split": "natural", "rounds": 60, "lr": 0.002}),
+    Shown(
+        "MNIST, two classes a node",
+        {"data": "mnist", "model": "twocnn", "split": "pathological", "rounds": 60, "lr": 0.001},
+    ),
+    Shown("CIFAR-10, Dirichlet 0.3", {"data": "cifar10", "model": "twocnn", "alpha": 0.3, "rounds": 60, "lr": 0.001}),
+    Shown("Shakespeare, a speaker a node", {"data": "shakespeare", "model": "lstm-128", "rounds": 60, "lr": 0.01}),
 )
 """The data sets, from top to bottom."""
 
-_STATIC = {"method": "autoflip", "schedule": "static", "values": "float32"}
-_GRADUAL = {"method": "autoflip", "schedule": "gradual", "values": "float32"}
+_RATE = {"values": "float32", "lr-power": 0.25}
+_STATIC = {"method": "autoflip", "schedule": "static", "rank-by": "deviation", **_RATE}
+_GRADUAL = {"method": "autoflip", "schedule": "gradual", "explorers": 1.0, **_RATE}
 METHODS = (
     Shown("FedAvg", {"method": "fedavg", "values": "float32"}),
-    Shown("AutoFLIP, static mask", {**_STATIC, "density": 0.1}),
-    Shown("AutoFLIP, static mask", {**_STATIC, "density": 0.05}),
-    Shown("AutoFLIP, gradual", {**_GRADUAL, "density": 0.1}),
-    Shown("AutoFLIP, gradual", {**_GRADUAL, "density": 0.05}),
-    Shown("SSFL", {"method": "ssfl", "density": 0.1, "values": "float32"}),
-    Shown("Gradual magnitude pruning", {"method": "gradual", "density": 0.1, "values": "float32"}),
+    Shown("AutoFLIP", {**_GRADUAL, "density": 0.1}),
+    Shown("AutoFLIP", {**_GRADUAL, "density": 0.05}),
+    Shown("AutoFLIP, static", {**_STATIC, "density": 0.1}),
+    Shown("Gradual magnitude pruning", {"method": "gradual", "density": 0.1, "initial-density": 1.0, **_RATE}),
+    Shown("SSFL", {"method": "ssfl", "density": 0.1, **_RATE}),
 )
 """The methods, of each data set where they are there."""
 

@@ -27,20 +27,24 @@ def study_with(text: str, rows: Sequence[Row]) -> str:
 
 
 def table(suite: str, rows: Sequence[Row]) -> str:
-    """Return the table of one suite as Markdown, best mean first.
+    """Return the table of one suite as Markdown, best first: by the mean distance to the best row of each data set.
 
     A cell has the accuracy in percent with its standard error, and the share of FedAvg's bytes.
     """
     own = rows_of(read_one(FOLDER / f"{suite}.json"))
     facts = told([*own, *rows])[: len(own)]
     columns = list(dict.fromkeys(_data_of(row) for row in own))
-    names = [_name(row, own) for row in own]
+    telling = _telling(own)
+    names = [_name(row, telling) for row in own]
     cells: dict[str, dict[tuple[Any, ...], str]] = {}
-    means: dict[str, list[float]] = {}
+    behind: dict[str, list[float]] = {}
     for row, name, fact in zip(own, names, facts, strict=True):
         cells.setdefault(name, {})[_data_of(row)] = _cell(fact)
-        means.setdefault(name, []).append(fact["accuracy_mean"])
-    order = sorted(cells, key=lambda name: -sum(means[name]) / len(means[name]))
+        best = max(
+            each["accuracy_mean"] for each, other in zip(facts, own, strict=True) if _data_of(other) == _data_of(row)
+        )
+        behind.setdefault(name, []).append(best - fact["accuracy_mean"])
+    order = sorted(cells, key=lambda name: sum(behind[name]) / len(behind[name]))
     lines = [
         f"| | {' | '.join(f'{data}, {model}' for data, model, _ in columns)} |",
         f"|---|{'---|' * len(columns)}",
@@ -56,19 +60,20 @@ def _data_of(row: Row) -> tuple[Any, ...]:
     return tuple(row.settings[key] for key in _OF_DATA)
 
 
-def _name(row: Row, rows: Sequence[Row]) -> str:
-    """Name a row by the settings in which it differs from others of its data; FedAvg by its method."""
-    alike = [each for each in rows if _data_of(each) == _data_of(row)]
-    values: Mapping[str, set[str]] = {
-        key: {repr(each.settings[key]) for each in alike if key in each.settings} for key in row.settings
-    }
-    parts = [
-        told_setting(key, value)
-        for key, value in row.settings.items()
-        if len(values[key]) > 1 and key not in (*_OF_DATA, "method")
-    ]
-    several = len({each.settings["method"] for each in alike}) > 1
-    return ", ".join([*([str(row.settings["method"])] if several else []), *parts])
+def _telling(rows: Sequence[Row]) -> set[str]:
+    """Return the settings in which rows of the same data differ."""
+    found: set[str] = set()
+    for data in {_data_of(row) for row in rows}:
+        alike = [row.settings for row in rows if _data_of(row) == data]
+        keys = {key for each in alike for key in each}
+        found |= {key for key in keys if len({repr(each[key]) for each in alike if key in each}) > 1}
+    return found - {*_OF_DATA, "method"}
+
+
+def _name(row: Row, telling: set[str]) -> str:
+    """Name a row by its method and the settings that tell rows apart."""
+    parts = [told_setting(key, value) for key, value in row.settings.items() if key in telling]
+    return ", ".join([str(row.settings["method"]), *parts])
 
 
 def _cell(fact: Mapping[str, Any]) -> str:

@@ -45,6 +45,7 @@ def runs():
     return Runs(Task(net_of, Net.features, "head", examples, (inputs[300:], labels[300:]), rates, adapted), 2, seed=1)
 
 
+@pytest.mark.slow
 def test_a_row_charges_head_exploration_and_rounds(runs):
     full, head, kept = (runs.row(way) for way in (Way(), Way("head"), Way(density=0.1)))
     assert (full["kept"], full["size"], full["never_pruned"]) == (880, 930, 50)
@@ -55,6 +56,7 @@ def test_a_row_charges_head_exploration_and_rounds(runs):
     assert full["accuracy"] > 80
 
 
+@pytest.mark.slow
 def test_ways_with_the_same_explorers_share_one_exploration(runs):
     one, zero, few, none = (
         runs.row(Way(density=0.2, **other))
@@ -65,11 +67,13 @@ def test_ways_with_the_same_explorers_share_one_exploration(runs):
     assert runs.row(Way(density=0.2, gamma=0.0)) == one
 
 
+@pytest.mark.slow
 def test_adapters_travel_alone(runs):
     row = runs.row(Way("adapters", rank=1))
     assert (row["size"], row["exploration_mb"]) == (930 - 480, 0)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_there_is_not_made_again(runs, tmp_path):
     output = tmp_path / "new" / "rows.json"
     found = finetune.kept(output, {"tiny": [300, 100, 2]})
