@@ -196,7 +196,7 @@ def test_a_second_start_with_checkpoints_keeps_the_values_of_the_first(tmp_path)
         return strategy.start(LocalGrid(message_app(), NODES), arrays, num_rounds=rounds, **options)
 
     def make(arrays):
-        strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=3, sparsity=0.5)
+        strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), seed=3, sparsity=0.5, method=LossExploration.static())
         first = start(strategy, arrays, 1)
         strategy.mask_schedule = schedule
         return strategy, first
