@@ -10,7 +10,7 @@ from autoflip_flwr.experiment.report.rows import told as told_setting
 from benchmarks.results_file import FOLDER, read_one
 from benchmarks.results_rows import Row, rows_of, told
 
-_BLOCK = re.compile(r"(<!-- suite: ([\w.-]+) -->\n).*?(\n<!-- end of suite -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- suite: ([\w.-]+) -->\n).*?(<!-- end of suite -->)", re.DOTALL)
 _OF_DATA = ("dataset", "model", "num-server-rounds")
 
 
@@ -23,7 +23,7 @@ def study_with(text: str, rows: Sequence[Row]) -> str:
     """
     if not _BLOCK.search(text):
         raise ValueError("docs/study.md: must have blocks <!-- suite: NAME -->, each with <!-- end of suite -->")
-    return _BLOCK.sub(lambda found: f"{found[1]}{table(found[2], rows)}{found[3]}", text)
+    return _BLOCK.sub(lambda found: f"{found[1]}{table(found[2], rows)}\n{found[3]}", text)
 
 
 def table(suite: str, rows: Sequence[Row]) -> str:

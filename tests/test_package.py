@@ -211,7 +211,15 @@ def test_the_library_requires_flower_and_numpy_only(metadata):
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     base = {item.name for item in required if item.marker is None or item.marker.evaluate({"extra": ""})}
     assert base == {"flwr", "numpy"}
-    assert metadata.get_all("Provides-Extra") == ["app", "checkpoint", "dev", "mlflow", "tensorboard", "wandb"]
+    assert metadata.get_all("Provides-Extra") == [
+        "app",
+        "checkpoint",
+        "dev",
+        "finetune",
+        "mlflow",
+        "tensorboard",
+        "wandb",
+    ]
 
 
 OTHER_ROOMS = ("torch", "experiment", "launch")

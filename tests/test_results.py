@@ -229,14 +229,19 @@ def test_the_block_shows_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch
     data = (results_readme.Shown("Digits", {"data": "digits"}), results_readme.Shown("MNIST", {"data": "mnist"}))
     monkeypatch.setattr(results_readme, "DATA", data)
     pruned = [
-        result({"method": "autoflip", "schedule": "static", "sparsity": 0.9}, seed, 0.4 + 0.1 * seed) for seed in (1, 2)
+        result(
+            {"method": "autoflip", "schedule": "static", "rank-by": "deviation", "sparsity": 0.9},
+            seed,
+            0.4 + 0.1 * seed,
+        )
+        for seed in (1, 2)
     ]
     fedavg = result({"method": "fedavg"}, accuracy=0.8)
     rows = rows_of([*pruned, replace(fedavg, bytes={"total": 4 * 10**7}, changed=True)])
     table, _, note = results_readme.block(rows).partition("\n\n")
     assert table.splitlines()[2:] == [
         "| Digits | FedAvg | 1 | 80.0 | 40.00 | 100.0 % |",
-        "|  | AutoFLIP, static mask | 0.1 | 55.0 ± 5.0 | 10.00 | 25.0 % |",
+        "|  | AutoFLIP, static | 0.1 | 55.0 ± 5.0 | 10.00 | 25.0 % |",
     ]
     note = " ".join(note.split())
     assert "Mean over 1 to 2 seeds" in note
@@ -246,7 +251,7 @@ def test_the_block_shows_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch
 
 def test_a_line_that_several_rows_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_readme, "DATA", (results_readme.Shown("Digits", {"data": "digits"}),))
-    two = rows_of([result({"method": "fedavg", "lr": lr}) for lr in (0.1, 0.2)])
+    two = rows_of([result({**PRUNED, "lr": 0.1}), *(result({"method": "fedavg", "lr": lr}) for lr in (0.1, 0.2))])
     with pytest.raises(ValueError, match=r"2 rows are 'FedAvg' on 'Digits': say in .* which is meant, by lr"):
         results_readme.selected(two)
     with pytest.raises(ValueError, match="no result fits"):
