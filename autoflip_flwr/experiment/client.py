@@ -98,7 +98,7 @@ class LocalClient(NumPyClient):
                         epochs=int(config[EPOCHS_KEY]) if exploring else self._config.local_epochs,
                         patience=int(config[PATIENCE_KEY]) if exploring else None,
                         weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
-                        lr=self._config.lr * self._config.lr_decay ** (round_ - 1),
+                        lr=self._config.lr * self._config.lr_decay ** (round_ - 1) * self._density_factor(exploring),
                         # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
                         proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                         mask=current_subspace(self._context),
@@ -110,6 +110,11 @@ class LocalClient(NumPyClient):
         arrays = list(training.get_arrays(self._model).values())
         metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples + more}
         return arrays, len(self._examples), metrics
+
+    def _density_factor(self, exploring: bool) -> float:
+        subspace = current_subspace(self._context)
+        power = self._config.lr_power
+        return 1.0 if exploring or not power or subspace is None else float(subspace.mask.density) ** -power
 
     def _report(self, seed: int) -> training.Trained:
         return report_gradients(self._model, self._examples, self._config, self._context, seed)

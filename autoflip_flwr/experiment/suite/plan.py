@@ -23,6 +23,7 @@ _AFTER_EXPLORING = (
     "schedule",
     "initial-density",
     "fall",
+    "lr-power",
     "fall-every",
     "fall-power",
     "auto-sparsity",
