@@ -99,6 +99,7 @@ class LocalClient(NumPyClient):
                         patience=int(config[PATIENCE_KEY]) if exploring else None,
                         weight_decay=float(config.get(WEIGHT_DECAY_KEY, self._config.weight_decay)),
                         lr=self._config.lr * self._config.lr_decay ** (round_ - 1) * self._density_factor(exploring),
+                        factors=self._factors(exploring),
                         # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
                         proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
                         mask=current_subspace(self._context),
@@ -111,9 +112,18 @@ class LocalClient(NumPyClient):
         metrics = {"train-loss": done.loss, "epochs": done.epochs, EXAMPLES_PROCESSED: done.examples + more}
         return arrays, len(self._examples), metrics
 
+    def _factors(self, exploring: bool) -> dict[str, float]:
+        subspace, power = current_subspace(self._context), self._config.lr_power
+        if exploring or not power or subspace is None or not self._config.lr_layer:
+            return {}
+        mask = subspace.mask
+        return {name: max(kept / mask.layout[name].size, 1e-3) ** -power for name, kept in mask.kept_by_name.items()}
+
     def _density_factor(self, exploring: bool) -> float:
         subspace = current_subspace(self._context)
         power = self._config.lr_power
+        if self._config.lr_layer:
+            return 1.0
         return 1.0 if exploring or not power or subspace is None else float(subspace.mask.density) ** -power
 
     def _report(self, seed: int) -> training.Trained:

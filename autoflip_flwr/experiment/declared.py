@@ -185,6 +185,7 @@ class Settings:
     lr_power: float = _of_schedule(
         0.0, rules.UNIT, "The learning rate is divided by the density to this power in the rounds"
     )
+    lr_layer: bool = _of_schedule(False, rules.FLAG, "The density is that of each layer")
     initial_density: float = _of_fall(1.0, rules.UP_TO_ONE, "Density of round 1")
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")

@@ -75,6 +75,7 @@ def train(
     mask: Subspace | None,
     seed: int,
     proximal_mu: float = 0.0,
+    factors: dict[str, float] | None = None,
 ) -> Trained:
     """Train in place with a fresh optimizer.
 
@@ -108,7 +109,7 @@ def train(
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     with light_imports():  # torch.optim loads torch's compiler
-        optimizer = _optimizer(model, config, lr, weight_decay)
+        optimizer = _optimizer(model, config, lr, weight_decay, factors or {})
     loss_of = nn.CrossEntropyLoss()
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
@@ -188,9 +189,13 @@ def _draw_to(start: list[torch.Tensor], trained: list[nn.Parameter], mu: float) 
             parameter.grad.add_(parameter - before, alpha=mu)
 
 
-def _optimizer(model: nn.Module, config: Config, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over the parameters: a fifth of the time
+def _optimizer(
+    model: nn.Module, config: Config, lr: float, weight_decay: float, factors: dict[str, float]
+) -> torch.optim.Optimizer:
+    parameters = [{"params": [p], "lr": lr * factors.get(name, 1.0)} for name, p in model.named_parameters()]
+    if not factors:
+        parameters = list(model.parameters())
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one pass over the parameters: a fifth of the time
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
     return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=weight_decay, fused=fused)

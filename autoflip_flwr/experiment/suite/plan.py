@@ -24,6 +24,7 @@ _AFTER_EXPLORING = (
     "initial-density",
     "fall",
     "lr-power",
+    "lr-layer",
     "fall-every",
     "fall-power",
     "auto-sparsity",
