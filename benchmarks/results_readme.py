@@ -46,7 +46,7 @@ DATA = (
 
 _RATE = {"values": "float32", "lr-power": 0.25}
 _STATIC = {"method": "autoflip", "schedule": "static", "rank-by": "deviation", **_RATE}
-_GRADUAL = {"method": "autoflip", "schedule": "gradual", "explorers": 1.0, "initial-density": 0.5, **_RATE}
+_GRADUAL = {"method": "autoflip", "schedule": "gradual", "explorers": 0.25, "initial-density": 0.8, **_RATE}
 METHODS = (
     Shown("FedAvg", {"method": "fedavg", "values": "float32"}),
     Shown("AutoFLIP", {**_GRADUAL, "density": 0.1}),

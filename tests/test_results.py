@@ -143,7 +143,7 @@ def test_settings_that_came_later_have_the_value_that_means_what_was_before(tmp_
 def test_a_summary_tells_the_settings_that_the_others_have_chosen(tmp_path: Path) -> None:
     (found,) = read(kept(tmp_path, [("default", {**DIGITS, "method": "autoflip"}, [0.1, 0.2, 0.3], 1.0)]))
     chosen = ("rank-by", "schedule", "initial", "initial-density")
-    assert [found.settings[key] for key in chosen] == ["magnitude", "gradual", "explorers", 0.5]
+    assert [found.settings[key] for key in chosen] == ["magnitude", "gradual", "explorers", 0.8]
 
 
 # --- rows

@@ -19,6 +19,9 @@ from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import DECIMALS, DELTA, Request
 from autoflip_flwr.core.statistics import Statistics
 
+SEVERAL = 5
+"""So many nodes are asked at least where a method leaves their share open."""
+
 
 class Method:
     """Base class of all pruning methods.
@@ -28,8 +31,8 @@ class Method:
 
     Attributes
     ----------
-    explorers : float
-        Share of the connected nodes that are asked in round 0, in (0, 1].
+    explorers : float or None
+        Share of the connected nodes that are asked in round 0, in (0, 1]. ``None``: a quarter of them, but at least 5.
     min_explorers : int
         Minimum number of replies needed to make the mask.
     batches : int
@@ -51,7 +54,7 @@ class Method:
         entries, as in RigL). A method whose masks only shrink says ``"outside"``: then no last values are kept.
     """
 
-    explorers: float = 1.0
+    explorers: float | None = 1.0
     min_explorers: int = 2
     batches: int = 1
     weighting: str = "uniform"
@@ -61,6 +64,11 @@ class Method:
     squares: ClassVar[Collection[str]] = ()
     dense: bool = False
     grow_from: str = "last"
+
+    def asked(self, nodes: int) -> int:
+        """Return how many of so many connected nodes are asked in round 0."""
+        some = max(SEVERAL, round(nodes / 4)) if self.explorers is None else round(self.explorers * nodes)
+        return min(nodes, max(self.min_explorers, some))
 
     def plan(self, sparsity: float, rounds: int) -> None:
         """Learn the sparsity and the number of rounds of the run that begins; default: nothing.
@@ -195,10 +203,10 @@ def check_method(method: Method) -> None:
     """
     name = type(method).__name__
     whole = dict.fromkeys(("min_explorers", "batches"), (numbers.Integral, "a whole number"))
-    for field, (kind, told) in {"explorers": (numbers.Real, "a number"), **whole}.items():
+    for field, (kind, told) in {"explorers": (numbers.Real | None, "a number, or None"), **whole}.items():
         if not isinstance(getattr(method, field), kind):
             raise TypeError(f"{name}: {field} = {getattr(method, field)!r}: must be {told}")
-    if not 0 < method.explorers <= 1:
+    if method.explorers is not None and not 0 < method.explorers <= 1:
         raise ValueError(f"{name}: explorers = {method.explorers}: must be a share in (0, 1]")
     for field in ("min_explorers", "batches"):
         if getattr(method, field) < 1:

@@ -63,7 +63,7 @@ class Magnitude(Scored):
 class _Asks(Scored):
     """Method that asks clients before training; its parameters are the attributes of :class:`Method`."""
 
-    explorers: float = Method.explorers
+    explorers: float | None = Method.explorers
     min_explorers: int = Method.min_explorers
     batches: int = Method.batches
     weighting: str = Method.weighting
@@ -143,7 +143,8 @@ class LossExploration(_Asks):
         Whether arrays that no explorer changed are pruned first. Default: they are kept whole.
     """
 
-    schedule: Schedule | tuple[Schedule, ...] = field(default_factory=lambda: Gradual(initial_density=0.5))
+    schedule: Schedule | tuple[Schedule, ...] = field(default_factory=lambda: Gradual(initial_density=0.8))
+    explorers: float | None = None
     epochs: int = 1
     patience: int = 2
     rank_by: str = "magnitude"
@@ -171,11 +172,11 @@ class LossExploration(_Asks):
 
     @classmethod
     def static(cls, **settings: Any) -> LossExploration:
-        """Return the paper's method: one mask, chosen before training by the explorers' deltas, and training from W0.
+        """Return the paper's method: all explore, one mask is chosen by their deltas, and training begins at W0.
 
         ``settings`` are parameters, and win over these.
         """
-        paper = {"schedule": (), "rank_by": "deviation", "initial": "scratch"}
+        paper = {"schedule": (), "explorers": 1.0, "rank_by": "deviation", "initial": "scratch"}
         return cls(**{**paper, **settings})
 
     def request(self, round_: int) -> tuple[Request, ...]:

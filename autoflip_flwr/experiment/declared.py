@@ -198,7 +198,7 @@ class Settings:
         "initial",
     )
     initial_density: float = _of_fall(
-        0.0, rules.UNIT, "Density of round 1, not below the target's. 0: 0.5, or 1 with method = gradual"
+        0.0, rules.UNIT, "Density of round 1, not below the target's. 0: 0.8, or 1 with method = gradual"
     )
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")
@@ -235,7 +235,12 @@ class Settings:
         rules.UNIT,
         "Share of the rounds after which nothing is exchanged. 0: as the method's authors, 0.6, or 0.5 for feddst",
     )
-    explorers: float = _of_explorers(1.0, rules.UP_TO_ONE, "Share of the nodes that explore")
+    explorers: float = _of_explorers(
+        0.0,
+        rules.UNIT,
+        "Share of the nodes that explore. 0: a quarter of them, but at least 5, with method = autoflip and a mask that "
+        "changes; else all",
+    )
     exploration_batches: int = _of_batches(1, rules.COUNT, "Batches in which they explore")
     exploration_epochs: int = _of_training_explorers(1, rules.COUNT, "Most epochs that an explorer trains")
     exploration_patience: int = _of_training_explorers(
@@ -283,11 +288,13 @@ class Settings:
     def chosen(self) -> dict[str, Value]:
         """The settings of `autoflip` whose defaults depend on others, as they are in force."""
         tuning = self.outside == "initial"  # nothing is sparse then, and no client has the explorers' average
+        schedule = self.schedule or ("static" if tuning else "gradual")
         return {
             "rank_by": self.rank_by or ("deviation" if tuning else "magnitude"),
-            "schedule": self.schedule or ("static" if tuning else "gradual"),
+            "schedule": schedule,
+            "explorers": self.explorers or (0.0 if self.method == "autoflip" and schedule != "static" else 1.0),
             "initial": self.initial or ("scratch" if tuning else "explorers"),
-            "initial_density": self.initial_density or (1.0 if self.method == "gradual" else 0.5),
+            "initial_density": self.initial_density or (1.0 if self.method == "gradual" else 0.8),
         }
 
     @property

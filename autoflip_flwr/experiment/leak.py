@@ -35,7 +35,7 @@ class Relay(AutoFlip):
         base: Arrays | None,
     ) -> Statistics:
         nodes, choose, model, answered = facade.get_node_ids(), facade.choose, initial, 0
-        count = min(len(nodes), max(self.method.min_explorers, round(self.method.explorers * len(nodes))))
+        count = self.method.asked(len(nodes))
         drawn = random.Random(None if self.seed is None else f"{self.seed}/explorers").sample(nodes, count)
         template = self._template(facade, everything, initial, config)
         alone = replace(self.method, explorers=1.0, min_explorers=1, batches=1)

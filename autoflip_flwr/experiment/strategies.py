@@ -140,6 +140,5 @@ def _made(kind: type[Made], config: Config, *prefixes: str, **fixed: Any) -> Mad
         names = [f"{prefix}_{field.name}" for prefix in prefixes] + [field.name]
         if field.init and field.name != "schedule" and (name := next((n for n in names if n in own), "")):
             found[field.name] = own[name]
-    if "timeout" in found:
-        found["timeout"] = found["timeout"] or None
+    found |= {name: found[name] or None for name in ("timeout", "explorers") if name in found}
     return kind(**{**found, **fixed})

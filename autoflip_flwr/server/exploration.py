@@ -117,7 +117,7 @@ def explore(
             f"min_explorers = {method.min_explorers}, but only {len(nodes)} nodes are connected: start more, or let "
             f"fewer explore (min_explorers={max(len(nodes), 1)})"
         )
-    count = max(method.min_explorers, len(kept), round(method.explorers * len(nodes)))
+    count = max(method.asked(len(nodes)), len(kept))
     able = [node for node in nodes if node not in grid.calls.mute or names[node] in kept]
     nodes = able if len(able) >= method.min_explorers else nodes
     count = min(len(nodes), count)

@@ -61,10 +61,10 @@ def test_methods_are_values():
 
 def test_autoflip_is_dynamic_unless_it_is_the_papers():
     method, static = LossExploration(), LossExploration.static()
-    assert (method.schedule, method.rank_by, method.initial) == (Gradual(initial_density=0.5), "magnitude", "explorers")
+    assert (method.schedule, method.rank_by, method.initial) == (Gradual(initial_density=0.8), "magnitude", "explorers")
     assert (static.schedule, static.rank_by, static.initial) == ((), "deviation", "scratch")
     assert (method.epochs, static.epochs) == (1, 1)
-    assert repr(static) == "LossExploration(schedule=(), rank_by='deviation', initial='scratch')"
+    assert repr(static) == "LossExploration(schedule=(), explorers=1.0, rank_by='deviation', initial='scratch')"
     assert LossExploration.static(initial="explorers", epochs=5) == dataclasses.replace(
         static, initial="explorers", epochs=5
     )

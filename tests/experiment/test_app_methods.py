@@ -209,7 +209,7 @@ def test_the_apps_default_is_the_librarys(settings: dict[str, Any], method: Loss
 
 def test_the_schedule_of_the_settings_is_the_methods(tmp_path: Path):
     for settings, schedules in (
-        ({}, (Gradual(initial_density=0.5),)),
+        ({}, (Gradual(initial_density=0.8),)),
         ({"outside": "initial"}, ()),
         ({"schedule": "static"}, ()),
         ({"method": "gradual"}, (Gradual(),)),

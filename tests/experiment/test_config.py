@@ -139,7 +139,7 @@ def test_is_frozen() -> None:
         ("min-explorers", 0, "min-explorers = 0: must be an integer >= 1"),
         ("fraction-train", 0.0, "fraction-train = 0.0: must be a number in (0, 1]"),
         ("fraction-evaluate", 1.1, "fraction-evaluate = 1.1: must be a number in [0, 1]"),
-        ("explorers", 0, "explorers = 0.0: must be a number in (0, 1]"),
+        ("explorers", 1.5, "explorers = 1.5: must be a number in [0, 1]"),
         ("server-momentum", 1.0, "server-momentum = 1.0: must be a number in [0, 1)"),
         ("server-learning-rate", 0.0, "server-learning-rate = 0.0: must be a number > 0"),
         ("node-timeout", 0.0, "node-timeout = 0.0: must be a number > 0"),

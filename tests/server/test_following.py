@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg
 
 from autoflip_flwr import AutoFlip, Checkpoints, Hook, Round, follow
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.server.grid import OrderedGrid
 from autoflip_flwr.testing import LocalGrid
 
@@ -53,7 +54,7 @@ def run(strategy, rounds=2, nodes=3, evaluate_fn=central, grid=None, **options):
 
 def test_a_hook_is_told_each_round_of_autoflip():
     notes = Notes()
-    plain = AutoFlip(FedAvg(), 0.5, seed=3)
+    plain = AutoFlip(FedAvg(), 0.5, seed=3, method=LossExploration.static())
     strategy = follow(plain, notes, settings={"lr": 0.1})
     _, result = run(strategy, timeout=60.0)
     assert isinstance(strategy, AutoFlip)
@@ -61,7 +62,7 @@ def test_a_hook_is_told_each_round_of_autoflip():
     assert notes.after == 0
     told = {"strategy": "FedAvg()", "sparsity": 0.5, "seed": 3, "num_rounds": 2, "timeout": 60.0, "lr": 0.1}
     assert told.items() <= notes.settings.items()
-    assert notes.settings["method"] == "LossExploration()"
+    assert notes.settings["method"] == repr(LossExploration.static())
     assert notes.settings["FedAvg.fraction_train"] == 1.0
     assert notes.numbers == [0, 1, 2]
     assert notes.of("train/train-loss") == [None, 1.0, 1.0]

@@ -157,7 +157,7 @@ def test_client_code_sees_what_it_would_see_without_autoflip():
 
 def test_after_the_mask_nothing_dense_travels_and_the_mask_travels_once():
     grid = LocalGrid(message_app(), NODES)
-    strategy = AutoFlip(inner(), sparsity=0.5)
+    strategy = AutoFlip(inner(), sparsity=0.5, method=LossExploration.static())
     start(strategy, grid)
     rounds = [m for m in grid.sent if m.content[HEADER]["phase"] == TRAIN]
     assert len(rounds) == 3 * NODES

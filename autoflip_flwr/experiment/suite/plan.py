@@ -124,7 +124,8 @@ def exploration_key(config: Config) -> str:
         return ""
     if config.method != "autoflip" or not config.sparsity or config.outside != "zero":
         return ""
-    return _digest({key: value for key, value in with_effect(config).items() if key not in _AFTER_EXPLORING})
+    found = {key: value for key, value in with_effect(config).items() if key not in _AFTER_EXPLORING}
+    return _digest({**found, "explorers": config.chosen["explorers"]})
 
 
 def _axes(settings: Sequence[Mapping[str, Value]]) -> list[str]:
