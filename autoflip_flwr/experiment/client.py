@@ -22,6 +22,7 @@ from autoflip_flwr.experiment.examples import Examples, examples_to_train
 from autoflip_flwr.experiment.guidance import guided
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
+from autoflip_flwr.experiment.powerpropagation import as_weights
 from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.reporting import report_gradients, report_smallness, when_asked
 from autoflip_flwr.experiment.rules import ConfigError
@@ -112,7 +113,8 @@ class LocalClient(NumPyClient):
         return arrays, len(self._examples), metrics
 
     def _report(self, seed: int) -> training.Trained:
-        return report_gradients(self._model, self._examples, self._config, self._context, seed)
+        with as_weights(self._model, self._config.in_effect("powerpropagation")):
+            return report_gradients(self._model, self._examples, self._config, self._context, seed)
 
     def _scaled(self, config: dict[str, Any], exploring: bool) -> AbstractContextManager[None]:
         """Return the block in which to train: it scales gradients, or reports an explorer's."""
@@ -123,7 +125,8 @@ class LocalClient(NumPyClient):
     def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Return loss and accuracy of these parameters on the node's own examples."""
         training.set_arrays(self._model, parameters)
-        with training.threads(self._threads):
+        power = self._config.in_effect("powerpropagation")
+        with training.threads(self._threads), as_weights(self._model, power):
             loss, accuracy = training.evaluate(self._model, self._examples)
         return loss, len(self._examples), {"accuracy": accuracy}
 

@@ -39,6 +39,11 @@ class Config(Settings):
             return True
         return needed == (("method", choices.WRAPPED),) and self.wrapped
 
+    def in_effect(self, name: str) -> Any:
+        """Return a setting by its field's name, or its default where it has no effect."""
+        each = type(self).__dataclass_fields__[name]
+        return getattr(self, name) if self.applies(each) else each.default
+
     @classmethod
     def from_run_config(cls, values: Mapping[str, Value], *, check_paths: bool = True) -> "Config":
         """Read a Flower run config.

@@ -189,6 +189,12 @@ class Settings:
     schedule: str = _of_schedule(
         "static", rules.one_of(choices.SCHEDULES), "How the mask changes during training (docs/methods.md#schedules)"
     )
+    powerpropagation: float = _of_schedule(
+        0.0,
+        rules.NO_POWER_OR,
+        "Exponent a of the weights sign(theta) |theta|^a, of which theta is trained, averaged and stored. 0, like 1: "
+        "theta is the weight",
+    )
     initial_density: float = _of_fall(1.0, rules.UP_TO_ONE, "Density of round 1")
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")

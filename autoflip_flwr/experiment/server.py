@@ -21,6 +21,7 @@ from autoflip_flwr.experiment.examples import examples_to_test
 from autoflip_flwr.experiment.leak import Relay
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import build
+from autoflip_flwr.experiment.powerpropagation import to_theta
 from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.preflight import check_trackers, earlier_exploration, resumable
 from autoflip_flwr.experiment.record.folder import RunRecord
@@ -79,6 +80,7 @@ def run(grid: Grid, config: Config, *, folder: Path | None = None, name: str = "
     slow = check_precision(model, blank(1, data.input_shape, data.inputs.kind, device), config.precision)
     if slow:
         log(WARNING, slow)
+    to_theta(model, config.in_effect("powerpropagation"))
     initial = training.get_arrays(model)
     ledger = Ledger()
     ordered = OrderedGrid(grid, seed=config.seed, ledger=ledger)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.examples import Examples
+from autoflip_flwr.experiment.powerpropagation import as_weights
 from autoflip_flwr.experiment.precision import output
 from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.startup import light_imports
@@ -88,7 +89,7 @@ def train(
     examples : Examples
         On the same device. They are augmented, where they say so.
     config : Config
-        Optimizer, batch size, precision and clipping.
+        Optimizer, batch size, precision, clipping and powerpropagation.
     epochs : int
         Maximum number of epochs.
     patience : int | None
@@ -110,6 +111,7 @@ def train(
     with light_imports():  # torch.optim loads torch's compiler
         optimizer = _optimizer(model, config, lr, weight_decay)
     loss_of = nn.CrossEntropyLoss()
+    power = config.in_effect("powerpropagation")
     best, since_best, loss, done = math.inf, 0, math.nan, 0
     model.train()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -126,8 +128,9 @@ def train(
             for rows in batches(every, config.batch_size, single=not norms):
                 optimizer.zero_grad()
                 x, y = examples.batch(rows, generator=order)
-                batch_loss = loss_of(output(model, x, config.precision), y)
-                batch_loss.backward()
+                with as_weights(model, power):
+                    batch_loss = loss_of(output(model, x, config.precision), y)
+                    batch_loss.backward()
                 if proximal_mu:
                     _draw_to(start, trained, proximal_mu)
                 if config.clip_norm:

@@ -21,6 +21,7 @@ from autoflip_flwr.experiment import training
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.examples import Examples
 from autoflip_flwr.experiment.models.flops import flops_per_example
+from autoflip_flwr.experiment.powerpropagation import as_weights
 from autoflip_flwr.experiment.record.folder import RunRecord
 from autoflip_flwr.experiment.record.summary import summary_table
 from autoflip_flwr.server.waiting import duration
@@ -132,7 +133,8 @@ class Tracker:
         if server_round in self._evaluated:
             began = time.monotonic()
             training.set_arrays(self._model, [array.numpy() for array in arrays.values()])
-            loss, accuracy = training.evaluate(self._model, self._examples)
+            with as_weights(self._model, self._config.in_effect("powerpropagation")):
+                loss, accuracy = training.evaluate(self._model, self._examples)
             self._accuracies[server_round] = accuracy
             self._evaluating += time.monotonic() - began
         self._append("train", server_round, accuracy, loss)
