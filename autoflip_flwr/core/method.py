@@ -49,6 +49,8 @@ class Method:
     grow_from : str
         Value at which an entry that is grown starts: ``"last"`` (its last one), or ``"outside"`` (the value of pruned
         entries, as in RigL). A method whose masks only shrink says ``"outside"``: then no last values are kept.
+    prepares : bool
+        Whether :meth:`prepare` is called before each round.
     """
 
     explorers: float = 1.0
@@ -61,6 +63,7 @@ class Method:
     squares: ClassVar[Collection[str]] = ()
     dense: bool = False
     grow_from: str = "last"
+    prepares: bool = False
 
     def plan(self, sparsity: float, rounds: int) -> None:
         """Learn the sparsity and the number of rounds of the run that begins; default: nothing.
@@ -166,6 +169,14 @@ class Method:
         :meth:`first`; the mask that is returned has the same.
         """
         return None
+
+    def prepare(self, round_: int, mask: Mask, model: Arrays) -> dict[str, bool | int | float | str]:
+        """Learn the mask and the model of a round >= 1, and return config entries for its clients.
+
+        Each name gets the prefix ``autoflip-``. Mask and model are as in :meth:`refine`, but those that clients are
+        sent. Called only if :attr:`prepares`, and not where the user gave the mask; default: nothing.
+        """
+        return {}
 
     def begin(self, initial: Arrays, seen: Statistics | None) -> Arrays:
         """Return the model from which training begins; default: W0."""

@@ -98,6 +98,18 @@ class Schedule:
         """
         return None
 
+    @property
+    def prepares(self) -> bool:
+        """Whether :meth:`prepare` is called before each round."""
+        return False
+
+    def prepare(self, round_: int, mask: Mask, model: Arrays) -> dict[str, bool | int | float | str]:
+        """Learn the mask and the model of a round >= 1, and return config entries for its clients.
+
+        See :meth:`Method.prepare <autoflip_flwr.core.method.Method.prepare>`.
+        """
+        return {}
+
     def state(self) -> Any:
         """Return the schedule's state for a checkpoint."""
         return list(self._plan)

@@ -48,6 +48,7 @@ class Scored(Method):
         if self.schedules:
             values_grow = {each.grow_from for each in self.schedules}
             vars(self)["grow_from"] = "last" if "last" in values_grow else "outside"
+            vars(self)["prepares"] = any(each.prepares for each in self.schedules)
             if "weighting" not in {f.name for f in fields(self)}:
                 vars(self)["weighting"] = self.schedules[0].weighting
 
@@ -121,6 +122,13 @@ class Scored(Method):
             if round_ > 1 or each.asks_who(round_):
                 new = each.refine(round_, new, model, seen) or new
         return None if new is mask else new
+
+    def prepare(self, round_: int, mask: Mask, model: Arrays) -> dict[str, bool | int | float | str]:
+        """Return the config entries of all schedules."""
+        entries: dict[str, bool | int | float | str] = {}
+        for each in self.schedules:
+            entries |= each.prepare(round_, mask, model)
+        return entries
 
     def state(self) -> object:
         """Return the schedules' states."""

@@ -19,7 +19,7 @@ OFF = (0.0, 1.0)
 
 @torch.no_grad()
 def to_theta(model: nn.Module, exponent: float) -> None:
-    """Replace the weights ``w`` of a model by ``theta = sign(w) |w|^(1 / exponent)``, in place; not if it is in :data:`OFF`."""
+    """Replace the weights ``w`` of a model by ``theta = sign(w) |w|^(1 / exponent)``, in place."""
     if exponent in OFF:
         return
     for parameter in _weights(model):

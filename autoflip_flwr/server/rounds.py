@@ -18,7 +18,7 @@ from autoflip_flwr.replies.quarantine import Quarantine, why_none
 from autoflip_flwr.server.first_mask import warn_of_problems
 from autoflip_flwr.server.participants import Explorers
 from autoflip_flwr.server.progress import Progress
-from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask, refined
+from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask, prepared, refined
 from autoflip_flwr.server.settings import Configured
 from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.wire.keys import EVALUATE, TRAIN
@@ -68,6 +68,10 @@ class Rounds(Configured):
         self._partitions = getattr(grid, "partitions", {})
         full = self._in_force(server_round, to_arrays(arrays), config, grid)
         record = translator.to_strategy(translator.mask.gather(full))
+        if self._chooses(translator):
+            explored = statistics_of(self.exploration)
+            more = prepared(self.method, server_round, translator.mask, full, explored)
+            config = ConfigRecord({**config, **more}) if more else config
         messages = self.strategy.configure_train(server_round, record, config, grid)
         outgoing = translator.outgoing(messages, TRAIN, server_round)
         if self._explorers is not None:
@@ -189,7 +193,7 @@ class Rounds(Configured):
         translator = self._started
         if self.mask is not None and self.mask is not translator.mask:
             full = self._change(self.mask, full, translator)
-        if translator.mask.layout.prunable and self._brought["mask"] is None:
+        if self._chooses(translator):
             full = self._refine(server_round, full, config, grid)
         if self.mask_schedule is not None:
             new = ask_schedule(self.mask_schedule, server_round, translator.mask, full)
@@ -209,6 +213,10 @@ class Rounds(Configured):
             self.method, server_round, translator.mask, full, translator.seen, explored, self._initial, sampled
         )
         return full if new is None else self._change(new, full, translator)
+
+    def _chooses(self, translator: Translator) -> bool:
+        """Return whether the method chooses the masks."""
+        return bool(translator.mask.layout.prunable) and self._brought["mask"] is None
 
     def _change(self, new: Mask, full: Arrays, translator: Translator) -> Arrays:
         """Put a new mask into force, and return the model under it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import takewhile
 
 import numpy as np
@@ -14,6 +14,7 @@ from autoflip_flwr.core.method import Method
 from autoflip_flwr.core.selection import narrowed, tied_weights, widened
 from autoflip_flwr.core.statistics import Statistics
 from autoflip_flwr.core.subspace import Subspace
+from autoflip_flwr.wire.keys import HEADER
 
 Schedule = Callable[..., Mask | None]
 """Takes one, two or three of the round, the mask in force and the model (full arrays by name), in this order."""
@@ -82,17 +83,34 @@ def refined(
     """
     if type(method).refine is Method.refine:
         return None
-    layout = mask.layout
-    tied, spared = tied_weights(layout, model), method.spared(layout, explored)
-    alone = not tied and not spared
-    inner = layout if alone else narrowed(layout, tied, spared)
+    inner, tied, spared = _narrowed(method, mask, model, explored)
     if sampled is not None:
-        method.sampled(inner, initial, sampled)
-    new = method.refine(round_, mask if alone else Mask.from_bool(inner, mask.keep), _views(model), seen)
+        method.sampled(inner.layout, initial, sampled)
+    new = method.refine(round_, inner, _views(model), seen)
     if new is None:
         return None
-    new = check_mask(new, inner, f"{type(method).__name__}.refine in round {round_}")
-    return new if alone else widened(layout, new, tied, spared)
+    new = check_mask(new, inner.layout, f"{type(method).__name__}.refine in round {round_}")
+    return new if inner is mask else widened(mask.layout, new, tied, spared)
+
+
+def prepared(
+    method: Method, round_: int, mask: Mask, model: Arrays, explored: Statistics | None
+) -> dict[str, bool | int | float | str]:
+    """Return the config entries that a method has for a round's clients, by their whole names."""
+    if not method.prepares:
+        return {}
+    inner, _, _ = _narrowed(method, mask, model, explored)
+    return {f"{HEADER}-{name}": value for name, value in method.prepare(round_, inner, _views(model)).items()}
+
+
+def _narrowed(
+    method: Method, mask: Mask, model: Arrays, explored: Statistics | None
+) -> tuple[Mask, dict[str, str], Collection[str]]:
+    """Return the mask as a method sees it, the tied weights that it lacks, and the spared arrays."""
+    tied, spared = tied_weights(mask.layout, model), method.spared(mask.layout, explored)
+    if not tied and not spared:
+        return mask, tied, spared
+    return Mask.from_bool(narrowed(mask.layout, tied, spared), mask.keep), tied, spared
 
 
 def _views(model: Arrays) -> Arrays:

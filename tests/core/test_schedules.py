@@ -298,3 +298,19 @@ def test_a_fall_that_seeks_its_end_stops_when_the_clients_lose_as_much_as_they_w
     assert kept_[10] > 20
     with pytest.raises(ValueError, match="Magnitude has no schedule in which the density falls"):
         Magnitude().seek()
+
+
+class Telling(Schedule):
+    """Tells clients the round and the number of kept entries."""
+
+    prepares = True
+
+    def prepare(self, round_, mask, model):
+        return {"kept": mask.kept, "round": round_, "largest": float(model["a"].max())}
+
+
+def test_schedules_prepare_rounds_together():
+    method = Magnitude(schedule=(Gradual(), Telling()))
+    assert method.prepares
+    assert method.prepare(3, Mask.full(LAYOUT), W0) == {"kept": 7, "round": 3, "largest": 2.0}
+    assert not Magnitude(schedule=Gradual()).prepares

@@ -319,3 +319,23 @@ def test_a_node_that_reports_rubbish_is_rejected_and_the_others_decide(size: int
     assert ran.strategy.ledger.failure_counts()["rejected"] == 2
     assert ran.strategy.mask.version == 2
     assert ran.strategy.mask.kept_by_name == ran.masks[1].kept_by_name
+
+
+class Telling(Schedule):
+    """Tells clients how many entries the mask of the round keeps."""
+
+    prepares = True
+
+    def prepare(self, round_: int, mask: Mask, model: Arrays) -> dict[str, bool | int | float | str]:
+        assert not any(model[name][~keep].any() for name, keep in mask.keep.items())
+        return {"kept": mask.kept}
+
+
+def test_a_schedule_may_tell_clients_something_in_each_round():
+    run = Watched(Magnitude(schedule=(Gradual(fall=0.8), Telling())), rounds=3)
+    sent = [m.content for m in run.grid.sent if m.content[HEADER]["phase"] == "train"]
+    told = {content[HEADER]["round"]: content["config"] for content in sent}
+    assert {round_: config["autoflip-kept"] for round_, config in told.items()} == {
+        round_: run.masks[round_].kept for round_ in (1, 2, 3)
+    }
+    assert len({mask.kept for mask in run.masks.values()}) == 3
