@@ -50,6 +50,9 @@ class Gradual(Schedule):
         Among which entries: ``"global"``, ``"layer"`` or ``"erk"`` as for the first mask
         (:class:`~autoflip_flwr.core.scored.Scored`); ``"explored"``: each array falls to the density that the first
         mask's scores give it at the target.
+    extrusion : float
+        How strongly clients draw to zero, in the round before a step, what it will drop: the factor of ``||w||^2`` over
+        these entries (FedMef, Huang et al. 2024); 0: not at all. Only by magnitude and in the global scope.
 
     Notes
     -----
@@ -65,6 +68,7 @@ class Gradual(Schedule):
     power: float = 3.0
     drop_by: str = "magnitude"
     scope: str = "global"
+    extrusion: float = 0.0
     _moves: Moves = field(default_factory=Moves, init=False, compare=False)
     _target: dict[str, int] = field(default_factory=dict, init=False, compare=False)
     _losses: Losses | None = field(default=None, init=False, compare=False)
@@ -77,6 +81,10 @@ class Gradual(Schedule):
             raise ValueError(f"Gradual: power = {self.power}: must be a number >= 1, such as 3")
         check_choice(self, "drop_by", DROPS)
         check_choice(self, "scope", FALL_SCOPES)
+        if not 0 <= self.extrusion < np.inf:
+            raise ValueError(f"Gradual: extrusion = {self.extrusion}: must be a number >= 0")
+        if self.extrusion and (self.drop_by, self.scope) != ("magnitude", "global"):
+            raise ValueError(f"Gradual: extrusion = {self.extrusion}: needs drop_by='magnitude' and scope='global'")
 
     def plan(self, sparsity: float, rounds: int) -> None:
         """Note sparsity and rounds; ``ValueError`` if the density could not fall to the target in so many rounds."""
@@ -136,6 +144,24 @@ class Gradual(Schedule):
             return None
         score = ranking(self.drop_by, mask, model, self._moves)
         return shrink(mask, score, self._budget(mask.layout, sparsity))
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the schedule extrudes."""
+        return self.extrusion > 0
+
+    def prepare(self, round_: int, mask: Mask, model: Arrays) -> dict[str, bool | int | float | str]:
+        """Tell clients below which magnitude an entry will be dropped, if a step follows this round."""
+        if not self.extrusion or not self.sparsity or self.rounds < 2 or self._found:
+            return {}
+        sparsity = self._pace.sparsity(self.sparsity, round_ + 1, self.rounds)
+        if sparsity is None:
+            return {}
+        size = np.concatenate([np.abs(model[name][keep]) for name, keep in mask.keep.items()])
+        count = size.size - sum(self._budget(mask.layout, sparsity).values())
+        if not 0 < count < size.size:
+            return {}
+        return {"extrusion": self.extrusion, "extrude-below": float(np.partition(size, count)[count])}
 
     def _budget(self, layout: Layout, sparsity: float) -> Budget:
         if self.scope != "explored":

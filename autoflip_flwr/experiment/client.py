@@ -19,6 +19,7 @@ from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
+from autoflip_flwr.experiment.extrusion import Extrusion
 from autoflip_flwr.experiment.guidance import guided
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
@@ -84,6 +85,7 @@ class LocalClient(NumPyClient):
         exploring = PHASE_KEY in config
         round_ = max(int(config.get("server-round", 1)), 1)  # 0 while exploring, with round 1's learning rate
         seed = training.seed_of(self._config.seed, int(exploring), round_, self._part)
+        subspace = current_subspace(self._context)
         asked, more = "" if exploring else when_asked(self._context), 0
         with training.threads(self._threads):
             if exploring and EPOCHS_KEY not in config:  # no training: the server asks for gradients
@@ -102,8 +104,9 @@ class LocalClient(NumPyClient):
                         lr=self._config.lr * self._config.lr_decay ** (round_ - 1) * current_rate(self._context),
                         # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
                         proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
-                        mask=current_subspace(self._context),
+                        mask=subspace,
                         seed=seed,
+                        extrusion=Extrusion.asked(config, self._model, None if subspace is None else subspace.mask),
                     )
                 if asked == "after":
                     report_smallness(self._model, self._context)

@@ -208,6 +208,13 @@ class Settings:
         rules.one_of(choices.FALL_SCOPES),
         "Among which entries they are dropped: as scope, or by the densities per layer that the exploration finds",
     )
+    extrusion: float = _setting(
+        "Pruning",
+        0.0,
+        rules.NOT_NEGATIVE,
+        "How strongly clients draw to zero what is about to be dropped: the factor of its squared length in their loss",
+        only_with=(("schedule", choices.FALLING),),
+    )
     adjust_every: int = _of_change(
         0,
         rules.NOT_BELOW_ZERO,

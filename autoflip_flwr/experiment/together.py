@@ -54,6 +54,9 @@ def _check_fall(config: Settings) -> None:
             f"initial-density = {config.initial_density}: must not be below {1 - config.sparsity:g}, the density of "
             f"sparsity = {config.sparsity}"
         )
+    by = (config.drop_by, config.drop_scope)
+    if config.method == "autoflip" and config.extrusion and by != ("magnitude", "global"):
+        raise ConfigError(f"extrusion = {config.extrusion}: needs drop-by = 'magnitude' and drop-scope = 'global'")
     if config.num_server_rounds <= config.fall_every > 1:
         raise ConfigError(
             f"fall-every = {config.fall_every}: with num-server-rounds = {config.num_server_rounds} the density would "

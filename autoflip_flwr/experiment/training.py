@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.examples import Examples
+from autoflip_flwr.experiment.extrusion import Extrusion
 from autoflip_flwr.experiment.powerpropagation import as_weights
 from autoflip_flwr.experiment.precision import output
 from autoflip_flwr.experiment.rules import ConfigError
@@ -76,6 +77,7 @@ def train(
     mask: Subspace | None,
     seed: int,
     proximal_mu: float = 0.0,
+    extrusion: Extrusion | None = None,
 ) -> Trained:
     """Train in place with a fresh optimizer.
 
@@ -105,6 +107,8 @@ def train(
     proximal_mu : float (0.0)
         The gradients are those of the loss plus proximal_mu / 2 * ||w - w_start||^2 (FedProx, arXiv 1812.06127), where
         w_start are the parameters before this training. The loss that is returned lacks this term.
+    extrusion : Extrusion | None
+        Adds its gradients in each step. The loss that is returned lacks this term, too.
     """
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
@@ -133,6 +137,8 @@ def train(
                     batch_loss.backward()
                 if proximal_mu:
                     _draw_to(start, trained, proximal_mu)
+                if extrusion is not None:
+                    extrusion.add_gradients()
                 if config.clip_norm:
                     nn.utils.clip_grad_norm_(trained, config.clip_norm)
                 optimizer.step()

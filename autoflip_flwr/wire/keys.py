@@ -51,6 +51,13 @@ which is 0: weight decay would change all clients' weights in the same way, and 
 ignores the keys trains as usual.
 """
 
+EXTRUSION_KEY, EXTRUDE_BELOW_KEY = "autoflip-extrusion", "autoflip-extrude-below"
+"""Keys that AutoFLIP adds to the config record of a round before a drop, if its schedule extrudes.
+
+A client that reads them adds the gradient of ``autoflip-extrusion`` times ``||w||^2`` over the kept entries that are
+smaller than ``autoflip-extrude-below``.
+"""
+
 ROUND_KEY = "server-round"
 """Key of the round number in the config records of Flower's strategies; 0 in the exploration."""
 

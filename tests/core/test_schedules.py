@@ -314,3 +314,18 @@ def test_schedules_prepare_rounds_together():
     assert method.prepares
     assert method.prepare(3, Mask.full(LAYOUT), W0) == {"kept": 7, "round": 3, "largest": 2.0}
     assert not Magnitude(schedule=Gradual()).prepares
+
+
+def test_clients_are_told_what_the_next_step_drops():
+    method = planned(Magnitude(schedule=Gradual(every=2, fall=0.5, extrusion=0.1)), 0.5, 10)
+    assert method.prepares
+    told = [method.prepare(round_, Mask.full(LAYOUT), W0) for round_ in range(1, 7)]
+    # steps before rounds 3 and 5 keep 4 of 7 entries: 0.1, 0.5 and 1 go, 2 is the smallest that stays
+    assert told == [{}, {"extrusion": 0.1, "extrude-below": 2.0}, {}, {"extrusion": 0.1, "extrude-below": 2.0}, {}, {}]
+    mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [True, False]]), "b": np.ones((1, 3), bool)})
+    assert method.prepare(2, mask, W0)["extrude-below"] == 2.0  # two of the six kept ones go
+    assert method.prepare(4, method.refine(3, Mask.full(LAYOUT), W0, None), W0) == {}  # nothing goes in the next step
+    assert planned(method, 0.0).prepare(2, mask, W0) == {}
+    assert not Gradual().prepares
+    with pytest.raises(ValueError, match=r"Gradual: extrusion = 0.1: needs drop_by='magnitude' and scope='global'"):
+        Gradual(extrusion=0.1, scope="erk")

@@ -1,4 +1,4 @@
-"""Tricks of training under a mask, each by hand: powerpropagation."""
+"""Tricks of training under a mask, each by hand: powerpropagation, extrusion."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
+from autoflip_flwr.experiment.extrusion import Extrusion
 from autoflip_flwr.experiment.powerpropagation import as_weights, to_theta
+from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.training import train
+from autoflip_flwr.wire.keys import EXTRUDE_BELOW_KEY, EXTRUSION_KEY
 
 START = [[1.0, -2.0], [0.5, 3.0]]
 
@@ -29,9 +32,17 @@ def examples(count: int = 4) -> Examples:
     return Examples(Shared(x, np.arange(count, dtype=np.int64) % 2), Inputs("signal", (2,)))
 
 
-def trained(model: nn.Module, *, mask: Subspace | None = None, epochs: int = 1, **own: object) -> None:
+def trained(
+    model: nn.Module,
+    *,
+    mask: Subspace | None = None,
+    epochs: int = 1,
+    extrusion: Extrusion | None = None,
+    **own: object,
+) -> None:
     config = Config(**{"optimizer": "sgd", "batch_size": 4, **own})
-    train(model, examples(), config, mask=mask, epochs=epochs, patience=None, lr=0.5, weight_decay=0.0, seed=1)
+    plain = {"patience": None, "lr": 0.5, "weight_decay": 0.0, "seed": 1}
+    train(model, examples(), config, mask=mask, epochs=epochs, extrusion=extrusion, **plain)
 
 
 def half() -> Subspace:
@@ -76,3 +87,32 @@ def test_an_exponent_of_one_changes_no_bit_nor_does_one_of_another_method() -> N
     trained(other, mask=half(), epochs=3, powerpropagation=1.5, method="magnitude")
     assert torch.equal(plain.weight, one.weight)
     assert torch.equal(plain.weight, other.weight)
+
+
+def test_extrusion_adds_the_gradient_on_small_kept_entries_alone() -> None:
+    model = linear()
+    model.weight.data *= torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    asked = {EXTRUDE_BELOW_KEY: 3.0, EXTRUSION_KEY: 0.25}
+    extrusion = Extrusion.asked(asked, model, half().mask)
+    assert extrusion is not None
+    model.weight.grad = torch.ones(2, 2)
+    extrusion.add_gradients()
+    assert model.weight.grad.tolist() == [[1.5, 1.0], [1.25, 1.0]]  # 2 x 0.25 x 1, 0, 2 x 0.25 x 0.5, and 3 is no less
+    assert model.bias.grad is None
+    assert Extrusion.asked({}, model, half().mask) is None
+    assert Extrusion.asked(asked, model, None) is None
+
+
+def test_extrusion_is_part_of_training() -> None:
+    plain, drawn = linear(), linear()
+    asked = {EXTRUDE_BELOW_KEY: 0.6, EXTRUSION_KEY: 0.1}
+    trained(plain, mask=half())
+    trained(drawn, mask=half(), extrusion=Extrusion.asked(asked, drawn, half().mask))
+    less = torch.tensor([[0.0, 0.0], [0.5 * 2 * 0.1 * 0.5, 0.0]])
+    assert torch.allclose(plain.weight - drawn.weight, less, atol=1e-6)
+
+
+def test_extrusion_needs_one_threshold_for_all() -> None:
+    with pytest.raises(ConfigError, match=r"extrusion = 0.1: needs drop-by = 'magnitude' and drop-scope = 'global'"):
+        Config(schedule="gradual", extrusion=0.1, drop_scope="layer")
+    assert Config(schedule="static", extrusion=0.1, drop_scope="layer").in_effect("extrusion") == 0.0
