@@ -36,7 +36,7 @@ EXCHANGING_SCHEDULES = tuple(each for each in SCHEDULES if each not in ("static"
 SAMPLED_SCHEDULES = tuple(each for each in SCHEDULES if "participants" in each)
 """Schedules in which the nodes that a round samples decide its mask."""
 
-DROPS = ("magnitude", "layer-magnitude", "magnitude-agreement", "movement", "deviation")
+DROPS = ("magnitude", "layer-magnitude", "magnitude-agreement", "movement", "deviation", "votes")
 """By what a falling density drops entries."""
 
 NORMALISATIONS = ("none", "layer", "per-client")

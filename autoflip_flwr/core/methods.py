@@ -175,10 +175,11 @@ class LossExploration(_Asks):
 
     def look(self, layout: Layout, found: dict[str, Arrays]) -> Mapping[str, Mapping[str, NDArray[Any]]]:
         """Add the explorer's normalised deviation if the normalisation is per client."""
+        seen = super().look(layout, found)
         if self.normalisation != "per-client":
-            return found
+            return seen
         own = {name: minmax(np.asarray(found[DELTA][name], np.float64) ** 2) for name in layout.prunable_names}
-        return {**found, "normalised": own}
+        return {**seen, "normalised": own}
 
     def exploring(self) -> object:
         """Return the settings on which the explorers' statistics depend."""

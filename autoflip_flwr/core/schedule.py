@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
+
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import Request
 from autoflip_flwr.core.statistics import Floats, Statistics
+
+Reported = Mapping[str, NDArray[Any]]
+"""What a client reports of one statistic: arrays by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,13 @@ class Schedule:
         ``scope`` is the method's (:class:`~autoflip_flwr.core.scored.Scored`). It is called before :meth:`refine` in
         the rounds for which :meth:`asks_who` says so.
         """
+
+    def look(self, layout: Layout, found: Mapping[str, Reported]) -> Mapping[str, Reported]:
+        """Convert one client's statistics to those that are averaged; default: as is.
+
+        See :meth:`Method.look <autoflip_flwr.core.method.Method.look>`.
+        """
+        return found
 
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
         """Return the mask for a round > 1, or ``None`` to keep the current one.

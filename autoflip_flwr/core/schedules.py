@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from autoflip_flwr.core.ballots import VOTES, Ballots, votes_of
 from autoflip_flwr.core.budget import BUDGETS, Budget
 from autoflip_flwr.core.choices import DROPS, FALL_SCOPES
 from autoflip_flwr.core.layout import Arrays, Layout
@@ -20,7 +21,7 @@ from autoflip_flwr.core.moves import NEEDS_MOVES, Moves, ranking
 from autoflip_flwr.core.pace import Exchange, Fall
 from autoflip_flwr.core.regrow import drop_and_grow, reconfigure, shrink, vote
 from autoflip_flwr.core.request import DELTA, Request
-from autoflip_flwr.core.schedule import Schedule, check_choice, check_counts, check_shares
+from autoflip_flwr.core.schedule import Reported, Schedule, check_choice, check_counts, check_shares
 from autoflip_flwr.core.selection import select
 from autoflip_flwr.core.statistics import Floats, Statistics
 
@@ -45,7 +46,9 @@ class Gradual(Schedule):
     power : float
         Exponent of the fall, >= 1: the higher, the more is pruned early.
     drop_by : str
-        Which entries are dropped first, see :func:`~autoflip_flwr.core.moves.ranking`.
+        Which entries are dropped first, see :func:`~autoflip_flwr.core.moves.ranking`. ``"votes"``: those for which
+        few clients vote; a client votes for its largest weights after training, as many as the next step keeps. What
+        is dropped is sampled (:class:`~autoflip_flwr.core.ballots.Ballots`; FedRTS).
     scope : str
         Among which entries: ``"global"``, ``"layer"`` or ``"erk"`` as for the first mask
         (:class:`~autoflip_flwr.core.scored.Scored`); ``"explored"``: each array falls to the density that the first
@@ -53,6 +56,8 @@ class Gradual(Schedule):
     extrusion : float
         How strongly clients draw to zero, in the round before a step, what it will drop: the factor of ``||w||^2`` over
         these entries (FedMef, Huang et al. 2024); 0: not at all. Only by magnitude and in the global scope.
+    seed : int
+        Seed of the samples for ``drop_by="votes"``.
 
     Notes
     -----
@@ -69,7 +74,10 @@ class Gradual(Schedule):
     drop_by: str = "magnitude"
     scope: str = "global"
     extrusion: float = 0.0
+    seed: int = 0
     _moves: Moves = field(default_factory=Moves, init=False, compare=False)
+    _ballots: Ballots = field(default_factory=Ballots, init=False, compare=False)
+    _sent: tuple[Mask, Arrays, int] | None = field(default=None, init=False, compare=False)
     _target: dict[str, int] = field(default_factory=dict, init=False, compare=False)
     _losses: Losses | None = field(default=None, init=False, compare=False)
     _found: bool = field(default=False, init=False, compare=False)
@@ -89,7 +97,7 @@ class Gradual(Schedule):
     def plan(self, sparsity: float, rounds: int) -> None:
         """Note sparsity and rounds; ``ValueError`` if the density could not fall to the target in so many rounds."""
         super().plan(sparsity, rounds)
-        vars(self).update(_moves=Moves(), _losses=None, _found=False)
+        vars(self).update(_moves=Moves(), _losses=None, _found=False, _ballots=Ballots(), _sent=None)
         if sparsity and self.initial_density < 1 - sparsity:
             raise ValueError(
                 f"initial_density = {self.initial_density}: is below the density {1 - sparsity:g} that the sparsity "
@@ -131,7 +139,14 @@ class Gradual(Schedule):
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the deltas of the kept entries while the density falls, if they decide what is dropped."""
         falls = self.sparsity and self.rounds > 1 and round_ <= self._pace.last(self.rounds)
-        return (Request(DELTA, over="kept"),) if falls and self.drop_by in NEEDS_MOVES else ()
+        return (Request(DELTA, over="kept"),) if falls and self.drop_by in (*NEEDS_MOVES, VOTES) else ()
+
+    def look(self, layout: Layout, found: Mapping[str, Reported]) -> Mapping[str, Reported]:
+        """Add the client's votes, if they decide what is dropped."""
+        if self._sent is None or DELTA not in found:
+            return found
+        mask, model, count = self._sent
+        return {**found, VOTES: votes_of(mask, model, found[DELTA], count)}
 
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
         """Drop the entries of the lowest rank if a step is due."""
@@ -139,20 +154,29 @@ class Gradual(Schedule):
             return None
         if self.drop_by in NEEDS_MOVES:
             self._moves.add(mask, seen)
+        self._ballots.add(mask, seen)
         sparsity = self._pace.sparsity(self.sparsity, round_, self.rounds)
         if sparsity is None or self._costs_too_much(round_):
             return None
-        score = ranking(self.drop_by, mask, model, self._moves)
+        if self.drop_by == VOTES:
+            score = self._ballots.ranked(mask, model, (self.seed, round_))
+        else:
+            score = ranking(self.drop_by, mask, model, self._moves)
         return shrink(mask, score, self._budget(mask.layout, sparsity))
 
     @property
     def prepares(self) -> bool:
-        """Whether the schedule extrudes."""
-        return self.extrusion > 0
+        """Whether the schedule extrudes, or counts votes."""
+        return self.extrusion > 0 or self.drop_by == VOTES
 
     def prepare(self, round_: int, mask: Mask, model: Arrays) -> dict[str, bool | int | float | str]:
         """Tell clients below which magnitude an entry will be dropped, if a step follows this round."""
-        if not self.extrusion or not self.sparsity or self.rounds < 2 or self._found:
+        vars(self)["_sent"] = None
+        if not self.sparsity or self.rounds < 2 or self._found:
+            return {}
+        if self.drop_by == VOTES and (count := self._next_count(round_, mask.layout)):
+            vars(self)["_sent"] = mask, model, count
+        if not self.extrusion:
             return {}
         sparsity = self._pace.sparsity(self.sparsity, round_ + 1, self.rounds)
         if sparsity is None:
@@ -163,22 +187,30 @@ class Gradual(Schedule):
             return {}
         return {"extrusion": self.extrusion, "extrude-below": float(np.partition(size, count)[count])}
 
+    def _next_count(self, round_: int, layout: Layout) -> int:
+        """Return how many entries the next step after a round keeps; 0: no step follows."""
+        later = range(round_ + 1, self._pace.last(self.rounds) + 2)
+        found = (self._pace.sparsity(self.sparsity, each, self.rounds) for each in later)
+        sparsity = next((each for each in found if each is not None), None)
+        return 0 if sparsity is None else sum(Budget.whole(layout, sparsity).values())
+
     def _budget(self, layout: Layout, sparsity: float) -> Budget:
         if self.scope != "explored":
             return BUDGETS[self.scope](layout, sparsity)
         return Budget.between(layout, self._target, sparsity)
 
     def state(self) -> Any:
-        """Return the plan, the target's counts, and the clients' moves and losses."""
+        """Return the plan, the target's counts, and the clients' moves, votes and losses."""
         losses = None if self._losses is None else self._losses.state()
-        own = {"target": self._target, "moves": self._moves.state(), "losses": losses, "found": self._found}
-        return {"plan": super().state(), **own}
+        clients = {"moves": self._moves.state(), "votes": self._ballots.state(), "losses": losses}
+        return {"plan": super().state(), "target": self._target, "found": self._found, **clients}
 
     def load(self, state: Any) -> None:
         """Restore what :meth:`state` returned."""
         super().load(state["plan"])
         vars(self).update(_target=state["target"], _found=state["found"])
         self._moves.load(state["moves"])
+        self._ballots.load(state["votes"])
         if self._losses is not None:
             self._losses.load(state["losses"])
 

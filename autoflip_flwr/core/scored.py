@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
+
 from autoflip_flwr.core.budget import BUDGETS
 from autoflip_flwr.core.choices import SCOPES
 from autoflip_flwr.core.layout import Arrays, Layout
@@ -85,6 +87,13 @@ class Scored(Method):
         """Request what the schedules need in a round >= 1."""
         asked = (request for each in self.schedules for request in each.request(round_)) if round_ else ()
         return tuple(dict.fromkeys(asked))
+
+    def look(self, layout: Layout, found: dict[str, Arrays]) -> Mapping[str, Mapping[str, NDArray[Any]]]:
+        """Let the schedules convert one client's statistics, one after another."""
+        seen: Mapping[str, Mapping[str, NDArray[Any]]] = found
+        for each in self.schedules:
+            seen = each.look(layout, seen)
+        return seen
 
     def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
         """Return a finite score for each prunable entry; low = unimportant."""

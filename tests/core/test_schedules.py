@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 
+from autoflip_flwr.core.ballots import Ballots, votes_of
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.method import Method, check_method, check_requests
@@ -15,7 +16,7 @@ from autoflip_flwr.core.prunefl import PruneFl
 from autoflip_flwr.core.request import Request
 from autoflip_flwr.core.schedule import Schedule
 from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
-from autoflip_flwr.core.statistics import Statistics
+from autoflip_flwr.core.statistics import Accumulator, Statistics
 
 W0 = {"a": np.array([[1.0, -5.0], [2.0, 0.5]], np.float32), "b": np.array([[-3.0, 4.0, 0.1]], np.float32)}
 LAYOUT = Layout.of(W0, output=None)
@@ -329,3 +330,51 @@ def test_clients_are_told_what_the_next_step_drops():
     assert not Gradual().prepares
     with pytest.raises(ValueError, match=r"Gradual: extrusion = 0.1: needs drop_by='magnitude' and scope='global'"):
         Gradual(extrusion=0.1, scope="erk")
+
+
+def test_a_client_votes_for_its_largest_weights_after_training():
+    mask = Mask.from_bool(LAYOUT, {"a": np.array([[True, True], [True, False]]), "b": np.ones((1, 3), bool)})
+    deltas = {"a": np.array([[4.5, 2.5], [-2.0, 0.0]]), "b": np.array([[0.0, 0.0, 5.0]])}
+    # the kept weights become 5.5, -2.5 and 0; -3, 4 and 5.1
+    votes = votes_of(mask, W0, deltas, 3)
+    assert {name: values.tolist() for name, values in votes.items()} == {"a": [[1, 0], [0, 0]], "b": [[0, 1, 1]]}
+    assert sum(int(values.sum()) for values in votes_of(mask, W0, deltas, 6).values()) == 6
+
+
+def test_votes_decay_and_are_drawn_alike_after_a_resume():
+    whole, ballots = Mask.full(LAYOUT), Ballots()
+    by_size = ballots.ranked(whole, W0, (1, 2))
+    assert {name: rank.tolist() for name, rank in by_size.items()} == {"a": [[3, 7], [4, 2]], "b": [[5, 6, 1]]}
+    shares = {"a": np.array([[1.0, 0.0], [0.5, 0.5]]), "b": np.zeros((1, 3))}
+    found = Statistics({"votes": shares}, {}, 4)
+    for _ in range(2):
+        ballots.add(whole, found)
+    for_, against = ballots.state()
+    assert for_["a"].ravel().tolist() == pytest.approx([7.6, 0, 3.8, 3.8])  # 4 x 0.9 + 4
+    assert against["a"].ravel().tolist() == pytest.approx([0, 7.6, 3.8, 3.8])
+    again = Ballots()
+    again.load(ballots.state())
+    one, two = (each.ranked(whole, W0, (1, 5)) for each in (ballots, again))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert sorted(np.concatenate([rank.ravel() for rank in one.values()])) == [1, 2, 3, 4, 5, 6, 7]
+    drawn = [ballots.ranked(whole, W0, (1, round_)) for round_ in range(200)]
+    kept_ = np.mean([[rank["a"][0, 0] > 5, rank["a"][0, 1] > 5] for rank in drawn], axis=0)
+    assert kept_[0] > 0.9 > 0.1 > kept_[1]
+
+
+def test_votes_decide_what_is_dropped():
+    method = planned(Magnitude(schedule=Gradual(fall=1.0, every=2, drop_by="votes")), 2 / 7 + 1e-6, 3)
+    assert [len(method.request(round_)) for round_ in range(4)] == [0, 1, 1, 0]
+    whole = Mask.full(LAYOUT)
+    deltas = {"a": np.array([[0, 5.0], [0, 0]]), "b": np.array([[0, -4.0, 3.0]])}  # the two largest become nothing
+    assert method.look(LAYOUT, {"delta": deltas}) == {"delta": deltas}  # no round was prepared
+    for round_ in (2, 3):
+        assert method.prepare(round_ - 1, whole, W0) == {}
+        found = Accumulator(LAYOUT)
+        for _ in range(50):
+            found.add(1.0, method.look(LAYOUT, {"delta": deltas}))
+        mask = method.refine(round_, whole, W0, found.result())
+        assert (mask is None) == (round_ == 2)
+    assert kept(mask) == {"a": [0, 2, 3], "b": [0, 2]}
+    assert method.prepare(3, mask, W0) == {}
+    assert method.look(LAYOUT, {"delta": deltas}) == {"delta": deltas}  # no step follows

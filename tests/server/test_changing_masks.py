@@ -194,6 +194,11 @@ def test_it_goes_on_after_a_crash_and_ends_in_the_same_bytes(method: Method, inn
             assert resumed.masks[round_].digest == whole.masks[round_].digest
 
 
+def test_samples_of_the_votes_go_on_after_a_crash(tmp_path: Path):
+    method = Magnitude(schedule=Gradual(fall=0.8, drop_by="votes", seed=1))
+    test_it_goes_on_after_a_crash_and_ends_in_the_same_bytes(method, FedAvg, tmp_path)
+
+
 def test_a_run_with_more_rounds_keeps_the_plan_that_it_began_with(tmp_path: Path):
     whole = Watched(gradual(0.5), rounds=6)
     with pytest.raises(Killed):
