@@ -28,7 +28,14 @@ from autoflip_flwr.experiment.precision import check_precision
 from autoflip_flwr.experiment.reporting import report_gradients, report_smallness, when_asked
 from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.torch import gradients
-from autoflip_flwr.wire.keys import EPOCHS_KEY, EXAMPLES_PROCESSED, PATIENCE_KEY, PHASE_KEY, WEIGHT_DECAY_KEY
+from autoflip_flwr.wire.keys import (
+    EPOCHS_KEY,
+    EXAMPLES_PROCESSED,
+    PATIENCE_KEY,
+    PHASE_KEY,
+    WARMUP_KEY,
+    WEIGHT_DECAY_KEY,
+)
 
 
 @lru_cache(maxsize=32)
@@ -107,6 +114,7 @@ class LocalClient(NumPyClient):
                         mask=subspace,
                         seed=seed,
                         extrusion=Extrusion.asked(config, self._model, None if subspace is None else subspace.mask),
+                        warmup=float(config.get(WARMUP_KEY, 0.0)),
                     )
                 if asked == "after":
                     report_smallness(self._model, self._context)

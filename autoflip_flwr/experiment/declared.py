@@ -195,6 +195,11 @@ class Settings:
         "Exponent a of the weights sign(theta) |theta|^a, of which theta is trained, averaged and stored. 0, like 1: "
         "theta is the weight",
     )
+    warmup: float = _of_schedule(
+        0.0,
+        rules.UNIT,
+        "Share of a client's steps in which its learning rate rises, in rounds that begin with a new mask. 0: none",
+    )
     initial_density: float = _of_fall(1.0, rules.UP_TO_ONE, "Density of round 1")
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")

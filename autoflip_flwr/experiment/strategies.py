@@ -18,6 +18,7 @@ from autoflip_flwr.core.schedule import Schedule
 from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
 from autoflip_flwr.core.scored import Scored
 from autoflip_flwr.core.statistics import Exploration, Statistics
+from autoflip_flwr.core.warmup import Warmup
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.fedlex import Guidance, Guided
@@ -123,11 +124,13 @@ def _method(config: Config) -> Method:
     """Return the method, with its fields taken from the settings of the same names that apply to it."""
     kind, fixed = METHODS[config.method]
     parts = config.schedule.split("+") if config.method == "autoflip" else [config.method]
-    schedule = tuple(
+    schedule: tuple[Schedule, ...] = tuple(
         _made(SCHEDULES[part], config, *(("fall", "drop") if part == "gradual" else ("adjust",)))
         for part in parts
         if part in SCHEDULES
     )
+    if warmup := config.in_effect("warmup"):
+        schedule += (Warmup(share=warmup),)
     return _made(kind, config, "exploration", **fixed, **({"schedule": schedule} if schedule else {}))
 
 

@@ -21,6 +21,7 @@ from autoflip_flwr.experiment.powerpropagation import as_weights
 from autoflip_flwr.experiment.precision import output
 from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.startup import light_imports
+from autoflip_flwr.experiment.warmup import Rising
 from autoflip_flwr.torch import masked_training
 
 
@@ -78,6 +79,7 @@ def train(
     seed: int,
     proximal_mu: float = 0.0,
     extrusion: Extrusion | None = None,
+    warmup: float = 0.0,
 ) -> Trained:
     """Train in place with a fresh optimizer.
 
@@ -109,6 +111,8 @@ def train(
         w_start are the parameters before this training. The loss that is returned lacks this term.
     extrusion : Extrusion | None
         Adds its gradients in each step. The loss that is returned lacks this term, too.
+    warmup : float (0.0)
+        Share of the steps of all ``epochs`` in which the learning rate rises, in [0, 1].
     """
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
@@ -123,6 +127,8 @@ def train(
         for norm in norms:
             norm.eval()
     with masked_training(model, mask):
+        steps = epochs * len(batches(torch.arange(len(examples)), config.batch_size, single=not norms))
+        rising = Rising(optimizer, round(warmup * steps))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in trained] if proximal_mu else []
         while done < epochs:
@@ -141,6 +147,7 @@ def train(
                     extrusion.add_gradients()
                 if config.clip_norm:
                     nn.utils.clip_grad_norm_(trained, config.clip_norm)
+                rising.before_step()
                 optimizer.step()
                 total += batch_loss.item() * len(rows)
             loss = total / len(examples)

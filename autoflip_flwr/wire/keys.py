@@ -58,6 +58,12 @@ A client that reads them adds the gradient of ``autoflip-extrusion`` times ``||w
 smaller than ``autoflip-extrude-below``.
 """
 
+WARMUP_KEY = "autoflip-warmup"
+"""Key that AutoFLIP adds to the config record of a round with a new mask, if clients should warm up.
+
+A client that reads it raises its learning rate linearly, from zero, over this share of its steps.
+"""
+
 ROUND_KEY = "server-round"
 """Key of the round number in the config records of Flower's strategies; 0 in the exploration."""
 

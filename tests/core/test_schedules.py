@@ -17,6 +17,7 @@ from autoflip_flwr.core.request import Request
 from autoflip_flwr.core.schedule import Schedule
 from autoflip_flwr.core.schedules import Agreement, Gradual, Reconfigure, Regrow, Votes
 from autoflip_flwr.core.statistics import Accumulator, Statistics
+from autoflip_flwr.core.warmup import Warmup
 
 W0 = {"a": np.array([[1.0, -5.0], [2.0, 0.5]], np.float32), "b": np.array([[-3.0, 4.0, 0.1]], np.float32)}
 LAYOUT = Layout.of(W0, output=None)
@@ -378,3 +379,18 @@ def test_votes_decide_what_is_dropped():
     assert kept(mask) == {"a": [0, 2, 3], "b": [0, 2]}
     assert method.prepare(3, mask, W0) == {}
     assert method.look(LAYOUT, {"delta": deltas}) == {"delta": deltas}  # no step follows
+
+
+def test_clients_warm_up_when_the_mask_is_new_also_after_a_resume():
+    method = planned(Magnitude(schedule=(Gradual(fall=0.4), Warmup(share=0.3))), 0.5, 10)
+    mask, told = method.first(0.5, LAYOUT, W0, None), []
+    for round_ in range(1, 6):
+        mask = (method.refine(round_, mask, W0, None) or mask) if round_ > 1 else mask
+        told.append(bool(method.prepare(round_, mask, W0)))
+        resumed = Magnitude(schedule=(Gradual(fall=0.4), Warmup(share=0.3)))
+        resumed.load(method.state())
+        method = resumed
+    assert told == [True, True, True, False, False]  # 7, 5, 4, 4 and 4 entries
+    assert planned(method).prepare(1, mask, W0) == {"warmup": 0.3}
+    with pytest.raises(ValueError, match=r"Warmup: share = 0: must be a share in \(0, 1\]"):
+        Warmup(share=0)

@@ -1,4 +1,4 @@
-"""Tricks of training under a mask, each by hand: powerpropagation, extrusion."""
+"""Tricks of training under a mask, each by hand: powerpropagation, extrusion, warm-up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from autoflip_flwr.experiment.extrusion import Extrusion
 from autoflip_flwr.experiment.powerpropagation import as_weights, to_theta
 from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.training import train
+from autoflip_flwr.experiment.warmup import Rising
 from autoflip_flwr.wire.keys import EXTRUDE_BELOW_KEY, EXTRUSION_KEY
 
 START = [[1.0, -2.0], [0.5, 3.0]]
@@ -38,11 +39,12 @@ def trained(
     mask: Subspace | None = None,
     epochs: int = 1,
     extrusion: Extrusion | None = None,
+    warmup: float = 0.0,
     **own: object,
 ) -> None:
     config = Config(**{"optimizer": "sgd", "batch_size": 4, **own})
     plain = {"patience": None, "lr": 0.5, "weight_decay": 0.0, "seed": 1}
-    train(model, examples(), config, mask=mask, epochs=epochs, extrusion=extrusion, **plain)
+    train(model, examples(), config, mask=mask, epochs=epochs, extrusion=extrusion, warmup=warmup, **plain)
 
 
 def half() -> Subspace:
@@ -116,3 +118,25 @@ def test_extrusion_needs_one_threshold_for_all() -> None:
     with pytest.raises(ConfigError, match=r"extrusion = 0.1: needs drop-by = 'magnitude' and drop-scope = 'global'"):
         Config(schedule="gradual", extrusion=0.1, drop_scope="layer")
     assert Config(schedule="static", extrusion=0.1, drop_scope="layer").in_effect("extrusion") == 0.0
+
+
+def test_the_learning_rate_rises_over_the_steps_of_the_warmup() -> None:
+    optimizer = torch.optim.SGD(linear().parameters(), lr=0.8)
+    rising, rates = Rising(optimizer, 3), []
+    for _ in range(6):
+        rising.before_step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    none = Rising(optimizer, 0)
+    none.before_step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.8)
+
+
+def test_a_round_warms_up_over_a_share_of_its_steps() -> None:
+    warm, plain = linear(), linear()
+    trained(warm, warmup=1.0)
+    trained(plain)
+    start = torch.tensor(START)
+    assert torch.allclose(warm.weight - start, (plain.weight - start) / 2, atol=1e-6)  # one step, at half the rate
+    trained(warm := linear(), warmup=0.4, epochs=1)
+    assert torch.equal(warm.weight, plain.weight)  # 0.4 of a step is none

@@ -29,6 +29,7 @@ _AFTER_EXPLORING = (
     "auto-sparsity",
     "drop-by",
     "drop-scope",
+    "warmup",
     "extrusion",
     "adjust-every",
     "adjust-share",
