@@ -20,6 +20,7 @@ from autoflip_flwr.experiment.data.load import load_for
 from autoflip_flwr.experiment.data.partition import partition_by, subset
 from autoflip_flwr.experiment.examples import Examples, examples_to_train
 from autoflip_flwr.experiment.extrusion import Extrusion
+from autoflip_flwr.experiment.feedback import CutOff
 from autoflip_flwr.experiment.guidance import guided
 from autoflip_flwr.experiment.models.blank import blank
 from autoflip_flwr.experiment.models.build import SMALL, build
@@ -100,6 +101,10 @@ class LocalClient(NumPyClient):
             else:
                 if asked == "before":
                     more = self._report(seed).examples
+                cut_off = None
+                if subspace is not None and self._config.in_effect("cut_feedback"):
+                    cut_off = CutOff(self._model, subspace.mask, self._context)
+                    cut_off.put_back()
                 with self._scaled(config, exploring):
                     done = training.train(
                         self._model,
@@ -111,11 +116,13 @@ class LocalClient(NumPyClient):
                         lr=self._config.lr * self._config.lr_decay ** (round_ - 1) * current_rate(self._context),
                         # explorers are drawn to nothing, as they have no weight decay: their deltas are the measurement
                         proximal_mu=0.0 if exploring else float(config.get("proximal-mu", self._config.proximal_mu)),
-                        mask=subspace,
+                        mask=subspace if cut_off is None else None,
                         seed=seed,
                         extrusion=Extrusion.asked(config, self._model, None if subspace is None else subspace.mask),
                         warmup=float(config.get(WARMUP_KEY, 0.0)),
                     )
+                if cut_off is not None:
+                    cut_off.remember()
                 if asked == "after":
                     report_smallness(self._model, self._context)
                     more = self._report(seed).examples

@@ -200,6 +200,11 @@ class Settings:
         rules.UNIT,
         "Share of a client's steps in which its learning rate rises, in rounds that begin with a new mask. 0: none",
     )
+    cut_feedback: bool = _of_schedule(
+        False,
+        rules.FLAG,
+        "Whether clients train without the mask, and keep for their next round what it cuts off",
+    )
     initial_density: float = _of_fall(1.0, rules.UP_TO_ONE, "Density of round 1")
     fall: float = _of_fall(0.6, rules.UP_TO_ONE, "Share of the rounds within which the density falls to the target")
     fall_every: int = _of_fall(1, rules.COUNT, "Rounds between two steps of the density")

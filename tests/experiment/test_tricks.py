@@ -1,10 +1,11 @@
-"""Tricks of training under a mask, each by hand: powerpropagation, extrusion, warm-up."""
+"""Tricks of training under a mask, each by hand: powerpropagation, extrusion, warm-up, feedback of what is cut off."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from torch import nn
 
 from autoflip_flwr import Layout, Mask
@@ -13,6 +14,7 @@ from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Inputs
 from autoflip_flwr.experiment.examples import Examples, Shared
 from autoflip_flwr.experiment.extrusion import Extrusion
+from autoflip_flwr.experiment.feedback import CutOff
 from autoflip_flwr.experiment.powerpropagation import as_weights, to_theta
 from autoflip_flwr.experiment.rules import ConfigError
 from autoflip_flwr.experiment.training import train
@@ -140,3 +142,25 @@ def test_a_round_warms_up_over_a_share_of_its_steps() -> None:
     assert torch.allclose(warm.weight - start, (plain.weight - start) / 2, atol=1e-6)  # one step, at half the rate
     trained(warm := linear(), warmup=0.4, epochs=1)
     assert torch.equal(warm.weight, plain.weight)  # 0.4 of a step is none
+
+
+def test_what_is_cut_off_comes_back_in_the_next_round_outside_the_mask_alone() -> None:
+    context = Context(1, 1, {}, RecordDict(), {})
+    first = linear()
+    cut = CutOff(first, half().mask, context)
+    cut.put_back()
+    assert first.weight.tolist() == START  # nothing is remembered yet
+    first.weight.data += torch.tensor([[0.5, 0.25], [0.5, 0.5]])
+    cut.remember()
+    again = linear()
+    CutOff(again, half().mask, context).put_back()
+    assert again.weight.tolist() == [[1.0, -1.75], [0.5, 3.0]]
+    less = Mask.from_bool(half().mask.layout, {"weight": np.array([[False, True], [True, True]])})
+    other = linear()
+    cut = CutOff(other, less, context)
+    cut.put_back()
+    assert other.weight.tolist() == START  # the mask keeps the remembered entry now
+    cut.remember()
+    last = linear()
+    CutOff(last, half().mask, context).put_back()
+    assert last.weight.tolist() == START

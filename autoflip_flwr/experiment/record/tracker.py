@@ -189,7 +189,8 @@ class Tracker:
             "exchange_seconds": {phase: seconds for phase, seconds in ledger.seconds.items() if phase != "other"},
             "failures": ledger.failure_counts(),
             "resumed_after": self._resumed,
-            "residuals_restarted": bool(self._resumed) and (self._config.values_up or self._config.values) == "int8",
+            "residuals_restarted": bool(self._resumed)
+            and ((self._config.values_up or self._config.values) == "int8" or self._config.in_effect("cut_feedback")),
             "mask": None if mask is None else {"version": mask.version, "digest": mask.digest},
             "mask_problems": [] if mask is None or self._config.outside == "initial" else problems(mask),
             "density_by_layer": {}

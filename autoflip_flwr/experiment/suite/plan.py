@@ -29,6 +29,7 @@ _AFTER_EXPLORING = (
     "auto-sparsity",
     "drop-by",
     "drop-scope",
+    "cut-feedback",
     "warmup",
     "extrusion",
     "adjust-every",
