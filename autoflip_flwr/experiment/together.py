@@ -43,6 +43,7 @@ def check_together(config: Settings) -> None:
         _check_fall(config)
         _check_exchange(config)
         _check_participants(config)
+        _check_powers(config)
 
 
 def _check_fall(config: Settings) -> None:
@@ -100,4 +101,16 @@ def _check_participants(config: Settings) -> None:
         raise ConfigError(
             f"rank-by = 'random': does nothing with schedule = {shown(config.schedule)}, which ranks by the explorers' "
             "reports from round 1 on; use rank-by = 'deviation'"
+        )
+
+
+def _check_powers(config: Settings) -> None:
+    """Raise `ConfigError` if entries that stand at zero would have to move under powerpropagation."""
+    if config.method != "autoflip" or config.powerpropagation in (0.0, 1.0) or config.outside != "zero":
+        return
+    moving = "cut-feedback = true" if config.cut_feedback else f"schedule = {shown(config.schedule)}"
+    if config.cut_feedback or config.schedule in choices.REGROWING_SCHEDULES:
+        raise ConfigError(
+            f"powerpropagation = {config.powerpropagation}: weights of zero never move, as their gradients are zero, "
+            f"and {moving} needs them to; leave one of the two out"
         )

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from flwr.app import Context, RecordDict
+from safetensors.numpy import load_file
 from torch import nn
 
 from autoflip_flwr import Layout, Mask
 from autoflip_flwr.core.subspace import Subspace
+from autoflip_flwr.experiment import client, server
 from autoflip_flwr.experiment.config import Config
 from autoflip_flwr.experiment.data.dataset import Inputs
-from autoflip_flwr.experiment.examples import Examples, Shared
+from autoflip_flwr.experiment.data.load import load_for
+from autoflip_flwr.experiment.examples import Examples, Shared, examples_to_test
 from autoflip_flwr.experiment.extrusion import Extrusion
 from autoflip_flwr.experiment.feedback import CutOff
+from autoflip_flwr.experiment.models.build import build
 from autoflip_flwr.experiment.powerpropagation import as_weights, to_theta
 from autoflip_flwr.experiment.rules import ConfigError
-from autoflip_flwr.experiment.training import train
+from autoflip_flwr.experiment.training import evaluate, set_arrays, train
 from autoflip_flwr.experiment.warmup import Rising
-from autoflip_flwr.wire.keys import EXTRUDE_BELOW_KEY, EXTRUSION_KEY
+from autoflip_flwr.testing import LocalGrid
+from autoflip_flwr.wire.keys import EXTRUDE_BELOW_KEY, EXTRUSION_KEY, HEADER, TRAIN, WARMUP_KEY
 
 START = [[1.0, -2.0], [0.5, 3.0]]
 
@@ -116,6 +124,13 @@ def test_extrusion_is_part_of_training() -> None:
     assert torch.allclose(plain.weight - drawn.weight, less, atol=1e-6)
 
 
+@pytest.mark.parametrize("other", [{"cut_feedback": True}, {"schedule": "gradual+regrow"}])
+def test_powerpropagation_is_refused_where_zeros_must_move(other: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"powerpropagation = 1.25: weights of zero never move, .* leave one of the"):
+        Config(powerpropagation=1.25, **other)
+    assert Config(powerpropagation=1.25, outside="initial", **other).powerpropagation == 1.25
+
+
 def test_extrusion_needs_one_threshold_for_all() -> None:
     with pytest.raises(ConfigError, match=r"extrusion = 0.1: needs drop-by = 'magnitude' and drop-scope = 'global'"):
         Config(schedule="gradual", extrusion=0.1, drop_scope="layer")
@@ -164,3 +179,35 @@ def test_what_is_cut_off_comes_back_in_the_next_round_outside_the_mask_alone() -
     last = linear()
     CutOff(last, half().mask, context).put_back()
     assert last.weight.tolist() == START
+
+
+@pytest.mark.runs
+def test_a_run_with_all_tricks_that_go_together(tmp_path: Path) -> None:
+    values = {"output-dir": str(tmp_path), "num-server-rounds": 3, "local-epochs": 1, "exploration-epochs": 1}
+    values |= {"model": "mlp", "schedule": "gradual", "fall": 0.7, "checkpoints": 0, "evaluate-every": 3, "nodes": 2}
+    values |= {"powerpropagation": 1.25, "extrusion": 0.01, "warmup": 0.5}
+    grid, config = LocalGrid(client.app, 2, values), Config.from_run_config(values)
+    path = server.run(grid, config)
+    sent = [message.content for message in grid.sent if message.content[HEADER]["phase"] == TRAIN]
+    told = {content[HEADER]["round"]: set(content["config"]) - {"server-round"} for content in sent}
+    extruded = {EXTRUDE_BELOW_KEY, EXTRUSION_KEY}
+    assert told == {1: {WARMUP_KEY} | extruded, 2: {WARMUP_KEY} | extruded, 3: {WARMUP_KEY}}
+    data = load_for(config)
+    model, theta = build("mlp", data.input_shape, data.classes, 1), load_file(path / "model.safetensors")
+    set_arrays(model, [theta[name] for name in model.state_dict()])
+    with as_weights(model, 1.25):
+        _, accuracy = evaluate(model, examples_to_test(data))
+    assert json.loads((path / "summary.json").read_text())["final_accuracy"] == accuracy
+
+
+@pytest.mark.runs
+def test_in_a_run_nodes_remember_what_was_cut_off(tmp_path: Path) -> None:
+    values = {"output-dir": str(tmp_path), "num-server-rounds": 1, "local-epochs": 1, "exploration-epochs": 1}
+    values |= {"model": "mlp", "checkpoints": 0, "nodes": 2, "cut-feedback": True}
+    grid = LocalGrid(client.app, 2, values)
+    mask = load_file(server.run(grid, Config.from_run_config(values)) / "mask.safetensors")
+    for context in grid.contexts.values():
+        remembered = {name: array.numpy() for name, array in context.state.array_records["cut-off"].items()}
+        assert remembered.keys() == mask.keys()
+        assert not any(values[mask[name] == 1].any() for name, values in remembered.items())
+        assert all(values.any() for values in remembered.values())
