@@ -38,7 +38,8 @@ class Gradual(Schedule):
     Parameters
     ----------
     initial_density : float
-        Density of round 1, in (0, 1]; below 1, the method's first mask has it.
+        Density of round 1, in (0, 1]; below 1, the method's first mask has it. Where the target is denser, it is the
+        target's, and nothing falls.
     fall : float
         Share of the rounds within which the density falls to the target, in (0, 1].
     every : int
@@ -95,15 +96,10 @@ class Gradual(Schedule):
             raise ValueError(f"Gradual: extrusion = {self.extrusion}: needs drop_by='magnitude' and scope='global'")
 
     def plan(self, sparsity: float, rounds: int) -> None:
-        """Note sparsity and rounds; ``ValueError`` if the density could not fall to the target in so many rounds."""
+        """Note sparsity and rounds; ``ValueError`` if there is no round for a step."""
         super().plan(sparsity, rounds)
         vars(self).update(_moves=Moves(), _losses=None, _found=False, _ballots=Ballots(), _sent=None)
-        if sparsity and self.initial_density < 1 - sparsity:
-            raise ValueError(
-                f"initial_density = {self.initial_density}: is below the density {1 - sparsity:g} that the sparsity "
-                f"{sparsity} leads to; raise it"
-            )
-        if sparsity and rounds > 1:
+        if self._falls:
             self._pace.steps(rounds)
 
     def seek(self) -> bool:
@@ -125,12 +121,16 @@ class Gradual(Schedule):
         return self._found
 
     @property
+    def _falls(self) -> bool:
+        return self.rounds > 1 and self.initial_density > 1 - self.sparsity
+
+    @property
     def _pace(self) -> Fall:
         return Fall(self.initial_density, self.fall, self.every, self.power)
 
     def first_sparsity(self, sparsity: float) -> float:
-        """Return the sparsity of the initial density; the target's if the run has one round only."""
-        return sparsity if self.rounds == 1 else round(1 - self.initial_density, 9)
+        """Return the sparsity of the initial density; the target's if nothing falls."""
+        return round(1 - self.initial_density, 9) if self._falls else sparsity
 
     def begin(self, layout: Layout, score: Mapping[str, Floats], target: Mask) -> None:
         """Note how many entries of each array the target's mask keeps."""
@@ -138,7 +138,7 @@ class Gradual(Schedule):
 
     def request(self, round_: int) -> tuple[Request, ...]:
         """Request the deltas of the kept entries while the density falls, if they decide what is dropped."""
-        falls = self.sparsity and self.rounds > 1 and round_ <= self._pace.last(self.rounds)
+        falls = self._falls and round_ <= self._pace.last(self.rounds)
         return (Request(DELTA, over="kept"),) if falls and self.drop_by in (*NEEDS_MOVES, VOTES) else ()
 
     def look(self, layout: Layout, found: Mapping[str, Reported]) -> Mapping[str, Reported]:
@@ -150,7 +150,7 @@ class Gradual(Schedule):
 
     def refine(self, round_: int, mask: Mask, model: Arrays, seen: Statistics | None) -> Mask | None:
         """Drop the entries of the lowest rank if a step is due."""
-        if not self.sparsity or self.rounds < 2:
+        if not self._falls:
             return None
         if self.drop_by in NEEDS_MOVES:
             self._moves.add(mask, seen)

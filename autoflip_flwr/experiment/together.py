@@ -50,11 +50,6 @@ def _check_fall(config: Settings) -> None:
     """Raise `ConfigError` if the density could not fall to the target."""
     if not config.falls:
         return
-    if config.initial_density < 1 - config.sparsity:
-        raise ConfigError(
-            f"initial-density = {config.initial_density}: must not be below {1 - config.sparsity:g}, the density of "
-            f"sparsity = {config.sparsity}"
-        )
     by = (config.drop_by, config.drop_scope)
     if config.method == "autoflip" and config.extrusion and by != ("magnitude", "global"):
         raise ConfigError(f"extrusion = {config.extrusion}: needs drop-by = 'magnitude' and drop-scope = 'global'")

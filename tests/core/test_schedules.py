@@ -65,8 +65,6 @@ def test_gradual_may_begin_with_the_largest_weights():
 
 
 def test_gradual_says_before_the_run_what_cannot_work():
-    with pytest.raises(ValueError, match=r"initial_density = 0.4: is below the density 0.5 .* raise it"):
-        Gradual(initial_density=0.4).plan(0.5, 20)
     with pytest.raises(ValueError, match="10 rounds with a step every 10"):
         Gradual(every=10).plan(0.5, 10)
     Gradual(every=10).plan(0.0, 10)  # nothing is pruned
@@ -198,6 +196,13 @@ def test_a_fall_may_begin_below_one_and_take_another_power():
         mask = method.refine(round_, mask, W0, None)
         counts.append(mask.kept)
     assert counts == [6, 5, 5, 4]  # densities 0.8, 0.7, 0.6, 0.5 of 7 entries
+
+
+def test_where_the_target_is_denser_nothing_falls():
+    method = planned(Magnitude(schedule=Gradual(initial_density=0.4, drop_by="movement")), 0.5)
+    mask = method.first(0.5, LAYOUT, W0, None)
+    assert mask.kept == 4
+    assert not any(method.request(round_) or method.refine(round_, mask, W0, None) for round_ in range(1, 21))
 
 
 def test_a_run_of_one_round_has_the_target_at_once():

@@ -235,7 +235,6 @@ def test_guidance_scales_gradients_and_stays_with_the_node():
     [
         ({"method": "fedprox", "server-momentum": 0.9}, "method = 'fedprox': needs server-momentum = 0"),
         ({"method": "fedprox"}, "proximal-mu = 0.0: with method = 'fedprox' it must be above 0"),
-        ({"method": "gradual", "initial-density": 0.2}, "initial-density = 0.2: must not be below 0.3, the density of"),
         (
             {"method": "gradual", "fall-every": 20},
             "fall-every = 20: with num-server-rounds = 20 the density would never",
