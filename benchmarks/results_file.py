@@ -6,15 +6,15 @@ import argparse
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import RESULTLESS, Config
+from autoflip_flwr.experiment.config import RESULTLESS, Config, key_of
 from autoflip_flwr.experiment.idle import with_effect
 from autoflip_flwr.experiment.record.suites import Entry, Suite
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, points
-from autoflip_flwr.experiment.rules import Value
+from autoflip_flwr.experiment.rules import ConfigError, Value, allowed
 from autoflip_flwr.experiment.toml import parse_pairs
 
 FOLDER = Path(__file__).parents[1] / "results"
@@ -135,11 +135,21 @@ def _result(command: str, told: Mapping[str, Any]) -> Result:
 
 
 def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the settings that the app has got since, with the values that mean what it did before."""
-    defaults = Config().as_dict()
-    known = {key: value for key, value in settings.items() if key in defaults}
+    """Add the settings that the app has got since, with the values that mean what it did before.
+
+    Settings and values that the app has lost, of what was tried and not kept, stay as they are.
+    """
+    known = {key: value for key, value in settings.items() if _is_known(key, value)}
     added = in_force(Config.from_run_config({**_BEFORE, **known}, check_paths=False))
-    return {**settings, **added}
+    return {**added, **settings}
+
+
+def _is_known(key: str, value: Value) -> bool:
+    rule = next((each.metadata["rule"] for each in fields(Config) if key_of(each) == key), None)
+    try:
+        return rule is not None and allowed(key, rule, value) is not None
+    except ConfigError:
+        return False
 
 
 def _command(told: str) -> str:

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -105,12 +106,12 @@ def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
     settings else. What is compared with a missing row is ``None``. ``settings`` are those in which rows of a data set
     differ.
     """
-    return [_told(row, rows) for row in rows]
+    plain = [row for row in rows if _is_plain(row)]
+    return [_told(row, rows, plain) for row in rows]
 
 
-def _told(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+def _told(row: Row, rows: Sequence[Row], plain: Sequence[Row]) -> dict[str, Any]:
     fields = row.fields
-    plain = [each for each in rows if _is_plain(each)]
     dense = {key: value for key, value in _training(row).items() if key != "lr-power"}  # it does nothing without a mask
     fedavg = next((each for each in plain if each.fields["method"] == "fedavg" and _training(each) == dense), None)
     same = ("gradual", fields["density"], _training(row))
@@ -147,7 +148,7 @@ def _training(row: Row) -> dict[str, Any]:
 
 def _is_plain(row: Row) -> bool:
     """Return whether everything else but the density is as the app has it by default."""
-    defaults = {**Config().as_dict(), **in_force(Config(method=row.settings["method"]))}
+    defaults = _defaults(row.settings["method"])
     return all(
         value == defaults[key]
         for key, value in row.settings.items()
@@ -155,6 +156,12 @@ def _is_plain(row: Row) -> bool:
     )
 
 
+@cache
+def _defaults(method: str) -> dict[str, Any]:
+    return {**Config().as_dict(), **in_force(Config(method=method))}
+
+
+@cache
 def _section(key: str) -> object:
     return setting(key).metadata["section"] if key in Config().as_dict() else None
 
