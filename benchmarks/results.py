@@ -28,7 +28,7 @@ from autoflip_flwr.experiment.record.suites import Suite
 from autoflip_flwr.experiment.report.rows import told as told_setting
 from autoflip_flwr.storage.files import write_atomic
 from benchmarks import results_readme, results_study
-from benchmarks.results_file import FOLDER, read, text_of
+from benchmarks.results_file import FOLDER, read, read_one, text_of
 from benchmarks.results_rows import rows_of, told
 
 ROOT = FOLDER.parent
@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"wrote {keep(suite).relative_to(ROOT)}")
         rows = rows_of(read())
         if options.readme:
-            text = results_readme.readme_with(README.read_text("utf-8"), rows)
-            write_atomic(PICTURE, results_readme.picture(rows))
+            shown = rows_of(read_one(FOLDER / f"{results_readme.SUITE}.json"))
+            text = results_readme.readme_with(README.read_text("utf-8"), shown)
+            write_atomic(PICTURE, results_readme.picture(shown))
             write_atomic(README, text.encode())
             print(f"wrote {README.name} and {PICTURE.relative_to(ROOT)}")
         if options.study:

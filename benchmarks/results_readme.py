@@ -33,6 +33,9 @@ class Shown:
         return all(found.get(key) == value for key, value in self.where.items())
 
 
+SUITE = "headline"
+"""The suite whose results are shown."""
+
 DATA = (
     Shown("HAR, a phone a node", {"data": "har", "model": "har-cnn", "split": "natural", "rounds": 60, "lr": 0.002}),
     Shown(

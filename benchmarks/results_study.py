@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from statistics import mode
 from typing import Any
 
 from autoflip_flwr.experiment.report.rows import told as told_setting
@@ -34,8 +35,8 @@ def table(suite: str, rows: Sequence[Row]) -> str:
     own = rows_of(read_one(FOLDER / f"{suite}.json"))
     facts = told([*own, *rows])[: len(own)]
     columns = list(dict.fromkeys(_data_of(row) for row in own))
-    telling = _telling(own)
-    names = [_name(row, telling) for row in own]
+    usual = _usual(own)
+    names = [_name(row, usual) for row in own]
     cells: dict[str, dict[tuple[Any, ...], str]] = {}
     behind: dict[str, list[float]] = {}
     for row, name, fact in zip(own, names, facts, strict=True):
@@ -53,26 +54,29 @@ def table(suite: str, rows: Sequence[Row]) -> str:
     seeds = sorted({len(row.results) for row in own})
     commits = sorted({f"{str(each.commit)[:7]}{'*' if each.changed else ''}" for row in own for each in row.results})
     note = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}; `{own[0].results[0].command}` at "
-    return "\n".join([*lines, "", f"<sub>{note}{', '.join(commits)}</sub>"])
+    else_ = ", ".join(told_setting(key, value) for key, value in usual.items())
+    told_usual = f". Where no other value is named: {else_}" if else_ else ""
+    return "\n".join([*lines, "", f"<sub>{note}{', '.join(commits)}{told_usual}</sub>"])
 
 
 def _data_of(row: Row) -> tuple[Any, ...]:
     return tuple(row.settings[key] for key in _OF_DATA)
 
 
-def _telling(rows: Sequence[Row]) -> set[str]:
-    """Return the settings in which rows of the same data differ."""
-    found: set[str] = set()
-    for data in {_data_of(row) for row in rows}:
+def _usual(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the settings in which rows of the same data differ, each with the value that most rows have."""
+    found: dict[str, Any] = {}
+    for data in dict.fromkeys(map(_data_of, rows)):
         alike = [row.settings for row in rows if _data_of(row) == data]
-        keys = {key for each in alike for key in each}
-        found |= {key for key in keys if len({repr(each[key]) for each in alike if key in each}) > 1}
-    return found - {*_OF_DATA, "method"}
+        for key in dict.fromkeys(key for each in alike for key in each if key not in (*_OF_DATA, "method")):
+            if len({repr(each[key]) for each in alike if key in each}) > 1:
+                found[key] = mode(row.settings[key] for row in rows if key in row.settings)
+    return found
 
 
-def _name(row: Row, telling: set[str]) -> str:
-    """Name a row by its method and the settings that tell rows apart."""
-    parts = [told_setting(key, value) for key, value in row.settings.items() if key in telling]
+def _name(row: Row, usual: Mapping[str, Any]) -> str:
+    """Name a row by its method, and what is not usual."""
+    parts = [told_setting(key, row.settings[key]) for key in usual if row.settings.get(key, usual[key]) != usual[key]]
     return ", ".join([str(row.settings["method"]), *parts])
 
 
