@@ -69,8 +69,9 @@ def test_runs_share_an_exploration_where_nothing_changes_it():
         assert exploration_key(other) not in ("", plain)
     for alone in (Config(method="random"), Config(method="fedavg"), Config(outside="initial"), Config(sparsity=0.0)):
         assert exploration_key(alone) == ""
-    for schedule in ("static", "gradual"):
-        assert exploration_key(Config(schedule=schedule, rank_by="deviation", lr_power=0.0)) == plain
+    assert exploration_key(Config(schedule="gradual", rank_by="deviation", lr_power=0.0)) == plain
+    everybody = exploration_key(Config(explorers=1.0))
+    assert exploration_key(Config(schedule="static")) == everybody != plain  # by default, who explores follows
     for schedule in ("participants", "gradual+participants"):  # a shared exploration holds averages alone
         assert exploration_key(Config(schedule=schedule)) == ""
 
