@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 
 from autoflip_flwr import AutoFlip, autoflip_mod, current_mask
 from autoflip_flwr.client.mod import EXPLORED
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.server.settings import Values
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.wire.keys import PHASE_KEY
@@ -117,7 +118,7 @@ def test_our_own_records_stay_right():
         masks.append(current_mask(context))
         context.state["own"] = ConfigRecord({"n": 1})
 
-    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5, values=Values(up="int8"))
+    strategy = AutoFlip(FedAvg(fraction_evaluate=0.0), 0.5, method=LossExploration.static(), values=Values(up="int8"))
     grid = LocalGrid(client_of(look), 2)
     strategy.start(grid, record(model()), num_rounds=2)
     assert [mask is None for mask in masks] == [True, True, False, False, False, False]

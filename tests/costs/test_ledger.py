@@ -210,7 +210,8 @@ def test_bytes_by_phase_direction_and_node_are_those_of_the_serialised_messages(
 
 def test_a_mask_counts_for_the_nodes_that_it_is_sent_to():
     grid = Tapped(message_app(), forget=lambda node, count: node == 102 and count == 5)
-    alike, told = run(LocalGrid(message_app(), NODES)), run(grid)
+    static = LossExploration.static()
+    alike, told = run(LocalGrid(message_app(), NODES), method=static), run(grid, method=static)
     assert told.by_node == expected(grid)[0]
     (again,) = [m for m in grid.sent if MASK_RECORD in m.content and m.content[HEADER]["round"] > 1]
     mask = record_bytes(again.content, MASK_RECORD)

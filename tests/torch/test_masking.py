@@ -20,6 +20,7 @@ from torch import nn
 from autoflip_flwr import AutoFlip, autoflip_mod
 from autoflip_flwr.core.layout import Layout
 from autoflip_flwr.core.mask import Mask
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import apply_mask, masked_training
 from autoflip_flwr.wire.keys import PHASE_KEY
@@ -423,7 +424,7 @@ def rounds() -> tuple[list[tuple[bool, list[int]]], LocalGrid, AutoFlip]:
         content = {"arrays": ArrayRecord(shared.state_dict()), "metrics": MetricRecord({"num-examples": 1})}
         return Message(RecordDict(content), reply_to=message)
 
-    grid, strategy = LocalGrid(app, 2), AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5)
+    grid, strategy = LocalGrid(app, 2), AutoFlip(FedAvg(fraction_evaluate=0.0), 0.5, method=LossExploration.static())
     strategy.start(grid, ArrayRecord(network().state_dict()), num_rounds=2)
     return steps, grid, strategy
 

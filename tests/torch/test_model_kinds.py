@@ -270,7 +270,8 @@ def run(kind: Kind, strategy: FedAvg | None = None, **options: Any) -> Run:
         return content[HEADER]["phase"] != HELLO  # the roll call has no model
 
     grid = LocalGrid(client(kind), NODES, tamper=look)
-    wrapped = AutoFlip(strategy or FedAvg(fraction_evaluate=0.0), **{"sparsity": 0.5, **kind.options, **options})
+    settings = {"sparsity": 0.5, "method": LossExploration.static(), **kind.options, **options}
+    wrapped = AutoFlip(strategy or FedAvg(fraction_evaluate=0.0), **settings)
     state = made(kind).state_dict()
     initial = {name: value.numpy().copy() for name, value in state.items()}
     random.seed(7)

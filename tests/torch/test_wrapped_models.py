@@ -17,6 +17,7 @@ from torch import nn
 import autoflip_flwr
 from autoflip_flwr import AutoFlip, Layout, Mask
 from autoflip_flwr.client.context import LAYOUT
+from autoflip_flwr.core.methods import LossExploration
 from autoflip_flwr.testing import LocalGrid
 from autoflip_flwr.torch import apply_mask, autoflip_mod, masked_training
 from autoflip_flwr.wire.keys import MASK_RECORD
@@ -346,7 +347,9 @@ def app_of(make: Callable[[], nn.Module], send: Callable, mask: Callable) -> Cli
 def run(app: ClientApp, sent: Mapping[str, torch.Tensor]) -> LocalGrid:
     grid = LocalGrid(app, 2)
     initial = ArrayRecord({name: Array(parameter.detach().numpy()) for name, parameter in sent.items()})
-    AutoFlip(FedAvg(fraction_evaluate=0.0), sparsity=0.5, output=None).start(grid, initial, num_rounds=2)
+    AutoFlip(FedAvg(fraction_evaluate=0.0), 0.5, output=None, method=LossExploration.static()).start(
+        grid, initial, num_rounds=2
+    )
     return grid
 
 
