@@ -86,7 +86,7 @@ def test_a_page_shows_this_diff(example: str) -> None:
 
 
 @pytest.mark.runs
-@every_example
+@pytest.mark.parametrize("example", ["pytorch", pytest.param("pytorch-numpyclient", marks=pytest.mark.slow), "sklearn"])
 def test_it_runs_plain_and_pruned(example: str, tmp_path: Path) -> None:
     suffix = ".npz" if example == "sklearn" else ".pt"
     dense, sparse = tmp_path / f"dense{suffix}", tmp_path / f"sparse{suffix}"
