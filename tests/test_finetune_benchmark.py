@@ -67,6 +67,11 @@ def test_ways_with_the_same_explorers_share_one_exploration(runs):
     assert runs.row(Way(density=0.2, gamma=0.0)) == one
 
 
+def test_masks_are_chosen_once_and_training_begins_at_the_pretrained_values():
+    method = Way(density=0.1, explorers=0.3, gamma=0.0).method
+    assert (method.schedule, method.initial, method.explorers, method.gamma) == ((), "scratch", 0.3, 0.0)
+
+
 @pytest.mark.slow
 def test_adapters_travel_alone(runs):
     row = runs.row(Way("adapters", rank=1))
