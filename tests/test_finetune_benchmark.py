@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks import finetune
 from benchmarks.finetune_runs import Runs, Way
-from benchmarks.finetune_tasks import Task
+from benchmarks.finetune_tasks import RAISE, Task
 
 ROW = {"accuracy": 60.0, "mb": 8.0, "head_mb": 1.0, "exploration_mb": 2.0}
 
@@ -67,6 +67,11 @@ def test_ways_with_the_same_explorers_share_one_exploration(runs):
     assert runs.row(Way(density=0.2, gamma=0.0)) == one
 
 
+def test_masks_are_chosen_once_and_training_begins_at_the_pretrained_values():
+    method = Way(density=0.1, explorers=0.3, gamma=0.0).method
+    assert (method.schedule, method.initial, method.explorers, method.gamma) == ((), "scratch", 0.3, 0.0)
+
+
 @pytest.mark.slow
 def test_adapters_travel_alone(runs):
     row = runs.row(Way("adapters", rank=1))
@@ -108,3 +113,19 @@ def test_the_table_has_means_over_seeds_and_shares_of_full_fine_tuning(capsys):
     assert [each["share"] for each in finetune.summarise(rows, "mnist")] == [None]
     finetune.show([row])
     assert "| 0.02 | 61.5 ± 2.12 | 8.0 | 20.0 | 2.0 |" in capsys.readouterr().out
+
+
+def test_a_message_is_found_with_its_exception():
+    source = """
+    raise ValueError("expected a value of at least 1")
+    raise TypeError(
+        f"{name} must be a module or a string, "
+        "not a number"
+    )
+    raise RuntimeError("too short") from error
+    raise KeyError(name)
+    """
+    assert RAISE.findall(source) == [
+        ("ValueError", "expected a value of at least 1"),
+        ("TypeError", "{name} must be a module or a string, "),
+    ]
