@@ -69,7 +69,7 @@ def measure(settings: Mapping[str, Value]) -> dict[str, Any]:
     small = Config.from_run_config({**settings, "dataset": "digits", "model": "cnn", "num-server-rounds": 1})
     with tempfile.TemporaryDirectory() as output:
         run_in_process(small, Path(output) / "warm")  # loads what is loaded once per process
-        explorers = round(config.explorers * config.nodes) * config.exploration_epochs
+        explorers = config.asked * config.exploration_epochs
         per_round = round(config.fraction_train * config.nodes) * config.local_epochs
         clients = explorers + per_round * config.num_server_rounds
         before = bare(config, clients, each)

@@ -14,13 +14,11 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from autoflip_flwr.core.choices import CODES, GROW_FROM, OVER, PLACES, WEIGHTINGS
+from autoflip_flwr.core.explorers import asked_among
 from autoflip_flwr.core.layout import Arrays, Layout
 from autoflip_flwr.core.mask import Mask
 from autoflip_flwr.core.request import DECIMALS, DELTA, Request
 from autoflip_flwr.core.statistics import Statistics
-
-SEVERAL = 5
-"""So many nodes are asked at least where a method leaves their share open."""
 
 
 class Method:
@@ -67,8 +65,7 @@ class Method:
 
     def asked(self, nodes: int) -> int:
         """Return how many of so many connected nodes are asked in round 0."""
-        some = max(SEVERAL, round(nodes / 4)) if self.explorers is None else round(self.explorers * nodes)
-        return min(nodes, max(self.min_explorers, some))
+        return asked_among(nodes, self.explorers, self.min_explorers)
 
     def plan(self, sparsity: float, rounds: int) -> None:
         """Learn the sparsity and the number of rounds of the run that begins; default: nothing.

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from autoflip_flwr.core import choices
+from autoflip_flwr.core.explorers import asked_among
 from autoflip_flwr.experiment import rules
 from autoflip_flwr.experiment.rules import Rule, Value
 
@@ -296,6 +297,11 @@ class Settings:
             "initial": self.initial or ("scratch" if tuning else "explorers"),
             "initial_density": self.initial_density or (1.0 if self.method == "gradual" else 0.8),
         }
+
+    @property
+    def asked(self) -> int:
+        """How many of `nodes` explore."""
+        return asked_among(self.nodes, float(self.chosen["explorers"]) or None, self.min_explorers)
 
     @property
     def schedules(self) -> list[str]:

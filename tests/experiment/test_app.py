@@ -55,7 +55,7 @@ def test_the_record_tells_what_happened(tmp_path):
     assert told["bytes"]["total"] == sum(value for key, value in told["bytes"].items() if key != "total")
     assert all(value > 0 for value in told["bytes"].values())
     assert told["train_up_per_client_round"] == pytest.approx(told["bytes"]["train_up"] / 8)
-    # 4 nodes send half of the weights in round 1, and the target's 30 % in round 2
+    # 4 nodes send 80 % of the weights in round 1, and the target's 30 % in round 2
     assert told["bytes"]["train_up"] == pytest.approx(4 * (0.8 + 0.3) * 4 * told["parameters"], rel=0.05)
     assert told["failures"] == NO_FAILURES
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

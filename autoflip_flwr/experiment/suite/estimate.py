@@ -61,8 +61,8 @@ class Estimates:
         per_round = config.fraction_train * examples * config.local_epochs
         explored = 0.0
         if config.method in ASKING and not run.exploration:
-            share = float(config.chosen["explorers"]) or 0.25
-            explored = share * examples * (config.exploration_epochs if config.method in EXPLORING else 1)
+            epochs = config.exploration_epochs if config.method in EXPLORING else 1
+            explored = config.asked / config.nodes * examples * epochs
         cost = cost_of_evaluation(config.test_examples or examples // 5, per_round)
         evaluations = len(evaluated_rounds(config.num_server_rounds, config.evaluate_every, cost))
         rounds = config.num_server_rounds
