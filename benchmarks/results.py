@@ -28,7 +28,7 @@ from autoflip_flwr.experiment.record.suites import Suite
 from autoflip_flwr.experiment.report.rows import told as told_setting
 from autoflip_flwr.storage.files import write_atomic
 from benchmarks import results_readme, results_study
-from benchmarks.results_file import FOLDER, read, read_one, text_of
+from benchmarks.results_file import FOLDER, read, read_suite, text_of
 from benchmarks.results_rows import rows_of, told
 
 ROOT = FOLDER.parent
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"wrote {keep(suite).relative_to(ROOT)}")
         rows = rows_of(read())
         if options.readme:
-            shown = rows_of(read_one(FOLDER / f"{results_readme.SUITE}.json"))
+            shown = rows_of(read_suite(results_readme.SUITE))
             text = results_readme.readme_with(README.read_text("utf-8"), shown)
             write_atomic(PICTURE, results_readme.picture(shown))
             write_atomic(README, text.encode())

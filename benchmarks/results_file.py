@@ -6,11 +6,11 @@ import argparse
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoflip_flwr.experiment.config import RESULTLESS, Config, key_of
+from autoflip_flwr.experiment.config import RESULTLESS, Config, setting
 from autoflip_flwr.experiment.idle import with_effect
 from autoflip_flwr.experiment.record.suites import Entry, Suite
 from autoflip_flwr.experiment.report.points import Point, final_accuracy, points
@@ -74,6 +74,11 @@ def read_one(path: Path) -> list[Result]:
         return [_result(told["command"], each) for each in told["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the summary of a suite ({type(error).__name__}: {error})") from None
+
+
+def read_suite(name: str) -> list[Result]:
+    """Return the runs of one suite that are kept. Raises ``ValueError`` for a file that is no summary."""
+    return read_one(FOLDER / f"{name}.json")
 
 
 def read(folder: Path = FOLDER) -> list[Result]:
@@ -145,11 +150,11 @@ def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_known(key: str, value: Value) -> bool:
-    rule = next((each.metadata["rule"] for each in fields(Config) if key_of(each) == key), None)
     try:
-        return rule is not None and allowed(key, rule, value) is not None
+        allowed(key, setting(key).metadata["rule"], value)
     except ConfigError:
         return False
+    return True
 
 
 def _command(told: str) -> str:

@@ -8,7 +8,7 @@ from statistics import mode
 from typing import Any
 
 from autoflip_flwr.experiment.report.rows import told as told_setting
-from benchmarks.results_file import FOLDER, read_one
+from benchmarks.results_file import read_suite
 from benchmarks.results_rows import Row, rows_of, told
 
 _BLOCK = re.compile(r"(<!-- suite: ([\w.-]+) -->\n).*?(<!-- end of suite -->)", re.DOTALL)
@@ -32,19 +32,19 @@ def table(suite: str, rows: Sequence[Row]) -> str:
 
     A cell has the accuracy in percent with its standard error, and the share of FedAvg's bytes.
     """
-    own = rows_of(read_one(FOLDER / f"{suite}.json"))
+    own = rows_of(read_suite(suite))
     facts = told([*own, *rows])[: len(own)]
     columns = list(dict.fromkeys(_data_of(row) for row in own))
     usual = _usual(own)
     names = [_name(row, usual) for row in own]
+    best: dict[tuple[Any, ...], float] = {}
+    for row, fact in zip(own, facts, strict=True):
+        best[_data_of(row)] = max(fact["accuracy_mean"], best.get(_data_of(row), 0.0))
     cells: dict[str, dict[tuple[Any, ...], str]] = {}
     behind: dict[str, list[float]] = {}
     for row, name, fact in zip(own, names, facts, strict=True):
         cells.setdefault(name, {})[_data_of(row)] = _cell(fact)
-        best = max(
-            each["accuracy_mean"] for each, other in zip(facts, own, strict=True) if _data_of(other) == _data_of(row)
-        )
-        behind.setdefault(name, []).append(best - fact["accuracy_mean"])
+        behind.setdefault(name, []).append(best[_data_of(row)] - fact["accuracy_mean"])
     order = sorted(cells, key=lambda name: sum(behind[name]) / len(behind[name]))
     lines = [
         f"| | {' | '.join(f'{data}, {model}' for data, model, _ in columns)} |",

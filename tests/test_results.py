@@ -17,7 +17,7 @@ from autoflip_flwr.experiment.record.suites import Suite
 from autoflip_flwr.experiment.report.points import Point
 from autoflip_flwr.experiment.rules import Value
 from benchmarks import results, results_readme
-from benchmarks.results_file import FOLDER, Result, in_force, read, read_one, text_of
+from benchmarks.results_file import FOLDER, Result, in_force, read, read_suite, text_of
 from benchmarks.results_rows import Row, rows_of, told
 
 DIGITS: dict[str, Value] = {"dataset": "digits", "num-server-rounds": 2, "nodes": 4}
@@ -217,7 +217,7 @@ def test_the_curve_of_a_row_has_its_standard_error_and_no_start() -> None:
 
 def test_the_readme_follows_the_results() -> None:
     text = results.README.read_text("utf-8")
-    shown = rows_of(read_one(FOLDER / f"{results_readme.SUITE}.json"))
+    shown = rows_of(read_suite(results_readme.SUITE))
     assert results_readme.readme_with(text, shown) == text, "python -m benchmarks.results --readme"
 
 
