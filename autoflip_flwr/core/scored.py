@@ -87,7 +87,7 @@ class Scored(Method):
 
     def score(self, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mapping[str, Floats]:
         """Return a finite score for each prunable entry; low = unimportant."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method score(layout, initial, seen)")
 
     def first(self, sparsity: float, layout: Layout, initial: Arrays, seen: Statistics | None) -> Mask:
         """Keep the entries with the highest scores, as many as the scope's budget and the schedules say."""

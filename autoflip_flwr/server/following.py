@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from autoflip_flwr.costs.ledger import Ledger
+from autoflip_flwr.server.configured import told
 from autoflip_flwr.server.grid import OrderedGrid
-from autoflip_flwr.server.settings import told
 from autoflip_flwr.server.strategy import Pruned
 from autoflip_flwr.trackers.hook import Hook, Round, Setting
 from autoflip_flwr.wrapped import loop

@@ -15,11 +15,11 @@ from autoflip_flwr.core.statistics import Statistics, statistics_of
 from autoflip_flwr.core.subspace import Subspace
 from autoflip_flwr.replies.losses import losses_of
 from autoflip_flwr.replies.quarantine import Quarantine, why_none
+from autoflip_flwr.server.configured import Configured
 from autoflip_flwr.server.first_mask import warn_of_problems
 from autoflip_flwr.server.participants import Explorers
 from autoflip_flwr.server.progress import Progress
 from autoflip_flwr.server.schedule import Schedule, ask_schedule, check_mask, refined
-from autoflip_flwr.server.settings import Configured
 from autoflip_flwr.server.translator import Translator
 from autoflip_flwr.wire.keys import EVALUATE, TRAIN
 from autoflip_flwr.wire.records import to_arrays, to_record

@@ -20,8 +20,9 @@ from autoflip_flwr.costs import savings
 from autoflip_flwr.costs.ledger import Ledger
 from autoflip_flwr.replies.quarantine import Quarantine, ReplyRules
 from autoflip_flwr.server.beginning import Beginning
+from autoflip_flwr.server.configured import default_method
 from autoflip_flwr.server.progress import Progress
-from autoflip_flwr.server.settings import Nodes, Values, default_method
+from autoflip_flwr.server.settings import Nodes, Values
 from autoflip_flwr.wrapped import loop, privacy, traits
 
 if TYPE_CHECKING:
